@@ -1,0 +1,14 @@
+"""The rule sets most meshes need."""
+from sharding_rules.axes import BATCH, HEADS, KV_HEADS, MLP, VOCAB
+from sharding_rules.rules import Rules
+
+REPLICATED = Rules()
+"""Every device holds everything."""
+
+TENSOR = Rules(((VOCAB, "tp"), (HEADS, "tp"), (KV_HEADS, "tp"), (MLP, "tp")))
+"""Megatron's split (Shoeybi et al. 2019, arXiv:1909.08053): attention by heads, MLP by its inner dim, both embeddings by vocabulary."""
+
+DATA_TENSOR = Rules((*TENSOR.entries, (BATCH, "dp")))
+"""The tensor split inside each data group; the rows of a batch and their KV cache over the groups."""
+
+PRESETS = {"replicated": REPLICATED, "tensor": TENSOR, "data_tensor": DATA_TENSOR}

@@ -1,0 +1,79 @@
+"""What a request gives back: vLLM's names."""
+import dataclasses
+from typing import Literal
+
+FinishReason = Literal["stop", "length", "abort", "error"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Logprob:
+    """The log probability of one token.
+
+    Attributes:
+        logprob: natural logarithm of the model's own probability, before temperature and filters.
+        rank: 1 for the likeliest token.
+        decoded_token: the token as text.
+    """
+
+    logprob: float
+    rank: int
+    decoded_token: str
+
+
+@dataclasses.dataclass
+class CompletionOutput:
+    """One completion of a request.
+
+    Attributes:
+        index: which of the request's ``n``.
+        text: the generated text.
+        token_ids: the generated ids, the stop id included.
+        cumulative_logprob: sum of the drawn tokens' log probabilities.
+        logprobs: for each generated token a dict token id -> :class:`Logprob`, or None where none were asked for.
+        finish_reason: ``"stop"``, ``"length"``, ``"abort"``, ``"error"``; None while it runs.
+        stop_reason: the stop id that ended it, where it was one of ``stop_token_ids``.
+        error: what went wrong, with ``finish_reason`` ``"error"``.
+    """
+
+    index: int
+    text: str = ""
+    token_ids: list[int] = dataclasses.field(default_factory=list)
+    cumulative_logprob: float = 0.0
+    logprobs: list[dict[int, Logprob]] | None = None
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None
+    error: str | None = None
+
+
+@dataclasses.dataclass
+class RequestMetrics:
+    """When a request passed its stations, in seconds of ``time.monotonic``."""
+
+    arrival_time: float
+    first_token_time: float | None = None
+    finished_time: float | None = None
+
+
+@dataclasses.dataclass
+class RequestOutput:
+    """A request's prompt and completions.
+
+    Attributes:
+        request_id: unique within its ``generate`` call: the position of the prompt, as text.
+        prompt: the prompt as text; None where token ids were given.
+        prompt_token_ids: what the model read.
+        prompt_logprobs: for each prompt token a dict id -> :class:`Logprob`; None for the first token, and as a whole where not asked for.
+        outputs: ``n`` completions.
+        finished: whether every completion has ended.
+        metrics: times.
+        num_cached_tokens: prompt tokens whose keys and values were reused.
+    """
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    outputs: list[CompletionOutput]
+    metrics: RequestMetrics
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = None
+    finished: bool = False
+    num_cached_tokens: int = 0

@@ -1,0 +1,93 @@
+"""How a request is sampled: vLLM's names, meanings and defaults, with one exception (``max_tokens``)."""
+import dataclasses
+import math
+from collections.abc import Sequence
+
+from tpllm.errors import SamplingError
+
+MAX_N = 128
+MAX_LOGPROBS = 20
+MAX_STOP_TOKEN_IDS = 64
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SamplingParams:
+    """Parameters of one request.
+
+    Attributes:
+        n: completions to draw, 1 to 128.
+        temperature: divides the logits; 0 takes the best token (greedy).
+        top_p: keep the likeliest tokens whose probabilities add up to this, in (0, 1]; 1 keeps all.
+        top_k: keep this many likeliest tokens; 0 or -1 keeps all. Tokens tied with the last one kept are kept too.
+        min_p: drop tokens less likely than this share of the likeliest one, in [0, 1].
+        seed: of this request's randomness, any whole number of 64 bits; None lets the engine choose one per request from its own seed.
+        stop_token_ids: ids that end a completion besides the model's end-of-sequence ids; at most 64.
+        ignore_eos: go on after the model's end-of-sequence ids.
+        max_tokens: most tokens to generate; None for as many as the context holds (vLLM's default is 16).
+        min_tokens: no stop id is drawn before this many tokens.
+        logprobs: report the log probability of each drawn token and of this many likeliest ones, 0 to 20; None reports none.
+            They are the model's own, before temperature and filters.
+        prompt_logprobs: the same for each prompt token.
+        skip_special_tokens: leave special tokens out of the text.
+
+    Raises:
+        SamplingError: a value out of its range; it names the value and the limits.
+    """
+
+    n: int = 1
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    seed: int | None = None
+    stop_token_ids: Sequence[int] = ()
+    ignore_eos: bool = False
+    max_tokens: int | None = None
+    min_tokens: int = 0
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    skip_special_tokens: bool = True
+
+    def __post_init__(self):
+        _whole("n", self.n, 1, MAX_N)
+        _number("temperature", self.temperature, 0, math.inf, fix="use 0 for greedy decoding")
+        _number("top_p", self.top_p, 0, 1, fix="use 1 to keep every token", is_low_open=True)
+        _whole("top_k", self.top_k, -1, 2**31 - 1, fix="use 0 or -1 to keep every token")
+        _number("min_p", self.min_p, 0, 1, fix="use 0 to keep every token")
+        if self.seed is not None:
+            _whole("seed", self.seed, -(2**63), 2**64 - 1)
+        if self.max_tokens is not None:
+            _whole("max_tokens", self.max_tokens, 1, 2**31 - 1, fix="leave it out to generate until the context is full")
+        _whole("min_tokens", self.min_tokens, 0, 2**31 - 1)
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise SamplingError(f"min_tokens {self.min_tokens} is above max_tokens {self.max_tokens}; lower it to at most {self.max_tokens}")
+        for name in ("logprobs", "prompt_logprobs"):
+            if getattr(self, name) is not None:
+                _whole(name, getattr(self, name), 0, MAX_LOGPROBS)
+        self._check_stop_token_ids()
+
+    def _check_stop_token_ids(self) -> None:
+        if isinstance(self.stop_token_ids, str | bytes) or not isinstance(self.stop_token_ids, Sequence):
+            raise SamplingError(f"stop_token_ids is {self.stop_token_ids!r}; give a list of token ids")
+        for token_id in self.stop_token_ids:
+            _whole("stop_token_ids", token_id, 0, 2**31 - 1)
+        if len(self.stop_token_ids) > MAX_STOP_TOKEN_IDS:
+            raise SamplingError(f"stop_token_ids has {len(self.stop_token_ids)} ids; the most is {MAX_STOP_TOKEN_IDS}")
+        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+
+    @property
+    def is_greedy(self) -> bool:
+        """Whether the best token is always taken."""
+        return self.temperature == 0
+
+
+def _whole(name: str, value: object, low: int, high: int, *, fix: str = "") -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+        raise SamplingError(f"{name} is {value!r}; it must be a whole number from {low} to {high}" + (f"; {fix}" if fix else ""))
+
+
+def _number(name: str, value: object, low: float, high: float, *, fix: str = "", is_low_open: bool = False) -> None:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if not is_number or not low <= value <= high or (is_low_open and value == low):
+        limits = f"at least {low}" if high == math.inf else f"{'above' if is_low_open else 'from'} {low} {'and at most' if is_low_open else 'to'} {high}"
+        raise SamplingError(f"{name} is {value!r}; it must be a finite number {limits}" + (f"; {fix}" if fix else ""))

@@ -1,0 +1,48 @@
+"""Fitting a model to a mesh: repeated KV heads, padded vocabulary, and what stays replicated."""
+import dataclasses
+import logging
+
+from jax.sharding import Mesh
+
+from sharding_rules import Partition, Rules
+from sharding_rules.axes import HEADS, KV_HEADS, VOCAB
+from tpllm.model.config import ModelConfig
+from tpllm.model.params import param_shardings
+
+log = logging.getLogger("tpllm")
+
+
+def fit_to_mesh(config: ModelConfig, mesh: Mesh, rules: Rules) -> ModelConfig:
+    """``config`` with its partition, and the storage that the partition asks for.
+
+    KV heads that their mesh axis does not divide are repeated until it does. Attention heads that it does not divide leave attention
+    replicated, said once in the log. A vocabulary that it does not divide is padded.
+
+    Raises:
+        ShardingError: any other dim that its mesh axis does not divide; it names the parameter.
+    """
+    num_shards = Partition(mesh, rules).size(HEADS)
+    if config.num_heads % num_shards:
+        log.warning("attention is replicated: its %d heads cannot be cut into %d equal shards; a mesh whose tp divides %d shards it",
+                    config.num_heads, num_shards, config.num_heads)
+        rules, num_shards = rules.without(HEADS, KV_HEADS), 1
+    partition = Partition(mesh, rules)
+    fitted = dataclasses.replace(config, partition=partition, kv_repeat=kv_repeat(config.num_heads, config.num_kv_heads, num_shards),
+                                 padded_vocab_size=_round_up(config.vocab_size, partition.size(VOCAB)))
+    param_shardings(fitted)
+    return fitted
+
+
+def kv_repeat(num_heads: int, num_kv_heads: int, num_shards: int) -> int:
+    """How often to store each KV head so that ``num_shards`` (a divisor of ``num_heads``) shards own the heads their queries read."""
+    group = num_heads // num_kv_heads
+    return next(repeat for repeat in range(1, group + 1) if group % repeat == 0 and num_kv_heads * repeat % num_shards == 0)
+
+
+def largest_tensor_axis(config: ModelConfig, num_devices: int) -> int:
+    """The most devices, up to ``num_devices``, over which heads and MLP of ``config`` can be cut evenly."""
+    return next(tp for tp in range(num_devices, 0, -1) if config.num_heads % tp == 0 and config.intermediate_size % tp == 0)
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple

@@ -1,0 +1,94 @@
+"""Rotary position embedding: frequencies for every extension of the context, and the rotation itself.
+
+Angles are ``position * inv_freq``; a head dim is rotated in two halves (x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin), the layout of
+Hugging Face checkpoints.
+"""
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tpllm.model.config import RopeConfig
+
+
+def rope_tables(positions_BT: jax.Array, prompt_lens_B: jax.Array, *, head_dim: int, rope: RopeConfig) -> tuple[jax.Array, jax.Array]:
+    """Cosines and sines for every token.
+
+    Args:
+        positions_BT: int32 absolute positions.
+        prompt_lens_B: int32 prompt length of each row; only ``dynamic`` reads it: a token at position p uses the frequencies of a sequence
+            of max(prompt length, p + 1) tokens, whatever else is in the batch.
+        head_dim: H, even.
+        rope: the rule.
+
+    Returns:
+        cos_BTH, sin_BTH: float32; both halves of H hold the same values.
+    """
+    if rope.kind == "dynamic":
+        lengths_BT = jnp.maximum(prompt_lens_B[:, None], positions_BT + 1)
+        inv_freq = _dynamic_inv_freq(lengths_BT, head_dim, rope)
+        scale = 1.0
+    else:
+        inv_freq, scale = static_inv_freq(head_dim, rope)
+    angles = positions_BT[..., None].astype(jnp.float32) * inv_freq
+    angles_BTH = jnp.concatenate([angles, angles], axis=-1)
+    return jnp.cos(angles_BTH) * scale, jnp.sin(angles_BTH) * scale
+
+
+def apply_rope(x_BTNH: jax.Array, cos_BTH: jax.Array, sin_BTH: jax.Array) -> jax.Array:
+    """Rotate every head; computed in float32, returned in ``x_BTNH``'s dtype."""
+    x32 = x_BTNH.astype(jnp.float32)
+    first, second = jnp.split(x32, 2, axis=-1)
+    rotated = jnp.concatenate([-second, first], axis=-1)
+    return (x32 * cos_BTH[:, :, None] + rotated * sin_BTH[:, :, None]).astype(x_BTNH.dtype)
+
+
+def static_inv_freq(head_dim: int, rope: RopeConfig) -> tuple[np.ndarray, float]:
+    """(inverse frequencies [H/2] float32, factor on cos and sin) of every kind but ``dynamic``."""
+    inv_freq = 1.0 / rope.theta ** (np.arange(0, head_dim, 2) / head_dim)
+    scale = 1.0
+    if rope.kind == "linear":  # position interpolation (Chen et al. 2023, arXiv:2306.15595)
+        inv_freq = inv_freq / rope.factor
+    elif rope.kind == "llama3":
+        inv_freq = _llama3_inv_freq(inv_freq, rope)
+    elif rope.kind == "yarn":
+        inv_freq, scale = _yarn_inv_freq(inv_freq, head_dim, rope), _yarn_attention_factor(rope)
+    return inv_freq.astype(np.float32), scale
+
+
+def _dynamic_inv_freq(lengths_BT: jax.Array, head_dim: int, rope: RopeConfig) -> jax.Array:
+    """[B, T, H/2]: NTK scaling with the base growing with the sequence once it is longer than the trained context."""
+    lengths = jnp.maximum(lengths_BT, rope.original_max_position).astype(jnp.float32)
+    growth = rope.factor * lengths / rope.original_max_position - (rope.factor - 1)
+    base_BT1 = (rope.theta * growth ** (head_dim / (head_dim - 2)))[..., None]
+    return 1.0 / base_BT1 ** (jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+
+
+def _llama3_inv_freq(inv_freq: np.ndarray, rope: RopeConfig) -> np.ndarray:
+    """Llama 3.1: low frequencies divided by ``factor``, high ones kept, a linear blend between."""
+    rotations = rope.original_max_position * inv_freq / (2 * math.pi)
+    blend = np.clip((rotations - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor), 0, 1)
+    return (1 - blend) * inv_freq / rope.factor + blend * inv_freq
+
+
+def _yarn_inv_freq(inv_freq: np.ndarray, head_dim: int, rope: RopeConfig) -> np.ndarray:
+    """YaRN (Peng et al. 2023, arXiv:2309.00071): as llama3 with the blend linear in the dim's index."""
+    def dim_of(rotations: float) -> float:
+        return head_dim * math.log(rope.original_max_position / (rotations * 2 * math.pi)) / (2 * math.log(rope.theta))
+    low, high = dim_of(rope.beta_fast), dim_of(rope.beta_slow)
+    if rope.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, head_dim - 1)
+    ramp = np.clip((np.arange(head_dim // 2) - low) / max(high - low, 0.001), 0, 1)
+    return inv_freq / rope.factor * ramp + inv_freq * (1 - ramp)
+
+
+def _yarn_attention_factor(rope: RopeConfig) -> float:
+    def mscale(weight: float) -> float:
+        return 0.1 * weight * math.log(rope.factor) + 1.0 if rope.factor > 1 else 1.0
+    if rope.attention_factor is not None:
+        return rope.attention_factor
+    if rope.mscale and rope.mscale_all_dim:
+        return mscale(rope.mscale) / mscale(rope.mscale_all_dim)
+    return mscale(1.0)

@@ -21,14 +21,22 @@ def kv_append_reference(cache_PKSH: jax.Array, new_BTKH: jax.Array, positions_BT
     """
     B, T = positions_BT.shape
     new_BTKH = new_BTKH.astype(cache_PKSH.dtype)
-    if B == 1 and T > 1:
+    if B == 1 and T > 1 and not _is_narrow_float(cache_PKSH.dtype):
         return _write_slice(cache_PKSH, new_BTKH, positions_BT, rows_B)
     rows_B = jnp.arange(B) if rows_B is None else rows_B
     positions_BT = jnp.where(positions_BT < 0, cache_PKSH.shape[2], positions_BT)
-    bits = jnp.uint16 if cache_PKSH.dtype.itemsize == 2 else cache_PKSH.dtype  # XLA:CPU would upcast the whole cache for a 16-bit float scatter
-    cache_bits, new_bits = (x if x.dtype == bits else jax.lax.bitcast_convert_type(x, bits) for x in (cache_PKSH, new_BTKH))
-    cache_bits = cache_bits.at[rows_B[:, None], :, positions_BT].set(new_bits, mode="drop", unique_indices=True)
-    return cache_bits if bits == cache_PKSH.dtype else jax.lax.bitcast_convert_type(cache_bits, cache_PKSH.dtype)
+    bits_PKSH = as_bits(cache_PKSH).at[rows_B[:, None], :, positions_BT].set(as_bits(new_BTKH), mode="drop", unique_indices=True)
+    return from_bits(bits_PKSH, cache_PKSH.dtype)
+
+
+def as_bits(x: jax.Array) -> jax.Array:
+    """``x``, a narrow float array seen as unsigned integers: XLA:CPU would upcast a whole 16-bit cache to read or write a slice of it."""
+    return jax.lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}") if _is_narrow_float(x.dtype) else x
+
+
+def from_bits(x: jax.Array, dtype) -> jax.Array:
+    """The inverse of :func:`as_bits`."""
+    return x if x.dtype == dtype else jax.lax.bitcast_convert_type(x, dtype)
 
 
 def _write_slice(cache_PKSH: jax.Array, new_1TKH: jax.Array, positions_1T: jax.Array, rows_1: jax.Array | None) -> jax.Array:
@@ -37,3 +45,7 @@ def _write_slice(cache_PKSH: jax.Array, new_1TKH: jax.Array, positions_1T: jax.A
     old_1KTH = jax.lax.dynamic_slice(cache_PKSH, start, new_1KTH.shape)
     is_real_1T1 = (positions_1T[0] >= 0)[None, None, :, None]
     return jax.lax.dynamic_update_slice(cache_PKSH, jnp.where(is_real_1T1, new_1KTH, old_1KTH), start)
+
+
+def _is_narrow_float(dtype) -> bool:
+    return jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize < 4

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.flash_attention import MASKED, attention_mask
+from pallas_kernels.kv_append import as_bits, from_bits
 
 BLOCK = 128  # tokens of the cache a step reads
 
@@ -34,13 +35,14 @@ def paged_attention_reference(q_BTNH: jax.Array, k_PKSH: jax.Array, v_PKSH: jax.
     K, S = k_PKSH.shape[1:3]
     block = min(BLOCK, S)
     precision = jax.lax.Precision.HIGHEST if q_BTNH.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
+    caches = [(as_bits(cache_PKSH), cache_PKSH.dtype) for cache_PKSH in (k_PKSH, v_PKSH)]
     q_BKMH = q_BTNH.reshape(B, T, K, N // K, H).transpose(0, 2, 1, 3, 4).reshape(B, K, T * (N // K), H)
 
     def visit(index, state):
         max_BKM, sum_BKM, acc_BKMH = state
         start = jnp.minimum(index * block, S - block)  # the last block of a cache that is no multiple of it overlaps the one before
         key_positions_1s = (start + jnp.arange(block))[None]
-        k_BKsH, v_BKsH = (_read_block(cache, rows_B, B, start, block) for cache in (k_PKSH, v_PKSH))
+        k_BKsH, v_BKsH = (from_bits(_read_block(bits, rows_B, B, start, block), dtype) for bits, dtype in caches)
         scores = jnp.einsum("bkmh,bksh->bkms", q_BKMH, k_BKsH, preferred_element_type=jnp.float32, precision=precision) * scale
         is_new_1s = key_positions_1s >= index * block
         mask_BTs = attention_mask(positions_BT, jnp.where(is_new_1s, key_positions_1s, -1), window)
@@ -48,10 +50,12 @@ def paged_attention_reference(q_BTNH: jax.Array, k_PKSH: jax.Array, v_PKSH: jax.
         scores = jnp.where(mask, scores, MASKED)
         new_max = jnp.maximum(max_BKM, scores.max(-1))
         probs = jnp.where(mask, jnp.exp(scores - new_max[..., None]), 0.0)
+        v_BKsH = jnp.where(key_positions_1s[:, None, :, None] <= newest_B111, v_BKsH, 0)  # a NaN that an earlier row left there: 0 * NaN
         shrink = jnp.exp(max_BKM - new_max)
         added = jnp.einsum("bkms,bksh->bkmh", probs.astype(v_BKsH.dtype), v_BKsH, preferred_element_type=jnp.float32, precision=precision)
         return new_max, sum_BKM * shrink + probs.sum(-1), acc_BKMH * shrink[..., None] + added
 
+    newest_B111 = jnp.max(positions_BT, axis=1)[:, None, None, None]
     first, last = _visible_blocks(positions_BT, block, window)
     M = T * (N // K)
     state = (jnp.full((B, K, M), MASKED), jnp.zeros((B, K, M)), jnp.zeros((B, K, M, H)))

@@ -9,6 +9,7 @@ path, is held out. Matrices are trained with Muon (Jordan et al. 2024), the rest
 import argparse
 import ast
 import hashlib
+import itertools
 import json
 import math
 import pathlib
@@ -68,7 +69,7 @@ def top_level_pieces(text: str) -> list[str]:
             first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
             cuts |= {first - 1, node.end_lineno}
     bounds = sorted(cuts | {len(lines)})
-    pieces = ("".join(lines[start:end]).strip("\n") for start, end in zip(bounds, bounds[1:], strict=False))
+    pieces = ("".join(lines[start:end]).strip("\n") for start, end in itertools.pairwise(bounds))
     return [piece + "\n" for piece in pieces if piece.strip()]
 
 

@@ -1,1 +1,33 @@
-"""tpllm."""
+"""tpllm: language-model inference on JAX/XLA, sharded over any mesh.
+
+The facade is imported on first use, so that ``import tpllm`` costs nothing.
+"""
+import importlib
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0"
+
+_WHERE = {
+    "LLM": "tpllm.llm", "SamplingParams": "tpllm.engine.sampling_params", "RequestOutput": "tpllm.engine.outputs",
+    "CompletionOutput": "tpllm.engine.outputs", "load_model": "tpllm.loading", "init_cache": "tpllm.model.kv_cache",
+    "forward": "tpllm.model.decoder",
+}
+__all__ = ["LLM", "CompletionOutput", "RequestOutput", "SamplingParams", "__version__", "forward", "init_cache", "load_model"]
+
+if TYPE_CHECKING:
+    from tpllm.engine.outputs import CompletionOutput, RequestOutput
+    from tpllm.engine.sampling_params import SamplingParams
+    from tpllm.llm import LLM
+    from tpllm.loading import load_model
+    from tpllm.model.decoder import forward
+    from tpllm.model.kv_cache import init_cache
+
+
+def __getattr__(name: str):
+    if name not in _WHERE:
+        raise AttributeError(f"module 'tpllm' has no attribute {name!r}")
+    return getattr(importlib.import_module(_WHERE[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

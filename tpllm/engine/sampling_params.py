@@ -89,5 +89,6 @@ def _whole(name: str, value: object, low: int, high: int, *, fix: str = "") -> N
 def _number(name: str, value: object, low: float, high: float, *, fix: str = "", is_low_open: bool = False) -> None:
     is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     if not is_number or not low <= value <= high or (is_low_open and value == low):
-        limits = f"at least {low}" if high == math.inf else f"{'above' if is_low_open else 'from'} {low} {'and at most' if is_low_open else 'to'} {high}"
-        raise SamplingError(f"{name} is {value!r}; it must be a finite number {limits}" + (f"; {fix}" if fix else ""))
+        upper = "" if high == math.inf else f" and at most {high}"
+        raise SamplingError(f"{name} is {value!r}; it must be a finite number {'above' if is_low_open else 'of at least'} {low}{upper}"
+                            + (f"; {fix}" if fix else ""))

@@ -2,6 +2,8 @@
 
 Entry s of a row is the token at position s, so a row's length needs no storage: a query at position p sees entries 0 to p.
 """
+import math
+
 import jax
 import jax.numpy as jnp
 from flax import struct
@@ -45,7 +47,9 @@ def init_cache(config: ModelConfig, batch_size: int, max_len: int, dtype=jnp.flo
     return KVCache(keys=tuple(zeros() for _ in range(config.num_layers)), values=tuple(zeros() for _ in range(config.num_layers)))
 
 
-def cache_bytes(config: ModelConfig, batch_size: int, max_len: int, dtype=jnp.float32) -> int:
-    """Bytes of the whole cache over all devices."""
-    return 2 * config.num_layers * batch_size * config.stored_kv_heads * max_len * config.head_dim * jnp.dtype(dtype).itemsize
-
+def cache_bytes_per_device(config: ModelConfig, batch_size: int, max_len: int, dtype=jnp.float32) -> int:
+    """Bytes of the cache's shard on each device of ``config.partition``."""
+    shape = (batch_size, config.stored_kv_heads, max_len, config.head_dim)
+    if config.partition is not None:
+        shape = config.partition.sharding(ops.CACHE_AXES, shape=shape, name="kv_cache").shard_shape(shape)
+    return 2 * config.num_layers * math.prod(shape) * jnp.dtype(dtype).itemsize

@@ -1,0 +1,21 @@
+"""Every test runs on eight virtual CPU devices, with strict dtype promotion and a compile cache shared between runs."""
+import os
+import pathlib
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+os.environ.setdefault("TPLLM_CACHE_DIR", str(pathlib.Path(__file__).parents[1] / "build" / "test-cache"))
+
+import jax
+import pytest
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_compilation_cache_dir", os.environ["TPLLM_CACHE_DIR"])
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+@pytest.fixture(scope="session")
+def num_devices() -> int:
+    """How many virtual devices there are."""
+    return len(jax.devices())

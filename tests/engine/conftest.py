@@ -1,0 +1,37 @@
+"""A tiny random model behind an engine, shared by the tests of this folder."""
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from sharding_rules import DATA_TENSOR, make_mesh
+from tpllm.llm import LLM
+from tpllm.model.config import ModelConfig
+from tpllm.model.params import init_params
+from tpllm.model.partition import fit_to_mesh
+
+CONFIG = ModelConfig(vocab_size=96, hidden_size=64, num_layers=2, num_heads=8, num_kv_heads=8, head_dim=16, intermediate_size=128,
+                     max_position=160, ties_embeddings=True)
+SHAPES = {"max_num_seqs": 4, "prefill_chunk_size": 32, "max_model_len": 120}
+
+
+def make_llm(mesh: dict[str, int] | None = None, *, config: ModelConfig = CONFIG, **options) -> LLM:
+    """An engine over random weights, the same on every mesh."""
+    fitted = fit_to_mesh(config, make_mesh(mesh or {"tp": 1}), DATA_TENSOR)
+    params = init_params(dataclasses.replace(fitted, partition=None), 0)
+    params = jax.tree.map(lambda leaf: leaf * 4 if leaf.ndim == 2 else leaf, params)  # logits that mean something
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, init_params(fitted, 0))
+    return LLM.from_params(fitted, jax.device_put(params, shardings), **{**SHAPES, **options})
+
+
+def random_prompts(*lengths: int, seed: int = 0) -> list[dict[str, list[int]]]:
+    """Prompts of random token ids."""
+    rng = np.random.default_rng(seed)
+    return [{"prompt_token_ids": rng.integers(0, CONFIG.vocab_size, length).tolist()} for length in lengths]
+
+
+@pytest.fixture(scope="session")
+def llm() -> LLM:
+    """One engine on one device; every test leaves it idle."""
+    return make_llm()

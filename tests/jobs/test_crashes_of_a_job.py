@@ -1,0 +1,102 @@
+"""A job that ends at any disk call, in any way, is finished by the next run as if nothing had happened."""
+import errno
+import itertools
+import pathlib
+import random
+import subprocess
+import sys
+
+import pytest
+
+from tests.jobs.fake_llm import FakeLLM
+from tests.jobs.faulty_disk import MOMENTS, Death, FaultyDisk, PowerLossDisk, QuickDisk
+from tests.jobs.small_job import contents, rows_text
+from tpllm.errors import JobError
+from tpllm.jobs.output import PART_NAME
+from tpllm.jobs.runner import run_job
+
+REPOSITORY = pathlib.Path(__file__).parents[2]
+TEXT = rows_text(11, bad=(1, 7))
+
+
+LEAST_CALLS = {"before": 60, "half": 15, "after": 60}
+
+
+def no_space():
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def run_until_power_is_lost(job, disk):
+    try:
+        run_job(job, make_llm=FakeLLM, disk=disk, sync_interval_s=0)
+    except Death:
+        disk.lose_power(pathlib.Path(job.output))
+
+
+def finish(job, wanted):
+    assert run_job(job, make_llm=FakeLLM, disk=QuickDisk()).is_complete
+    assert contents(pathlib.Path(job.output)) == wanted
+
+
+@pytest.fixture
+def wanted(run_text):
+    """The folder of the same job, never interrupted."""
+    return contents(run_text(TEXT, output="uninterrupted"))
+
+
+def test_a_process_that_exits_at_any_disk_call_is_resumed_byte_for_byte(tmp_path):
+    (tmp_path / "rows.jsonl").write_text(TEXT)
+    command = [sys.executable, "-m", "tests.jobs.exit_at_every_call", str(tmp_path / "rows.jsonl"), str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) > sum(LEAST_CALLS.values())
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_a_loss_of_power_at_any_disk_call_is_resumed_byte_for_byte(make_job, wanted, moment):
+    for number in itertools.count():
+        job = make_job(TEXT, output=f"out-{number}")
+        disk = PowerLossDisk(number, moment)
+        run_until_power_is_lost(job, disk)
+        finish(job, wanted)
+        if not disk.has_struck:
+            break
+    assert number > LEAST_CALLS[moment]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_power_lost_again_and_again_also_while_resuming_ends_in_the_same_bytes(make_job, wanted, seed):
+    draw = random.Random(seed)
+    job = make_job(TEXT)
+    for _ in range(6):
+        run_until_power_is_lost(job, PowerLossDisk(draw.randrange(30), draw.choice(MOMENTS)))
+    finish(job, wanted)
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_a_full_disk_at_any_call_is_one_clear_error_and_loses_nothing(make_job, wanted, moment):
+    for number in itertools.count():
+        job = make_job(TEXT, output=f"out-{number}")
+        disk = FaultyDisk(number, moment, no_space, is_mortal=False)
+        try:
+            run_job(job, make_llm=FakeLLM, disk=disk, sync_interval_s=0)
+        except JobError as caught:
+            error = str(caught)
+        if not disk.has_struck:
+            break
+        assert "cannot write to the output folder" in error
+        assert "No space left" in error
+        committed = {name: data for name, data in contents(pathlib.Path(job.output)).items() if PART_NAME.fullmatch(name)}
+        finish(job, wanted)
+        assert committed.items() <= contents(pathlib.Path(job.output)).items()
+        del error
+    assert number > LEAST_CALLS[moment]
+
+
+def test_a_sync_that_fails_in_the_background_stops_the_job(make_job):
+    class NoSync(QuickDisk):
+        def sync(self, fd):
+            no_space()
+    job = make_job(rows_text(50), engine={"tick_s": 0.02}, rows_per_part=50)
+    with pytest.raises(JobError, match="No space left"):
+        run_job(job, make_llm=FakeLLM, disk=NoSync(), sync_interval_s=0.01)

@@ -1,0 +1,119 @@
+"""A job file says exactly one thing, or is refused with the key, its line, and what to write instead."""
+import dataclasses
+
+import pytest
+
+from tpllm.engine.sampling_params import SamplingParams
+from tpllm.errors import JobError, SamplingError
+from tpllm.jobs.config import JobConfig, load_job
+from tpllm.jobs.runner import check_engine_options
+
+JOB = "model: demo\ninput: in.jsonl\noutput: out\n"
+
+
+@pytest.fixture
+def load(tmp_path):
+    def load(text, *overrides):
+        path = tmp_path / "job.yaml"
+        path.write_text(text)
+        return load_job(path, overrides)
+    return load
+
+
+def test_the_defaults_are_those_of_the_dataclass(load):
+    assert load(JOB) == JobConfig(model="demo", input="in.jsonl", output="out")
+
+
+def test_every_key_is_read(load):
+    job = load(JOB + "mesh: {tp: 4}\ndtype: float32\nseed: 7\nrows_per_part: 9\nengine: {max_num_seqs: 2}\nsampling: {min_p: 1e-3}\n"
+               "allow_environment_change: true\n")
+    assert job == JobConfig(model="demo", input="in.jsonl", output="out", mesh={"tp": 4}, dtype="float32", seed=7, rows_per_part=9,
+                            engine={"max_num_seqs": 2}, sampling={"min_p": 0.001}, allow_environment_change=True)
+
+
+@pytest.mark.parametrize(("words", "key", "value"), [
+    (["--sampling.max-tokens", "32"], "sampling", {"temperature": 0, "max_tokens": 32}),
+    (["--sampling.max_tokens=32"], "sampling", {"temperature": 0, "max_tokens": 32}),
+    (["--sampling.stop-token-ids", "[1, 2]"], "sampling", {"temperature": 0, "stop_token_ids": [1, 2]}),
+    (["--sampling", "{top_k: 3}"], "sampling", {"top_k": 3}),
+    (["--engine.max-num-seqs", "4"], "engine", {"max_num_seqs": 4}),
+    (["--model", "7"], "model", "7"),
+    (["--mesh", "dp=2,tp=4"], "mesh", "dp=2,tp=4"),
+    (["--mesh.tp", "2"], "mesh", {"tp": 2}),
+    (["--seed=-1"], "seed", -1),
+    (["--rows-per-part", "1", "--rows-per-part", "2"], "rows_per_part", 2),
+    (["--allow-environment-change"], "allow_environment_change", True),
+    (["--allow-environment-change", "false"], "allow_environment_change", False),
+])
+def test_the_command_line_sets_any_key(load, words, key, value):
+    assert getattr(load(JOB + "sampling: {temperature: 0}\n", *words), key) == value
+
+
+@pytest.mark.parametrize(("text", "message"), [
+    (JOB + "modle: x\n", r"job.yaml line 4: unknown key 'modle'; did you mean 'model'\?"),
+    (JOB + "sampling:\n  top_p: 1\n  max_tokns: 3\n", r"line 6: unknown key 'sampling.max_tokns'; did you mean 'sampling.max_tokens'\?"),
+    (JOB + "zzzzzz: 1\n", r"unknown key 'zzzzzz'; known: model, input"),
+    (JOB + "model: other\n", r"line 4: model is given twice; the first is on line 1"),
+    (JOB + "sampling: {top_k: 1, top_k: 2}\n", r"sampling.top_k is given twice"),
+    (JOB + "sampling: {top_k: 1\n", r"not valid YAML"),
+    ("- a\n", r"a job file is a mapping"),
+    ("", r"a job file is a mapping"),
+    ("model: demo\noutput: out\n", r"input is missing; add 'input: ...' or give --input"),
+    ("model:\noutput: out\n", r"model and input are missing"),
+    (JOB + "rows_per_part: 0\n", r"rows_per_part is 0; it must be from 1"),
+    (JOB + "rows_per_part: many\n", r"rows_per_part is 'many'; it must be a whole number"),
+    (JOB + "rows_per_part: true\n", r"rows_per_part is True; it must be a whole number"),
+    (JOB + "seed: 18446744073709551616\n", r"64 bits"),
+    (JOB + "engine: 3\n", r"engine is 3; it must be a mapping"),
+    (JOB + "mesh: 3\n", r"mesh is 3; it must be text such as"),
+    (JOB + "allow_environment_change: 1\n", r"must be true or false"),
+    (JOB.replace("demo", "''"), r"model is empty"),
+    (JOB.replace("demo", "12"), r"model is 12; it must be text"),
+    (JOB + "? [a]\n: 1\n", r"a key must be text"),
+    (JOB + "when: !!python/object:os.system {}\n", r"."),
+])
+def test_a_bad_file_is_refused_with_what_is_wrong(load, text, message):
+    with pytest.raises(JobError, match=message):
+        load(text)
+
+
+@pytest.mark.parametrize(("words", "message"), [
+    (["--sampling.max-tokns", "3"], r"'--sampling.max-tokns'; did you mean '--sampling.max-tokens'\?"),
+    (["--rows-per-prt", "3"], r"did you mean '--rows-per-part'"),
+    (["--seed"], r"--seed has no value"),
+    (["seed", "3"], r"'seed' is not an override"),
+    (["--model.x", "3"], r"model is 'demo', which has no keys below it"),
+    (["--sampling.stop-token-ids", "[1"], r"not valid YAML"),
+])
+def test_a_bad_override_is_refused(load, words, message):
+    with pytest.raises(JobError, match=message):
+        load(JOB, *words)
+
+
+@pytest.mark.parametrize("values", ["temperature: -1", "top_p: 1.5", "n: 1000", "logprobs: 21", "temperature: hot"])
+def test_a_sampling_value_out_of_range_is_refused_with_the_file(load, values):
+    with pytest.raises(SamplingError, match=r"job.yaml: sampling: .* is "):
+        load(JOB + "sampling: {" + values + "}\n")
+
+
+def test_every_sampling_parameter_is_a_key(load):
+    names = [field.name for field in dataclasses.fields(SamplingParams)]
+    defaults = dataclasses.asdict(SamplingParams())
+    defaults["stop_token_ids"] = list(defaults["stop_token_ids"])
+    import json
+    assert sorted(load(JOB + f"sampling: {json.dumps(defaults)}\n").sampling) == sorted(names)
+
+
+def test_a_missing_job_file_is_named(tmp_path):
+    with pytest.raises(JobError, match=r"cannot read the job file .*none.yaml: No such file"):
+        load_job(tmp_path / "none.yaml")
+
+
+def test_engine_keys_are_those_of_the_constructor(load):
+    def make_llm(model, *, mesh="auto", max_num_seqs=8, seed=0):
+        raise AssertionError
+    check_engine_options(load(JOB + "engine: {max_num_seqs: 2}\n"), make_llm)
+    with pytest.raises(JobError, match=r"unknown key 'engine.max_num_seq'; did you mean 'engine.max_num_seqs'\? known: max_num_seqs"):
+        check_engine_options(load(JOB + "engine: {max_num_seq: 2}\n"), make_llm)
+    with pytest.raises(JobError, match=r"unknown key 'engine.seed'"):
+        check_engine_options(load(JOB + "engine: {seed: 2}\n"), make_llm)

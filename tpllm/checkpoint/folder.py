@@ -1,0 +1,103 @@
+"""Opening a checkpoint: everything about it but its weights' values."""
+import dataclasses
+import hashlib
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tpllm.checkpoint.index import read_index
+from tpllm.checkpoint.safetensors import Header, TensorEntry, sample_digest
+from tpllm.checkpoint.source import find_folder, read_json, read_small
+from tpllm.errors import CheckpointError, ConfigError, TpllmError
+from tpllm.families.family import Family
+from tpllm.families.registry import find_family
+from tpllm.model.config import ModelConfig
+
+IDENTITY_FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+                  "added_tokens.json", "chat_template.jinja", "chat_template.json")
+"""Small files that decide what a model answers."""
+
+log = logging.getLogger("tpllm")
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """A folder in Hugging Face's layout, checked as far as it can be without reading the weights.
+
+    Attributes:
+        folder: where it lies.
+        revision: the hub commit, or None for a folder.
+        hf_config: config.json.
+        family: what it is to the loader.
+        config: the model, not yet fitted to a mesh.
+        generation_config: generation_config.json, or empty.
+        tensors: name -> file, dtype, shape and place of every tensor.
+        headers: file name -> header of every safetensors file.
+    """
+
+    folder: Path
+    revision: str | None
+    hf_config: Mapping[str, Any]
+    family: Family
+    config: ModelConfig
+    generation_config: Mapping[str, Any]
+    tensors: Mapping[str, TensorEntry]
+    headers: Mapping[str, Header]
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What tells this checkpoint from any other, as JSON: the revision, SHA-256 of the small files, and of each weight file its size and
+        the SHA-256 of its header and of 16 evenly spaced blocks of 4 KiB. It does not depend on where the folder lies or when it was written.
+        """
+        small = {name: hashlib.sha256(read_small(self.folder, name)).hexdigest() for name in IDENTITY_FILES if (self.folder / name).exists()}
+        weights = {name: {"size": header.size, "header_sha256": header.digest, "samples_sha256": sample_digest(header)}
+                   for name, header in sorted(self.headers.items())}
+        return {"revision": self.revision, "files": small, "weights": weights}
+
+
+def open_checkpoint(model: str | Path, *, revision: str | None = None) -> Checkpoint:
+    """Find a checkpoint, and read and check its configuration and the headers of its weights.
+
+    Args:
+        model: a folder, a hub id ``owner/name``, or ``"demo"`` (a folder of that name is ``"./demo"``).
+        revision: of a hub id: branch, tag or commit; all files come from the one commit it resolves to. The hub's cache is used as its own
+            client does, also with ``HF_HUB_OFFLINE=1``.
+
+    Raises:
+        CheckpointError: nothing there, a file damaged, missing or outside the folder, or weights in a format that is not read.
+        ConfigError: an architecture that is not known, or a model that cannot be built.
+    """
+    folder, commit = find_folder(model, revision)
+    if not (folder / "config.json").exists():
+        raise CheckpointError(f"{folder} holds no config.json; give the folder that holds it, beside the weights and the tokenizer")
+    hf_config = read_json(folder, "config.json")
+    family, config = _read_config(folder, hf_config)
+    has_generation_config = (folder / "generation_config.json").exists()
+    tensors, headers = read_index(folder)
+    return Checkpoint(folder=folder, revision=commit, hf_config=hf_config, family=family, config=config,
+                      generation_config=read_json(folder, "generation_config.json") if has_generation_config else {},
+                      tensors=tensors, headers=headers)
+
+
+def _read_config(folder: Path, hf_config: Mapping[str, Any]) -> tuple[Family, ModelConfig]:
+    try:
+        family = _find_family(folder, hf_config)
+        return family, family.config_from_hf(hf_config)
+    except TpllmError:
+        raise
+    except (TypeError, ValueError, AttributeError, KeyError, ArithmeticError) as error:  # a field of the wrong type
+        raise CheckpointError(f"{folder / 'config.json'}: a field has a value that cannot be: {type(error).__name__}: {error}") from None
+
+
+def _find_family(folder: Path, hf_config: Mapping[str, Any]) -> Family:
+    """The family, never with the checkpoint's own code."""
+    has_code = "auto_map" in hf_config
+    try:
+        family = find_family(hf_config)
+    except ConfigError as error:
+        if not has_code:
+            raise
+        raise CheckpointError(f"{folder}: the model brings its own code (auto_map), which is never run. {error}") from None
+    if has_code:
+        log.info("%s brings its own code (auto_map); it is not run: the checkpoint is loaded as %s", folder, family.name)
+    return family

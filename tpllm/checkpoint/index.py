@@ -1,0 +1,70 @@
+"""Which tensor lies in which of a folder's safetensors files."""
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from tpllm.checkpoint.safetensors import Header, TensorEntry, read_header
+from tpllm.checkpoint.source import inside, read_json
+from tpllm.errors import CheckpointError
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+_SHARD = re.compile(r"(.+)-(\d+)-of-(\d+)\.safetensors")
+
+
+def read_index(folder: Path) -> tuple[dict[str, TensorEntry], dict[str, Header]]:
+    """(tensor name -> entry, file name -> header) of ``model.safetensors``, else of the index, else of every safetensors file there is.
+
+    Raises:
+        CheckpointError: no safetensors file, a missing or damaged one, an index that points elsewhere, or a tensor that is there twice.
+    """
+    if (folder / INDEX).exists() and not (folder / SINGLE).exists():
+        return _read_weight_map(folder)
+    names = [SINGLE] if (folder / SINGLE).exists() else _shards(folder)
+    headers = {name: read_header(inside(folder, name)) for name in names}
+    tensors: dict[str, TensorEntry] = {}
+    for header in headers.values():
+        for name, entry in header.tensors.items():
+            if name in tensors:
+                raise CheckpointError(f"{folder}: tensor {name!r} is both in {tensors[name].path.name} and in {header.path.name}; "
+                                      f"remove the file that does not belong there, or add {INDEX}")
+            tensors[name] = entry
+    return tensors, headers
+
+
+def _read_weight_map(folder: Path) -> tuple[dict[str, TensorEntry], dict[str, Header]]:
+    where, weight_map = folder / INDEX, read_json(folder, INDEX).get("weight_map")
+    if not isinstance(weight_map, Mapping) or not weight_map or not all(isinstance(file, str) for file in weight_map.values()):
+        raise CheckpointError(f"{where}: weight_map must map tensor names to file names")
+    paths = {file: inside(folder, file) for file in sorted(set(weight_map.values()))}
+    headers = {file: read_header(path) for file, path in paths.items()}
+    for name, file in weight_map.items():
+        if name not in headers[file].tensors:
+            raise CheckpointError(f"{where}: weight_map puts tensor {name!r} in {file!r}, which does not hold it; download both again")
+    return {name: headers[file].tensors[name] for name, file in weight_map.items()}, headers
+
+
+def _shards(folder: Path) -> list[str]:
+    """Every safetensors file of a folder without an index; of a numbered set none may be missing."""
+    names = sorted(path.name for path in folder.glob("*.safetensors"))
+    if not names:
+        raise CheckpointError(_no_weights(folder))
+    for name in names:
+        match = _SHARD.fullmatch(name)
+        for number in range(1, int(match[3]) + 1) if match and int(match[3]) < 10**5 else ():
+            wanted = f"{match[1]}-{number:0{len(match[2])}d}-of-{match[3]}.safetensors"
+            if wanted not in names:
+                raise CheckpointError(f"{folder}: {wanted!r} is missing; download or copy it again")
+    return names
+
+
+def _no_weights(folder: Path) -> str:
+    files = sorted(path.name for path in folder.glob("*"))
+    pickles = [name for name in files if name.endswith(PICKLES)]
+    if pickles:
+        return (f"{folder}: {pickles[0]!r} is a pickle, which can run code when it is read, and is refused; convert it once where you trust "
+                "it: transformers' AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder) writes safetensors")
+    ggufs = [name for name in files if name.endswith(".gguf")]
+    if ggufs:
+        return f"{folder}: {ggufs[0]!r}: GGUF files come in a later version; give a folder of safetensors files"
+    return f"{folder} holds no *.safetensors file; it is no checkpoint, or its download is not complete"

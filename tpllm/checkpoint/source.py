@@ -1,0 +1,111 @@
+"""Where a checkpoint's folder is: on this disk, in the hub's cache, or inside the package. And which files of it may be opened.
+
+A file may be a symbolic link as long as it ends inside the folder. The hub's cache needs one exception, and only it gets one: a file of
+``models--owner--name/snapshots/COMMIT`` may be a link into ``models--owner--name/blobs``.
+"""
+import os
+import re
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from tpllm.checkpoint.safetensors import open_regular, parse_json, read_exactly
+from tpllm.errors import CheckpointError
+
+DEMO = "demo"
+DEMO_FOLDER = Path(__file__).parents[1] / "demo"
+HUB_FILES = ("*.safetensors", "*.json", "*.jinja", "tokenizer.model", "*.tiktoken", "merges.txt", "vocab.txt")
+"""What is asked of the hub: data only, never code and never pickles."""
+NOT_HUB_FILES = ("*/*", "consolidated*.safetensors")
+MAX_JSON_BYTES = 100_000_000
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
+
+
+def find_folder(model: str | Path, revision: str | None) -> tuple[Path, str | None]:
+    """The folder of a model, downloaded first where it must be.
+
+    Args:
+        model: a folder, a hub id ``owner/name``, or ``"demo"`` (a folder of that name is ``"./demo"``).
+        revision: of a hub id: branch, tag or commit.
+
+    Returns:
+        (folder, the commit it was resolved to or None).
+
+    Raises:
+        CheckpointError: no such folder, nothing cached and no network, or a kind of file that is not loaded.
+    """
+    path = Path(os.path.expanduser(model))
+    is_hub_id = isinstance(model, str) and model != DEMO and not os.path.exists(path) and _HUB_ID.fullmatch(model) is not None
+    if is_hub_id and path.suffix not in (".gguf", ".safetensors", ".bin", ".pt", ".pth", ".ckpt"):
+        return _download(model, revision)
+    if revision is not None:
+        raise CheckpointError(f"revision {revision!r} is given for {str(model)!r}, which is not a hub id; leave it out")
+    if model == DEMO:
+        return DEMO_FOLDER, None
+    if path.suffix == ".gguf":
+        raise CheckpointError(f"{model}: GGUF files come in a later version; give the folder of the safetensors checkpoint it was made from")
+    if os.path.isfile(path):
+        raise CheckpointError(f"{model} is a file; give the folder that holds it, config.json and the tokenizer")
+    if not os.path.isdir(path):
+        raise CheckpointError(f"model {str(model)!r}: there is no such folder; give a folder, a hub id 'owner/name', or 'demo'")
+    return path, None
+
+
+def _download(model: str, revision: str | None) -> tuple[Path, str]:
+    """One commit of a hub repository, from the cache where it is complete or the hub is not reached."""
+    from huggingface_hub import snapshot_download  # imported here: it takes longer than all else at import
+    try:
+        folder = Path(snapshot_download(model, revision=revision, allow_patterns=list(HUB_FILES), ignore_patterns=list(NOT_HUB_FILES)))
+    except Exception as error:  # the network, the disk, the hub and its client each raise their own kinds
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise CheckpointError(f"model {model!r}: there is no such folder, and as a hub id{f' at {revision!r}' if revision else ''} "
+                              f"it cannot be had: {reason[:300]}") from None
+    return folder, folder.name
+
+
+def inside(folder: Path, relative: str) -> Path:
+    """The real path of one of a checkpoint's files.
+
+    Raises:
+        CheckpointError: a path that leaves the folder, is missing, or is not a regular file.
+    """
+    parts = PurePosixPath(relative)
+    if not relative or "\0" in relative or parts.is_absolute() or ".." in parts.parts:
+        raise CheckpointError(f"{folder}: the path {relative!r} leaves the checkpoint's folder; only files inside it are read")
+    try:
+        real, root = (folder / relative).resolve(strict=True), folder.resolve(strict=True)
+    except (OSError, RuntimeError, ValueError):
+        raise CheckpointError(f"{folder}: {relative!r} is missing; download or copy it again") from None
+    if not any(real.is_relative_to(allowed) for allowed in _roots(root)):
+        raise CheckpointError(f"{folder}: {relative!r} is a link out of the checkpoint's folder, to {real}; copy the file there instead")
+    if not real.is_file():
+        raise CheckpointError(f"{folder}: {relative!r} is not a regular file; a checkpoint's files must be")
+    return real
+
+
+def _roots(root: Path) -> list[Path]:
+    """Where the real files of a folder may lie."""
+    is_snapshot = root.parent.name == "snapshots" and root.parents[1].name.startswith("models--")
+    blobs = root.parents[1] / "blobs" if is_snapshot else None
+    return [root, blobs.resolve()] if blobs is not None and blobs.is_dir() else [root]
+
+
+def read_json(folder: Path, relative: str) -> dict[str, Any]:
+    """A JSON object of a checkpoint's folder.
+
+    Raises:
+        CheckpointError: see :func:`inside`; longer than 100 MB; not a JSON object.
+    """
+    return parse_json(folder / relative, read_small(folder, relative))
+
+
+def read_small(folder: Path, relative: str) -> bytes:
+    """All bytes of one of a checkpoint's small files; see :func:`read_json`."""
+    path = inside(folder, relative)
+    size = path.stat().st_size
+    if size > MAX_JSON_BYTES:
+        raise CheckpointError(f"{folder / relative} has {size} bytes; the limit for a file of text is {MAX_JSON_BYTES}")
+    fd = open_regular(path)
+    try:
+        return read_exactly(fd, path, start=0, num_bytes=size)
+    finally:
+        os.close(fd)

@@ -1,0 +1,100 @@
+"""``tpllm``: the command line. Each subcommand imports what it needs when it runs, so that ``--help`` is instant."""
+import argparse
+import importlib
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+from tpllm import __version__
+
+COMMANDS = {
+    "run": "run a batch job: a file of prompts in, completions out",
+    "generate": "complete one prompt, printed as it is generated",
+    "inspect": "show a model's configuration, parameters and memory; weights are not loaded",
+    "bench": "measure speed and memory",
+}
+EXIT_USER_ERROR = 2
+OWN_PACKAGES = ("tpllm", "sharding_rules", "pallas_kernels")
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print the error and exit with code 2."""
+        self.exit(EXIT_USER_ERROR, f"tpllm: error: {message}; see {self.prog} --help\n")
+
+
+def main(argv: Sequence[str] | None = None, *, make_llm: Callable[..., Any] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        argv: the command's words; by default the process's own.
+        make_llm: makes the engine; :class:`tpllm.LLM` by default.
+
+    Returns:
+        The exit code: 0, 2 for an error of the user's, 128 + n when stopped by signal n.
+    """
+    options, words = _global_options().parse_known_args(sys.argv[1:] if argv is None else argv)
+    name = words[0] if words and words[0] in COMMANDS else None
+    _log_to_stderr(is_verbose=options.verbose)
+    try:
+        command = importlib.import_module(f"tpllm.cli.{name}") if name else None
+        args = _parser(name, command).parse_args(words)
+        if options.cpu_devices is not None:
+            _set_cpu_devices(options.cpu_devices)
+        return command.run(args, make_llm=make_llm)
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # the reader of our output has gone; nothing more can be said to it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except ValueError as error:
+        if type(error).__module__.partition(".")[0] not in OWN_PACKAGES:
+            raise
+        print(f"tpllm: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return EXIT_USER_ERROR
+
+
+def _global_options() -> Parser:
+    """Options that may stand anywhere."""
+    parser = Parser(prog="tpllm", add_help=False, allow_abbrev=False)
+    parser.add_argument("--cpu-devices", type=int, metavar="N", help="make N virtual CPU devices, to try meshes without any other device")
+    parser.add_argument("--verbose", action="store_true", help="say more on standard error")
+    return parser
+
+
+def _parser(name: str | None, command: Any) -> Parser:
+    """The parser of all commands; only the one that runs is imported, and only it has its arguments."""
+    parser = Parser(prog="tpllm", description="Language-model inference on JAX/XLA.", parents=[_global_options()], allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=f"tpllm {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for other, text in COMMANDS.items():
+        subparser = commands.add_parser(other, help=text, description=(command.__doc__ if other == name else text), allow_abbrev=False,
+                                        formatter_class=argparse.RawDescriptionHelpFormatter)
+        if other == name:
+            command.add_arguments(subparser)
+    return parser
+
+
+def _set_cpu_devices(count: int) -> None:
+    from tpllm.errors import ConfigError
+    if not 1 <= count <= 1024:
+        raise ConfigError(f"--cpu-devices is {count}; it must be from 1 to 1024")
+    import jax
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", count)
+
+
+def _log_to_stderr(*, is_verbose: bool) -> None:
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("tpllm: %(levelname)s: %(message)s"))
+    logger = logging.getLogger("tpllm")
+    logger.handlers[:] = [handler]
+    logger.setLevel(logging.INFO if is_verbose else logging.WARNING)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

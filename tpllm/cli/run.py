@@ -1,0 +1,36 @@
+"""Run a batch job, or go on with one that was interrupted.
+
+Any key of the job file can be set on the command line, after the file:
+  tpllm run JOB.yaml --sampling.max-tokens 32 --output out/other
+
+Paths in the file are relative to the working directory. A job that is stopped, even by kill -9 or a loss of power, goes on where it was
+when the same command is given again.
+"""
+import argparse
+import sys
+from collections.abc import Callable
+from typing import Any
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    parser.add_argument("job", metavar="JOB.yaml", help="the job file")
+    parser.add_argument("overrides", nargs=argparse.REMAINDER, metavar="--KEY VALUE", help="set a key of the job file, as in --model demo")
+
+
+def run(args: argparse.Namespace, *, make_llm: Callable[..., Any] | None) -> int:
+    """Run the command; returns the exit code."""
+    from tpllm.jobs.config import load_job
+    from tpllm.jobs.runner import run_job
+    from tpllm.jobs.signals import StopRequested
+    try:
+        result = run_job(load_job(args.job, args.overrides), make_llm=make_llm)
+    except StopRequested as stop:
+        return 128 + stop.number
+    if result.signal is not None and not result.is_complete:
+        print(f"tpllm: stopped with {result.num_done} of {result.num_rows} rows finished; give the same command again to go on", file=sys.stderr)
+        return 128 + result.signal
+    new = f"{result.num_new} new" if result.num_new else "nothing was left to do"
+    failed = f"; {result.num_errors} failed: see {result.output}/part-*.errors.jsonl" if result.num_errors else ""
+    print(f"tpllm: complete: {result.num_rows} rows in {result.output} ({new}){failed}", file=sys.stderr)
+    return 0

@@ -1,0 +1,55 @@
+"""Packing sequences into the padded arrays that the device programs take."""
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from tpllm.engine.programs import PrefillChunk
+from tpllm.engine.request import Sequence as RowSequence
+from tpllm.engine.scheduler import PrefillPlan
+from tpllm.model.sampling import SamplingRows
+
+
+def pack_prefill(plan: PrefillPlan, *, num_slots: int, num_groups: int, eos_ids: Iterable[int], num_stop_ids: int) -> PrefillChunk:
+    """One chunk a data group; groups without one are padded."""
+    rows_per_group = num_slots // num_groups
+    by_group: list[tuple[RowSequence, int] | None] = [None] * num_groups
+    for sequence, start in plan.rows:
+        by_group[sequence.slot // rows_per_group] = (sequence, start)
+    sequences = [row and row[0] for row in by_group]
+    tokens, positions, targets = (np.full((num_groups, plan.bucket), fill, np.int32) for fill in (0, -1, -1))
+    last = np.full(num_groups, -1, np.int32)
+    for group, row in enumerate(by_group):
+        if row is None:
+            continue
+        (sequence, start), prompt = row, row[0].request.output.prompt_token_ids
+        count = min(plan.bucket, len(prompt) - start)
+        tokens[group, :count] = prompt[start:start + count]
+        positions[group, :count] = np.arange(start, start + count)
+        following = prompt[start + 1:start + count + 1]
+        targets[group, :len(following)] = following
+        if start + count == len(prompt):
+            last[group] = count - 1
+
+    def ints(value, default):
+        return np.array([default if sequence is None else value(sequence) for sequence in sequences], np.int32)
+    return PrefillChunk(
+        tokens=tokens, positions=positions, targets=targets, row=ints(lambda s: s.slot % rows_per_group, 0), slot=ints(lambda s: s.slot, num_slots),
+        last=last, remaining=ints(lambda s: s.max_new_tokens, 0), prompt_len=ints(lambda s: s.prompt_len, 1),
+        sampling=_pack_sampling(sequences, eos_ids, num_stop_ids),
+        num_prompt_logprobs=ints(lambda s: -1 if s.request.params.prompt_logprobs is None else s.request.params.prompt_logprobs, -1))
+
+
+def _pack_sampling(sequences: Sequence[RowSequence | None], eos_ids: Iterable[int], num_stop_ids: int) -> SamplingRows:
+    def pack(value, default, dtype):
+        return np.array([default if sequence is None else value(sequence, sequence.request.params) for sequence in sequences], dtype)
+
+    def stops(sequence, params):
+        ids = sorted({*params.stop_token_ids, *(() if params.ignore_eos else eos_ids)})
+        return ids + [-1] * (num_stop_ids - len(ids))
+    return SamplingRows(
+        temperature=pack(lambda _, p: p.temperature, 0, np.float32), top_k=pack(lambda _, p: max(p.top_k, 0), 0, np.int32),
+        top_p=pack(lambda _, p: p.top_p, 1, np.float32), min_p=pack(lambda _, p: p.min_p, 0, np.float32),
+        seed=pack(lambda s, _: (s.request.seed >> 32, s.request.seed & 0xFFFFFFFF), (0, 0), np.uint32),
+        sample_index=pack(lambda s, _: s.completion.index, 0, np.uint32), stop_ids=pack(stops, [-1] * num_stop_ids, np.int32),
+        stop_from=pack(lambda s, p: s.prompt_len + p.min_tokens, 0, np.int32),
+        num_logprobs=pack(lambda _, p: -1 if p.logprobs is None else p.logprobs, -1, np.int32))

@@ -1,0 +1,47 @@
+"""The forms a prompt may have, and their token ids."""
+from collections.abc import Mapping
+from typing import Any
+
+from tpllm.errors import PromptError, TokenizerError
+from tpllm.tokenizer import Tokenizer
+
+Prompt = str | Mapping[str, Any]
+Messages = list[dict[str, Any]]
+
+
+def encode_prompt(prompt: Prompt, tokenizer: Tokenizer | None) -> dict[str, Any]:
+    """A prompt's text, where it has one, and its token ids.
+
+    Args:
+        prompt: text, ``{"prompt": text}``, ``{"prompt_token_ids": [...]}`` or ``{"messages": [...], "template_kwargs": {...}}``.
+        tokenizer: None serves token ids only.
+
+    Returns:
+        ``{"prompt": text or None, "prompt_token_ids": [...]}``, itself a valid prompt.
+
+    Raises:
+        PromptError: another form, or no text.
+        TokenizerError: text without a tokenizer, or a chat that the template refuses.
+    """
+    prompt = {"prompt": prompt} if isinstance(prompt, str) else prompt
+    if not isinstance(prompt, Mapping):
+        raise PromptError(f"a prompt is {prompt!r}; give text, {{'prompt': ...}}, {{'prompt_token_ids': [...]}} or {{'messages': [...]}}")
+    if "prompt_token_ids" in prompt:
+        return {"prompt": prompt.get("prompt"), "prompt_token_ids": _ids(prompt["prompt_token_ids"])}
+    if tokenizer is None:
+        raise TokenizerError("this model has no tokenizer; give the prompt as {'prompt_token_ids': [...]}")
+    if "messages" in prompt:
+        return {"prompt": None, "prompt_token_ids": tokenizer.encode_chat(prompt["messages"], template_kwargs=prompt.get("template_kwargs"))}
+    text = prompt.get("prompt")
+    if not isinstance(text, str):
+        raise PromptError(f"a prompt is {text!r}; it must be text")
+    if not text:
+        raise PromptError("the prompt is empty; give at least one character")
+    return {"prompt": text, "prompt_token_ids": tokenizer.encode(text)}
+
+
+def _ids(ids: Any) -> list[int]:
+    try:
+        return [int(token) if hasattr(token, "__index__") else token for token in ids]
+    except TypeError:
+        raise PromptError(f"prompt_token_ids is {ids!r}; give a list of token ids") from None

@@ -1,0 +1,74 @@
+"""The static sizes of the engine's device programs."""
+import dataclasses
+import logging
+
+from tpllm.errors import ConfigError
+from tpllm.model.config import ModelConfig
+
+log = logging.getLogger("tpllm")
+
+MIN_BUCKET = 16
+DEFAULT_CONTEXT = 4096
+DEFAULT_SEQS, DEFAULT_SEQS_CPU = 32, 8
+DEFAULT_CHUNK, DEFAULT_CHUNK_CPU = 512, 128
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineShapes:
+    """The static sizes of the device programs.
+
+    Attributes:
+        max_num_seqs: slots; decode always computes this many rows, or fewer where results may depend on it.
+        max_model_len: tokens a row can hold, prompt and completion together.
+        prefill_chunk: most prompt tokens in one program, a power of two of at least 16.
+        is_batch_invariant: whether decode always runs at ``max_num_seqs`` rows, so that results do not depend on how many are busy.
+    """
+
+    max_num_seqs: int
+    max_model_len: int
+    prefill_chunk: int
+    is_batch_invariant: bool = True
+
+    def __post_init__(self):
+        for name in ("max_num_seqs", "max_model_len"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.prefill_chunk < MIN_BUCKET or self.prefill_chunk & (self.prefill_chunk - 1):
+            raise ConfigError(f"prefill_chunk_size is {self.prefill_chunk}; it must be a power of two of at least {MIN_BUCKET}")
+
+    @property
+    def buckets(self) -> tuple[int, ...]:
+        """Padded chunk lengths: powers of two up to ``prefill_chunk``."""
+        return tuple(2**i for i in range(MIN_BUCKET.bit_length() - 1, self.prefill_chunk.bit_length()))
+
+    @property
+    def cache_len(self) -> int:
+        """Positions of a cache row: whole chunks, so that a padded one never overhangs."""
+        return -(-self.max_model_len // self.prefill_chunk) * self.prefill_chunk
+
+    @property
+    def row_buckets(self) -> tuple[int, ...]:
+        """How many slots a decode may compute: all, or also the powers of two below where results may depend on it."""
+        if self.is_batch_invariant:
+            return (self.max_num_seqs,)
+        return (*(2**i for i in range((self.max_num_seqs - 1).bit_length())), self.max_num_seqs)
+
+
+def choose_shapes(config: ModelConfig, *, max_model_len: int | None, max_num_seqs: int | None, prefill_chunk_size: int | None,
+                  batch_invariant: bool) -> EngineShapes:
+    """The sizes a user asked for, with the defaults of the mesh's platform. They do not depend on how much memory happens to be free, so
+    that a job resumes under the sizes it began with.
+
+    Raises:
+        ConfigError: a context beyond the model's, or a size that cannot be.
+    """
+    is_cpu = config.partition.platform == "cpu"
+    if max_model_len is not None and max_model_len > config.max_position:
+        raise ConfigError(f"max_model_len is {max_model_len}; the model's context is {config.max_position}; use at most that")
+    if max_model_len is None and config.max_position > DEFAULT_CONTEXT:
+        log.info("max_model_len is %d of the model's %d; raise it for longer rows", DEFAULT_CONTEXT, config.max_position)
+    return EngineShapes(
+        max_num_seqs=(DEFAULT_SEQS_CPU if is_cpu else DEFAULT_SEQS) if max_num_seqs is None else max_num_seqs,
+        max_model_len=min(config.max_position, DEFAULT_CONTEXT) if max_model_len is None else max_model_len,
+        prefill_chunk=(DEFAULT_CHUNK_CPU if is_cpu else DEFAULT_CHUNK) if prefill_chunk_size is None else prefill_chunk_size,
+        is_batch_invariant=batch_invariant)

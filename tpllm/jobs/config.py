@@ -1,0 +1,169 @@
+"""The job file: what to run, on what, and where the results go.
+
+Paths in it are relative to the working directory, as on a command line, never to the file's own folder.
+"""
+import dataclasses
+import difflib
+import pathlib
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from tpllm.engine.sampling_params import SamplingParams
+from tpllm.errors import JobError, SamplingError
+from tpllm.jobs.yaml_file import parse_document, parse_value
+
+SAMPLING_KEYS = tuple(field.name for field in dataclasses.fields(SamplingParams))
+MAX_ROWS_PER_PART = 10_000_000
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class JobConfig:
+    """One batch job.
+
+    Attributes:
+        model: a folder, hub id or ``"demo"``.
+        input: a JSONL file of rows.
+        output: a folder for manifest, journal and parts; made if it is not there.
+        mesh: as :class:`tpllm.LLM` takes it: ``"auto"``, ``"tp=4"``, or a mapping.
+        dtype: of weights and activations.
+        seed: each row's own seed is derived from this and the row's place (:func:`tpllm.jobs.rows.row_seed`).
+        rows_per_part: input rows of one part file.
+        engine: further keyword arguments of :class:`tpllm.LLM`.
+        sampling: fields of :class:`tpllm.SamplingParams`; a row's own ``sampling`` goes before it, the model's defaults come after.
+        allow_environment_change: go on with a job that was begun under other versions, hardware, mesh or batch size.
+
+    Raises:
+        JobError: a value of the wrong type or out of its range.
+        SamplingError: a sampling value out of its range.
+    """
+
+    model: str
+    input: str
+    output: str
+    mesh: str | Mapping[str, int] = "auto"
+    dtype: str = "auto"
+    seed: int = 0
+    rows_per_part: int = 256
+    engine: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    sampling: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    allow_environment_change: bool = False
+
+    def __post_init__(self):
+        for key in ("model", "input", "output", "dtype"):
+            _check_type(key, getattr(self, key), str, "text")
+            if not getattr(self, key).strip():
+                raise JobError(f"{key} is empty; give a value")
+        _check_type("mesh", self.mesh, str | Mapping, "text such as 'auto' or 'tp=4', or a mapping such as {tp: 4}")
+        _check_type("seed", self.seed, int, "a whole number")
+        _check_type("rows_per_part", self.rows_per_part, int, "a whole number")
+        if not 1 <= self.rows_per_part <= MAX_ROWS_PER_PART:
+            raise JobError(f"rows_per_part is {self.rows_per_part}; it must be from 1 to {MAX_ROWS_PER_PART}")
+        if not -(2**63) <= self.seed < 2**64:
+            raise JobError(f"seed is {self.seed}; it must be a whole number of 64 bits")
+        _check_type("allow_environment_change", self.allow_environment_change, bool, "true or false")
+        for key in ("engine", "sampling"):
+            _check_type(key, getattr(self, key), Mapping, "a mapping")
+        check_keys(self.sampling, SAMPLING_KEYS, prefix="sampling.")
+        try:
+            SamplingParams(**self.sampling)
+        except SamplingError as error:
+            raise SamplingError(f"sampling: {error}") from None
+
+
+JOB_KEYS = tuple(field.name for field in dataclasses.fields(JobConfig))
+REQUIRED_KEYS = ("model", "input", "output")
+
+
+def load_job(path: str | pathlib.Path, overrides: Sequence[str] = ()) -> JobConfig:
+    """Read a job file.
+
+    Args:
+        path: a YAML file.
+        overrides: command-line words that set any key: ``["--sampling.max-tokens", "32", "--seed=7"]``.
+
+    Raises:
+        JobError: an unreadable file, an unknown key (the nearest known one is named), or a value of the wrong type.
+        SamplingError: a sampling value out of its range.
+    """
+    try:
+        text = pathlib.Path(path).read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise JobError(f"cannot read the job file {path}: {getattr(error, 'strerror', None) or error}") from None
+    data, lines = parse_document(text, str(path))
+    if not isinstance(data, dict):
+        raise JobError(f"{path}: a job file is a mapping with the keys {', '.join(JOB_KEYS)}")
+    check_keys(data, JOB_KEYS, name=str(path), lines=lines)
+    if isinstance(data.get("sampling"), dict):
+        check_keys(data["sampling"], SAMPLING_KEYS, prefix="sampling.", name=str(path), lines=lines)
+    data = {key: value for key, value in data.items() if value is not None or key in REQUIRED_KEYS}
+    for key_path, value in parse_overrides(overrides):
+        _set(data, key_path, value)
+    if missing := [key for key in REQUIRED_KEYS if data.get(key) is None]:
+        raise JobError(f"{path}: {' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing; "
+                       f"add '{missing[0]}: ...' or give --{missing[0]} ...")
+    try:
+        return JobConfig(**data)
+    except (JobError, SamplingError) as error:
+        raise type(error)(f"{path}: {error}") from None
+
+
+def parse_overrides(words: Sequence[str]) -> list[tuple[tuple[str, ...], Any]]:
+    """Command-line words as (key path, value) pairs; ``--a.b-c 1`` and ``--a.b_c=1`` are the same, and a lone ``--key`` is true.
+
+    Raises:
+        JobError: a word that is no ``--key``, or an unknown key; the nearest known one is named.
+    """
+    pairs, rest = [], list(words)
+    while rest:
+        word = rest.pop(0)
+        if not word.startswith("--") or len(word) == 2:
+            raise JobError(f"{word!r} is not an override; write --key value, as in --sampling.max-tokens 32")
+        flag, has_value, text = word[2:].partition("=")
+        key_path = tuple(part.replace("-", "_") for part in flag.split("."))
+        check_keys(key_path[:1], JOB_KEYS, flags=True)
+        if key_path[0] == "sampling" and len(key_path) > 1:
+            check_keys(key_path[1:2], SAMPLING_KEYS, prefix="sampling.", flags=True)
+        if not has_value:
+            is_lone = not rest or rest[0].startswith("--")
+            if is_lone and key_path != ("allow_environment_change",):
+                raise JobError(f"--{flag} has no value; write --{flag} VALUE")
+            text = "true" if is_lone else rest.pop(0)
+        is_text = key_path[0] in ("model", "input", "output", "dtype")
+        pairs.append((key_path, text if is_text else parse_value(text, f"--{flag}")))
+    return pairs
+
+
+def check_keys(keys: Iterable[str], known: Sequence[str], *, prefix: str = "", name: str = "", flags: bool = False,
+               lines: Mapping[tuple[str, ...], int] | None = None) -> None:
+    """Refuse keys that are not known.
+
+    Raises:
+        JobError: the first unknown key, with its line where ``lines`` has it, the nearest known key, and all known ones.
+    """
+    for key in keys:
+        if key in known:
+            continue
+        line = (lines or {}).get((*prefix.rstrip(".").split("."), str(key)) if prefix else (str(key),))
+        where = f"{name}{f' line {line}' if line else ''}: " if name else ""
+        near = difflib.get_close_matches(str(key), known, 1, 0.5)
+
+        def shown(key: str) -> str:
+            return "--" + (prefix + key).replace("_", "-") if flags else prefix + key
+        guess = f"did you mean {shown(near[0])!r}? " if near else ""
+        raise JobError(f"{where}unknown key {shown(str(key))!r}; {guess}known: {', '.join(known)}")
+
+
+def _set(data: dict[str, Any], key_path: tuple[str, ...], value: Any) -> None:
+    for key in key_path[:-1]:
+        inner = data.get(key)
+        if inner is not None and not isinstance(inner, dict):
+            raise JobError(f"--{'.'.join(key_path)}: {key} is {inner!r}, which has no keys below it")
+        if inner is None:
+            data[key] = {}
+        data = data[key]
+    data[key_path[-1]] = value
+
+
+def _check_type(key: str, value: object, wanted: Any, text: str) -> None:
+    if not isinstance(value, wanted) or (isinstance(value, bool) and wanted is not bool):
+        raise JobError(f"{key} is {value!r}; it must be {text}")

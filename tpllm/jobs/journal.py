@@ -1,0 +1,200 @@
+"""The journal: every finished row of a part that is not committed yet, appended to that part's own file.
+
+A line is ``crc32 row kind payload``, the checksum in eight hex digits over all that follows it, ``kind`` ``row`` or ``error``, and the payload
+the line that the part will hold. A process that dies leaves whole lines and at most one torn one; a machine that loses power leaves at least
+what was synced. So recovery keeps every line whose checksum holds and cuts off what follows the last of them.
+"""
+import contextlib
+import dataclasses
+import os
+import pathlib
+import re
+import threading
+import zlib
+from collections.abc import Iterator
+
+from tpllm.jobs.durable import Disk, writing_to
+
+RECORD = re.compile(rb"(?P<checksum>[0-9a-f]{8}) (?P<index>\d+) (?P<kind>row|error) (?P<payload>[^\n]*)\n")
+JOURNAL_NAME = re.compile(r"journal-(\d{5,})\.jsonl")
+
+
+@dataclasses.dataclass(frozen=True)
+class FinishedRow:
+    """One row as its part will hold it.
+
+    Attributes:
+        index: its place in the input, from 0.
+        is_error: whether it belongs in the part's errors file.
+        line: one JSON object in UTF-8, without a newline.
+    """
+
+    index: int
+    is_error: bool
+    line: bytes
+
+
+def encode(row: FinishedRow) -> bytes:
+    """A row as a line of the journal."""
+    body = b"%d %s %s" % (row.index, b"error" if row.is_error else b"row", row.line)
+    return b"%08x %s\n" % (zlib.crc32(body), body)
+
+
+def decode(line: bytes) -> FinishedRow | None:
+    """The row of a journal line, or None where the line is torn or damaged."""
+    parts = RECORD.fullmatch(line)
+    if parts is None or parts["checksum"] != b"%08x" % zlib.crc32(line[9:-1]):
+        return None
+    return FinishedRow(int(parts["index"]), parts["kind"] == b"error", parts["payload"])
+
+
+@dataclasses.dataclass
+class _PartFile:
+    """One part's journal: the open file, its length, where each row lies in it, and whether some of it is not synced."""
+
+    fd: int
+    num_bytes: int
+    spans: dict[int, tuple[int, int]]
+    is_dirty: bool
+
+
+class Journal:
+    """The journals of all parts that are not committed. Safe to use from several threads."""
+
+    def __init__(self, folder: pathlib.Path, disk: Disk, *, sync_interval_s: float = 0.5):
+        """Open the journals of ``folder``.
+
+        Args:
+            folder: the job's output.
+            disk: how to write.
+            sync_interval_s: the longest a finished row stays unsynced; 0 syncs each one at once, without a thread.
+        """
+        self.num_damaged = 0
+        self._folder, self._disk, self._interval_s = folder, disk, sync_interval_s
+        self._files: dict[int, _PartFile] = {}
+        self._lock = threading.RLock()
+        self._has_new_names = False
+        self._failure: BaseException | None = None
+        self._is_closed = threading.Event()
+        with writing_to(folder):
+            for path in sorted(folder.iterdir()):
+                if match := JOURNAL_NAME.fullmatch(path.name):
+                    self._files[int(match[1])] = self._recover(path)
+                    self._has_new_names = True
+        self._thread = threading.Thread(target=self._sync_regularly, name="tpllm-journal", daemon=True) if sync_interval_s else None
+        if self._thread:
+            self._thread.start()
+
+    def _recover(self, path: pathlib.Path) -> _PartFile:
+        spans: dict[int, tuple[int, int]] = {}
+        num_bytes = end = 0
+        with path.open("rb") as lines:
+            for line in lines:
+                row = decode(line)
+                if row is not None:
+                    spans[row.index] = (end, len(line))
+                    num_bytes = end + len(line)
+                else:
+                    self.num_damaged += 1
+                end += len(line)
+        fd = self._disk.create(path)
+        if num_bytes < end:
+            self._disk.truncate(fd, num_bytes)
+        return _PartFile(fd, num_bytes, spans, is_dirty=True)
+
+    @property
+    def parts(self) -> list[int]:
+        """The parts that have a journal, in order."""
+        return sorted(self._files)
+
+    def rows(self, part: int) -> set[int]:
+        """The rows that a part's journal holds."""
+        file = self._files.get(part)
+        return set(file.spans) if file else set()
+
+    def append(self, part: int, row: FinishedRow) -> None:
+        """Write one finished row.
+
+        Raises:
+            JobError: the disk refuses it, or refused an earlier sync.
+        """
+        line = encode(row)
+        with self._lock, writing_to(self._folder):
+            if self._failure is not None:
+                raise self._failure
+            file = self._files.get(part)
+            if file is None:
+                file = self._files[part] = _PartFile(self._disk.create(self._path(part)), 0, {}, is_dirty=True)
+                self._has_new_names = True
+            self._disk.append(file.fd, line)
+            file.spans[row.index] = (file.num_bytes, len(line))
+            file.num_bytes += len(line)
+            file.is_dirty = True
+            if not self._interval_s:
+                self._sync()
+
+    def sync(self) -> None:
+        """Wait until every row appended so far is on the device."""
+        with self._lock, writing_to(self._folder):
+            self._sync()
+
+    def read(self, part: int) -> Iterator[FinishedRow]:
+        """A part's rows in input order."""
+        file = self._files.get(part)
+        for index in sorted(file.spans) if file else ():
+            start, num_bytes = file.spans[index]
+            row = decode(os.pread(file.fd, num_bytes, start))
+            assert row is not None, f"row {index} of {self._path(part)} changed while the job ran"
+            assert row.index == index
+            yield row
+
+    def discard(self, part: int) -> None:
+        """Forget a part, once it is committed."""
+        with self._lock, writing_to(self._folder):
+            file = self._files.pop(part, None)
+            if file is not None:
+                os.close(file.fd)
+                self._disk.remove(self._path(part))
+
+    def close(self) -> None:
+        """Sync what is there and close the files; harmless when repeated."""
+        self._is_closed.set()
+        if self._thread:
+            self._thread.join()
+        try:
+            self.sync()
+        finally:
+            for file in self._files.values():
+                os.close(file.fd)
+            self._files.clear()
+
+    def _path(self, part: int) -> pathlib.Path:
+        return self._folder / f"journal-{part:05d}.jsonl"
+
+    def _sync(self) -> None:
+        for file in self._files.values():
+            if file.is_dirty:
+                self._disk.sync(file.fd)
+                file.is_dirty = False
+        if self._has_new_names:
+            self._disk.sync_folder(self._folder)
+            self._has_new_names = False
+
+    def _sync_regularly(self) -> None:
+        while not self._is_closed.wait(self._interval_s):
+            with self._lock:
+                try:
+                    self._sync()
+                except OSError as error:  # raised to the job at its next row
+                    self._failure = error
+                    return
+
+
+@contextlib.contextmanager
+def opened_journal(folder: pathlib.Path, disk: Disk, *, sync_interval_s: float) -> Iterator[Journal]:
+    """A journal that is synced and closed at the end, whatever ends it."""
+    journal = Journal(folder, disk, sync_interval_s=sync_interval_s)
+    try:
+        yield journal
+    finally:
+        journal.close()

@@ -1,0 +1,98 @@
+"""The manifest: what a job is and under what it ran, so that a rerun can tell whether it is the same job."""
+import dataclasses
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from tpllm.errors import JobError
+from tpllm.jobs.config import JobConfig
+from tpllm.jobs.source import InputSummary
+
+FORMAT_VERSION = 1
+ABSENT = "(absent)"
+# What may differ with ``allow_environment_change``: it changes where and how fast a job runs, and results only in their last bits.
+ENVIRONMENT_KEYS = ("job.mesh", "job.engine.max_num_seqs", "environment")
+
+
+def job_section(job: JobConfig, summary: InputSummary) -> dict[str, Any]:
+    """The part of the manifest that is known before a model is loaded."""
+    settings = {field.name: getattr(job, field.name) for field in dataclasses.fields(job)
+                if field.name not in ("input", "output", "allow_environment_change")}
+    return _as_json({"format": FORMAT_VERSION, "job": settings, "input": dataclasses.asdict(summary)})
+
+
+def model_section(fingerprint: Mapping[str, Any], default_sampling: Mapping[str, Any], version: str) -> dict[str, Any]:
+    """The part that the loaded model gives.
+
+    Args:
+        fingerprint: of the engine: the model's files under ``"model"``; every other key is part of the environment.
+        default_sampling: the model's own defaults, which complete the job's.
+        version: of this package.
+    """
+    environment = {key: value for key, value in fingerprint.items() if key not in ("model", "environment")}
+    environment.update(fingerprint.get("environment", {}))
+    return _as_json({"model": fingerprint.get("model"), "default_sampling": dict(default_sampling),
+                     "environment": {"tpllm": version, **environment}})
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+    """Every (dotted key, old value, new value) at which the sections of ``new`` differ from ``old``; sections that only ``old`` has are
+    not compared."""
+    found: list[tuple[str, Any, Any]] = []
+    for section in new:
+        _compare(section, old.get(section, ABSENT), new[section], found)
+    return found
+
+
+def refuse_changes(old: Mapping[str, Any], new: Mapping[str, Any], *, output: str, is_environment_free: bool) -> list[tuple[str, Any, Any]]:
+    """Compare a job with the one that an output folder belongs to.
+
+    Args:
+        old: the folder's manifest.
+        new: sections of this job's.
+        output: the folder, for the error.
+        is_environment_free: whether a changed environment is allowed.
+
+    Returns:
+        The allowed differences.
+
+    Raises:
+        JobError: a difference that is not allowed, with key, old and new value.
+    """
+    changes = differences(old, new)
+    environment = [change for change in changes if is_environment(change[0])]
+    job = [change for change in changes if not is_environment(change[0])]
+    if job:
+        raise JobError(f"the output folder {output} belongs to another job: {_shown(job)}; give this job another output, or change it back")
+    if environment and not is_environment_free:
+        raise JobError(f"the job in {output} was begun in another environment: {_shown(environment)}; tokens could differ in rare cases: "
+                       "run it where it was begun, or allow it with --allow-environment-change")
+    return environment
+
+
+def is_environment(key: str) -> bool:
+    """Whether a dotted key of the manifest tells of the environment, not of the job."""
+    return any(key == name or key.startswith(name + ".") for name in ENVIRONMENT_KEYS)
+
+
+def _as_json(section: dict[str, Any]) -> dict[str, Any]:
+    """What the section will be when it is read back, so that the two compare equal."""
+    return json.loads(json.dumps(section, default=str))
+
+
+def _compare(key: str, old: Any, new: Any, found: list[tuple[str, Any, Any]]) -> None:
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        for inner in sorted({*old, *new}):
+            _compare(f"{key}.{inner}", old.get(inner, ABSENT), new.get(inner, ABSENT), found)
+    elif old != new:
+        found.append((key, old, new))
+
+
+def _shown(changes: list[tuple[str, Any, Any]]) -> str:
+    shown = [f"{key.removeprefix('job.')} was {_text(old)} and is now {_text(new)}" for key, old, new in changes[:5]]
+    return "; ".join(shown) + (f"; and {len(changes) - 5} more" if len(changes) > 5 else "")
+
+
+def _text(value: Any) -> str:
+    text = value if value == ABSENT else repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."

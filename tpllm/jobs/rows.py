@@ -1,0 +1,154 @@
+"""From a line of input to a request."""
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from tpllm.engine.sampling_params import SamplingParams
+from tpllm.errors import JobError, SamplingError
+from tpllm.jobs.config import SAMPLING_KEYS, check_keys
+from tpllm.jobs.source import RawRow
+
+SEED_BYTES = 8
+
+
+class RowError(ValueError):
+    """A row that cannot be run; it becomes a line of the errors file."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One readable row.
+
+    Attributes:
+        raw: the row as it stands in the input.
+        fields: its keys and values.
+        custom_id: given, or the row number as text.
+    """
+
+    raw: RawRow
+    fields: Mapping[str, Any]
+    custom_id: str
+
+
+@dataclasses.dataclass(frozen=True)
+class RowRequest:
+    """What the engine is asked for one row."""
+
+    row: Row
+    prompt: str | Mapping[str, Any]
+    params: SamplingParams
+
+
+def row_seed(job_seed: int, index: int) -> int:
+    """The seed of one row: the first 8 bytes of BLAKE2b of ``"<job seed>:<row number>"``, little endian.
+
+    It depends on nothing else, so a row's tokens do not depend on its neighbours, the order, the parts or a resume.
+    """
+    digest = hashlib.blake2b(f"{job_seed}:{index}".encode(), digest_size=SEED_BYTES).digest()
+    return int.from_bytes(digest, "little")
+
+
+def read_row(raw: RawRow) -> Row:
+    """Parse one line.
+
+    Raises:
+        RowError: not UTF-8, not JSON, not an object, or a custom_id that is not text.
+    """
+    try:
+        fields = json.loads(raw.data.decode("utf-8"), parse_constant=_refuse_constant, parse_float=_finite)
+    except UnicodeDecodeError as error:
+        raise RowError(f"not UTF-8: {error.reason} at byte {error.start}") from None
+    except json.JSONDecodeError as error:
+        raise RowError(f"not JSON: {error.msg} at column {error.colno}") from None
+    except RecursionError:
+        raise RowError("not JSON: nested too deeply") from None
+    except ValueError as error:
+        raise RowError(f"not JSON: {error}") from None
+    if not isinstance(fields, dict):
+        raise RowError(f'the row is {_short(fields)}; it must be an object such as {{"prompt": "..."}}')
+    custom_id = fields.get("custom_id")
+    if custom_id is not None and not isinstance(custom_id, str):
+        raise RowError(f"custom_id is {_short(custom_id)}; it must be text")
+    return Row(raw, fields, str(raw.index) if custom_id is None else custom_id)
+
+
+def row_request(row: Row, *, job_seed: int, sampling: Mapping[str, Any]) -> RowRequest:
+    """What to ask the engine for a row.
+
+    Args:
+        row: a readable row.
+        job_seed: the job's seed; see :func:`row_seed`.
+        sampling: the job's sampling over the model's defaults. The row's own goes before it; a ``seed`` in either goes before the row's.
+
+    Raises:
+        RowError: no prompt, or one of the wrong type; an unknown sampling key or a value out of its range.
+    """
+    own = row.fields.get("sampling")
+    if own is not None and not isinstance(own, dict):
+        raise RowError(f"sampling is {_short(own)}; it must be an object such as {{\"temperature\": 0}}")
+    try:
+        check_keys(own or (), SAMPLING_KEYS, prefix="sampling.")
+        values = {**sampling, **(own or {})}
+        if values.get("seed") is None:
+            values["seed"] = row_seed(job_seed, row.raw.index)
+        params = SamplingParams(**values)
+    except SamplingError as error:
+        raise RowError(f"sampling: {error}") from None
+    except JobError as error:
+        raise RowError(str(error)) from None
+    return RowRequest(row, _prompt(row.fields), params)
+
+
+def _prompt(fields: Mapping[str, Any]) -> str | Mapping[str, Any]:
+    given = [key for key in ("prompt", "prompt_token_ids", "messages") if fields.get(key) is not None]
+    if not given and "body" in fields:
+        raise RowError('OpenAI batch rows are not supported yet; write {"prompt": ...} or {"messages": [...]}')
+    if len(given) != 1:
+        found = f"the row has {' and '.join(given)}" if given else f"the row has {', '.join(map(repr, fields)) or 'no keys'} and no prompt"
+        raise RowError(f"{found}; give exactly one of prompt, prompt_token_ids and messages")
+    _check_text(given[0], fields[given[0]])
+    if given[0] == "messages":
+        return _chat(fields)
+    if given[0] == "prompt" and isinstance(fields["prompt"], str):
+        return fields["prompt"]
+    ids = fields[given[0]]
+    if not isinstance(ids, list) or not all(isinstance(token, int) and not isinstance(token, bool) for token in ids):
+        raise RowError(f"{given[0]} is {_short(ids)}; it must be {'text or ' if given[0] == 'prompt' else ''}a list of token ids")
+    return {"prompt_token_ids": ids}
+
+
+def _chat(fields: Mapping[str, Any]) -> Mapping[str, Any]:
+    messages, template_kwargs = fields["messages"], fields.get("template_kwargs")
+    if not isinstance(messages, list) or not messages or not all(isinstance(message, dict) and isinstance(message.get("role"), str)
+                                                                for message in messages):
+        raise RowError(f'messages is {_short(messages)}; it must be a list such as [{{"role": "user", "content": "..."}}]')
+    if template_kwargs is None:
+        return {"messages": messages}
+    if not isinstance(template_kwargs, dict):
+        raise RowError(f"template_kwargs is {_short(template_kwargs)}; it must be an object")
+    return {"messages": messages, "template_kwargs": template_kwargs}
+
+
+def _check_text(key: str, value: object) -> None:
+    try:
+        json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError:
+        raise RowError(f"{key} holds half of a surrogate pair (\\ud800 to \\udfff), which is no character") from None
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON number")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if value in (float("inf"), float("-inf")):
+        raise ValueError(f"{text} is beyond the range of a 64-bit float")
+    return value
+
+
+def _short(value: object) -> str:
+    text = json.dumps(value, ensure_ascii=True)
+    return text if len(text) <= 60 else text[:57] + "..."

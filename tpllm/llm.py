@@ -1,0 +1,286 @@
+"""``LLM``: the facade that composes everything."""
+import dataclasses
+import gc
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, Literal
+
+from jax.sharding import Mesh
+
+from sharding_rules import Rules, mesh_text
+from tpllm.engine.engine import Engine
+from tpllm.engine.outputs import CompletionOutput, FinishReason, RequestMetrics, RequestOutput
+from tpllm.engine.prompts import Messages, Prompt, encode_prompt
+from tpllm.engine.request import Request
+from tpllm.engine.runner import Runner
+from tpllm.engine.sampling_params import SamplingParams
+from tpllm.engine.shapes import EngineShapes, choose_shapes
+from tpllm.environment import describe_environment, enable_compile_cache
+from tpllm.errors import ConfigError, TpllmError
+from tpllm.loading import choose_cache_dtype, load_weights, open_model
+from tpllm.model.config import ModelConfig
+from tpllm.model.kv_cache import cache_bytes_per_device
+from tpllm.model.params import DecoderParams
+from tpllm.progress import progress_bar
+from tpllm.tokenizer import Tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class CompletionDelta:
+    """What :meth:`LLM.stream` adds at a time.
+
+    Attributes:
+        index: which of the request's ``n``.
+        text: the new text, whole characters only; may be empty while a character is unfinished.
+        token_ids: the new tokens.
+        finish_reason: set with the last one.
+    """
+
+    index: int
+    text: str
+    token_ids: list[int]
+    finish_reason: FinishReason | None = None
+
+
+class LLM:
+    """A model, its KV cache and an engine over them.
+
+    Args:
+        model: a folder in Hugging Face layout, a hub id, or ``"demo"``.
+        mesh: ``"auto"`` (every local device on the tensor axis, as far as the heads allow), ``"tp=4"``, ``"dp=2,tp=4"``, a mapping, or a
+            ``jax.sharding.Mesh``.
+        rules: how logical axes map to mesh axes; by default tensor parallel over ``tp``, rows over ``dp``.
+        dtype: ``"auto"``, ``"float32"``, ``"bfloat16"``, ``"float16"``.
+        kv_cache_dtype: the same choices, for keys and values; ``"auto"`` follows ``dtype``.
+        max_model_len: tokens a row can hold, prompt and completion together; None for the model's context, at most 4096.
+        max_num_seqs: rows computed together; None for 8 on CPU and 32 elsewhere.
+        prefill_chunk_size: most prompt tokens computed at once, a power of two; None for 128 on CPU and 512 elsewhere.
+        batch_invariant: give a row the same tokens whatever shares its batch: decode always computes ``max_num_seqs`` rows. False computes
+            only as many as are busy.
+        seed: chooses the randomness of requests that bring no seed.
+        revision: of a hub id.
+
+    Raises:
+        TpllmError: a model that cannot be opened, or does not fit the memory or the mesh.
+        ValueError: a mesh that cannot be built.
+    """
+
+    def __init__(self, model: str, *, mesh: str | Mapping[str, int] | Mesh = "auto", rules: Rules | None = None, dtype: str = "auto",
+                 kv_cache_dtype: str = "auto", max_model_len: int | None = None, max_num_seqs: int | None = None,
+                 prefill_chunk_size: int | None = None, batch_invariant: bool = True, seed: int = 0, revision: str | None = None):
+        opened = open_model(model, mesh, rules=rules, dtype=dtype, revision=revision)
+        shapes = choose_shapes(opened.config, max_model_len=max_model_len, max_num_seqs=max_num_seqs, prefill_chunk_size=prefill_chunk_size,
+                               batch_invariant=batch_invariant)
+        cache_dtype = choose_cache_dtype(kv_cache_dtype, opened.dtype)
+        cache_bytes = cache_bytes_per_device(opened.config, shapes.max_num_seqs, shapes.cache_len, cache_dtype)
+        params = load_weights(opened, cache_bytes_per_device=cache_bytes)
+        self._start(opened.config, params, opened.tokenizer, shapes=shapes, cache_dtype=cache_dtype, seed=seed)
+        self._model_fingerprint = opened.checkpoint.fingerprint()
+
+    @classmethod
+    def from_params(cls, config: ModelConfig, params: DecoderParams, tokenizer: Tokenizer | None = None, *, kv_cache_dtype: str = "auto",
+                    max_model_len: int | None = None, max_num_seqs: int | None = None, prefill_chunk_size: int | None = None,
+                    batch_invariant: bool = True, seed: int = 0) -> "LLM":
+        """An engine over parameters that are already on their mesh, such as ``load_model`` or ``init_params`` gives.
+
+        Without a tokenizer prompts must be token ids, and outputs have no text.
+        """
+        if config.partition is None:
+            raise ConfigError("from_params needs a config that is fitted to a mesh; use fit_to_mesh(config, mesh, rules)")
+        enable_compile_cache()
+        llm = cls.__new__(cls)
+        shapes = choose_shapes(config, max_model_len=max_model_len, max_num_seqs=max_num_seqs, prefill_chunk_size=prefill_chunk_size,
+                               batch_invariant=batch_invariant)
+        llm._start(config, params, tokenizer, shapes=shapes, cache_dtype=choose_cache_dtype(kv_cache_dtype, params.embed.dtype), seed=seed)
+        llm._model_fingerprint = {}
+        return llm
+
+    def _start(self, config: ModelConfig, params: DecoderParams, tokenizer: Tokenizer | None, *, shapes: EngineShapes, cache_dtype,
+               seed: int) -> None:
+        self.config, self.shapes, self.seed, self._tokenizer = config, shapes, seed, tokenizer
+        runner = Runner(config, params, shapes=shapes, eos_ids=tokenizer.eos_token_ids if tokenizer else frozenset(), cache_dtype=cache_dtype)
+        self._engine: Engine | None = Engine(runner, tokenizer, seed=seed)
+
+    def generate(self, prompts: Prompt | Iterable[Prompt], sampling_params: SamplingParams | Iterable[SamplingParams] | None = None, *,
+                 show_progress: bool | None = None) -> list[RequestOutput]:
+        """Complete prompts.
+
+        Args:
+            prompts: one or many: text, ``{"prompt": ...}``, ``{"prompt_token_ids": [...]}`` or ``{"messages": [...]}``.
+            sampling_params: one for all, or one each; None takes the model's own defaults (``default_sampling``).
+            show_progress: a progress bar on standard error; None shows it for more than one prompt on a terminal.
+
+        Returns:
+            One output a prompt, in their order.
+
+        Raises:
+            PromptError, SamplingError: a prompt or parameter that cannot be used; nothing is generated then.
+        """
+        prompts = [prompts] if isinstance(prompts, str | Mapping) else list(prompts)
+        if sampling_params is not None and not isinstance(sampling_params, SamplingParams):
+            sampling_params = list(sampling_params)
+            if len(sampling_params) != len(prompts):
+                raise ConfigError(f"{len(prompts)} prompts but {len(sampling_params)} sampling_params; give one for all, or one each")
+        prompts = [encode_prompt(prompt, self._tokenizer) for prompt in prompts]
+        outputs: list[RequestOutput | None] = [None] * len(prompts)
+        with progress_bar(len(prompts), is_shown=show_progress) as advance:
+            for output in self.generate_iter(prompts, sampling_params):
+                outputs[int(output.request_id)] = output
+                advance(output)
+        return outputs
+
+    def generate_iter(self, prompts: Iterable[Prompt], sampling_params: SamplingParams | Iterable[SamplingParams] | None = None, *,
+                      on_error: Literal["raise", "return"] = "raise") -> Iterator[RequestOutput]:
+        """Complete prompts, each given back as soon as it ends.
+
+        Prompts are read as slots become free, so their number does not matter for memory. Closing the iterator gives up what is running.
+
+        Args:
+            prompts, sampling_params: as for :meth:`generate`; any iterables.
+            on_error: ``"raise"``, or ``"return"`` to give back a bad prompt as an output whose ``finish_reason`` is ``"error"``.
+
+        Yields:
+            Outputs; ``request_id`` is the prompt's position, as text.
+        """
+        requests = enumerate(_with_params(prompts, self._default_params() if sampling_params is None else sampling_params))
+        running: dict[str, Request] = {}
+        is_exhausted = False
+        try:
+            while running or not is_exhausted:
+                while not is_exhausted and self._live_engine.num_waiting < self.shapes.max_num_seqs:
+                    index, (prompt, params) = next(requests, (None, (None, None)))
+                    if index is None:
+                        is_exhausted = True
+                        break
+                    try:
+                        running[str(index)] = self._submit(str(index), prompt, params)
+                    except TpllmError as error:
+                        if on_error == "raise":
+                            raise
+                        yield _failed_output(str(index), prompt, str(error))
+                self._live_engine.step()
+                for request_id in [request_id for request_id, request in running.items() if request.is_finished]:
+                    yield running.pop(request_id).output
+        finally:
+            for request in running.values():
+                if self._engine is not None:
+                    self._engine.abort(request)
+
+    def stream(self, prompt: Prompt | Messages, sampling_params: SamplingParams | None = None) -> Iterator[CompletionDelta]:
+        """Complete one prompt, or one chat, token by token.
+
+        Args:
+            prompt: as for :meth:`generate`, or a list of chat messages.
+            sampling_params: None takes the model's own defaults.
+
+        Yields:
+            The new text and tokens of one completion at a time.
+        """
+        prompt = {"messages": prompt} if isinstance(prompt, list) else prompt
+        request = self._submit("0", prompt, sampling_params or self._default_params())
+        seen = [(0, 0)] * len(request.sequences)
+        has_ended = [False] * len(request.sequences)
+        try:
+            while not all(has_ended):
+                self._live_engine.step(is_watched=True)
+                for index, completion in enumerate(request.output.outputs):
+                    num_tokens, num_chars = seen[index]
+                    if len(completion.token_ids) == num_tokens and (completion.finish_reason is None or has_ended[index]):
+                        continue
+                    if completion.finish_reason == "error":
+                        raise TpllmError(completion.error)
+                    has_ended[index] = completion.finish_reason is not None
+                    seen[index] = (len(completion.token_ids), len(completion.text))
+                    yield CompletionDelta(index, completion.text[num_chars:], completion.token_ids[num_tokens:], completion.finish_reason)
+        finally:
+            if self._engine is not None:
+                self._engine.abort(request)
+
+    def chat(self, messages: Messages | list[Messages], sampling_params: SamplingParams | None = None, *,
+             template_kwargs: Mapping[str, Any] | None = None, show_progress: bool | None = None) -> list[RequestOutput]:
+        """Answer one conversation or several, through the model's own chat template.
+
+        Args:
+            messages: a list of ``{"role": ..., "content": ...}``, or a list of such lists.
+            sampling_params: as for :meth:`generate`.
+            template_kwargs: more variables for the template, such as ``enable_thinking``.
+            show_progress: as for :meth:`generate`.
+        """
+        many = messages if messages and isinstance(messages[0], list) else [messages]
+        prompts = [{"messages": one, "template_kwargs": template_kwargs} for one in many]
+        return self.generate(prompts, sampling_params, show_progress=show_progress)
+
+    def warm_up(self, *, has_prompt_logprobs: bool = False) -> None:
+        """Compile every program now; afterwards nothing compiles."""
+        self._live_engine.runner.warm_up(has_prompt_logprobs=has_prompt_logprobs)
+
+    def close(self) -> None:
+        """Give the memory of parameters and cache back at once. Closing twice is fine."""
+        if self._engine is not None:
+            self._engine.runner.close()
+            self._engine = None
+            gc.collect()  # JAX gives buffers that it borrowed from numpy back only then
+
+    def __del__(self):
+        if not sys.is_finalizing():
+            self.__dict__.clear()
+            gc.collect()
+
+    def __enter__(self) -> "LLM":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    def get_tokenizer(self) -> Tokenizer:
+        """The model's tokenizer."""
+        if self._tokenizer is None:
+            raise ConfigError("this LLM has no tokenizer; pass one to from_params, or use token ids")
+        return self._tokenizer
+
+    @property
+    def params(self) -> DecoderParams:
+        """The parameters on the mesh."""
+        return self._live_engine.runner.params
+
+    @property
+    def default_sampling(self) -> dict[str, Any]:
+        """The sampling parameters that the model's generation_config.json recommends, as far as :class:`SamplingParams` has them."""
+        known = {field.name for field in dataclasses.fields(SamplingParams)}
+        recommended = self._tokenizer.default_sampling if self._tokenizer else {}
+        return {name: value for name, value in recommended.items() if name in known}
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Everything a result depends on besides the request: model, software, hardware, mesh and shapes. JSON-able."""
+        runner = self._live_engine.runner
+        device = self.config.partition.mesh.devices.flat[0]
+        return {"model": self._model_fingerprint, "environment": describe_environment(device.platform, device.device_kind),
+                "mesh": mesh_text(self.config.partition.mesh), "rules": dict(self.config.partition.rules.entries),
+                "shapes": dataclasses.asdict(self.shapes), "dtype": str(self.params.embed.dtype), "kv_cache_dtype": str(runner.cache_dtype),
+                "kernels": "xla"}
+
+    @property
+    def _live_engine(self) -> Engine:
+        if self._engine is None:
+            raise ConfigError("this LLM is closed; make a new one")
+        return self._engine
+
+    def _submit(self, request_id: str, prompt: Prompt, params: SamplingParams) -> Request:
+        encoded = encode_prompt(prompt, self._tokenizer)
+        return self._live_engine.add_request(request_id, encoded.get("prompt"), encoded["prompt_token_ids"], params)
+
+    def _default_params(self) -> SamplingParams:
+        return SamplingParams(**self.default_sampling)
+
+
+
+def _with_params(prompts: Iterable[Prompt], params: SamplingParams | Iterable[SamplingParams]) -> Iterator[tuple[Prompt, SamplingParams]]:
+    if isinstance(params, SamplingParams):
+        return ((prompt, params) for prompt in prompts)
+    return zip(prompts, params, strict=True)
+
+
+def _failed_output(request_id: str, prompt: Prompt, message: str) -> RequestOutput:
+    completion = CompletionOutput(index=0, finish_reason="error", error=message)
+    return RequestOutput(request_id=request_id, prompt=prompt if isinstance(prompt, str) else None, prompt_token_ids=[], outputs=[completion],
+                         metrics=RequestMetrics(arrival_time=0.0), finished=True)

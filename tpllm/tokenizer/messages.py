@@ -1,0 +1,95 @@
+"""The messages of a chat, checked and made of plain JSON values, which are all that a template gets to touch."""
+from collections.abc import Mapping
+
+from tpllm.errors import PromptError
+
+TEXT_PARTS = ("text", "input_text", "output_text")
+
+
+def checked_messages(messages: object) -> list[dict]:
+    """Messages as plain dicts; keys whose value is None are left out, as templates expect.
+
+    ``content`` stays a text, or becomes a list of ``{"type": "text", "text": ...}``.
+
+    Raises:
+        PromptError: not a list of messages; it names the index and the fix.
+    """
+    if not isinstance(messages, list | tuple):
+        raise PromptError(f"messages is a {type(messages).__name__}; give a list of {{'role': ..., 'content': ...}}")
+    if not messages:
+        raise PromptError("messages is empty; give at least one {'role': 'user', 'content': ...}")
+    return [_checked_message(message, f"messages[{index}]") for index, message in enumerate(messages)]
+
+
+def plain_value(value: object, where: str) -> object:
+    """A copy made of dict, list, str, int, float, bool and None only, so that a template meets no methods of other objects.
+
+    Raises:
+        PromptError: another type, or a text that UTF-8 cannot hold.
+    """
+    if value is None or isinstance(value, bool):
+        return value
+    if isinstance(value, str):
+        return checked_text(str.__str__(value), where)
+    if isinstance(value, int):
+        return int(value)
+    if isinstance(value, float):
+        return float(value)
+    if isinstance(value, Mapping):
+        return {plain_value(key, where): plain_value(item, f"{where}[{key!r}]") for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain_value(item, f"{where}[{index}]") for index, item in enumerate(value)]
+    raise PromptError(f"{where} is a {type(value).__name__}; use only what JSON can hold")
+
+
+def checked_text(text: object, where: str) -> str:
+    """The text itself.
+
+    Raises:
+        PromptError: not a text, or one that holds half of a surrogate pair.
+    """
+    if not isinstance(text, str):
+        raise PromptError(f"{where} is a {type(text).__name__}; it must be a text")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise PromptError(f"{where} holds the lone surrogate {text[error.start]!a} at character {error.start}; "
+                          "replace it, for instance by U+FFFD") from error
+    return text
+
+
+def joined_parts(message: dict) -> dict:
+    """The message with its text parts joined by newlines, for templates that take only texts."""
+    if not isinstance(message.get("content"), list):
+        return message
+    return {**message, "content": "\n".join(part["text"] for part in message["content"])}
+
+
+def _checked_message(message: object, where: str) -> dict:
+    if not isinstance(message, Mapping):
+        raise PromptError(f"{where} is a {type(message).__name__}; give a dict {{'role': ..., 'content': ...}}")
+    kept = {key: value for key, value in message.items() if value is not None}
+    if not isinstance(kept.get("role"), str) or not kept["role"]:
+        raise PromptError(f"{where} has the role {message.get('role')!r}; give a text such as 'user', 'assistant' or 'system'")
+    if "content" in kept:
+        kept["content"] = _checked_content(kept["content"], f"{where}['content']")
+    elif kept["role"] != "assistant" or not kept.get("tool_calls"):
+        raise PromptError(f"{where} has no content; give a text, or '' for none")
+    return plain_value(kept, where)
+
+
+def _checked_content(content: object, where: str) -> str | list[dict]:
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list | tuple):
+        raise PromptError(f"{where} is a {type(content).__name__}; it must be a text or a list of {{'type': 'text', 'text': ...}}")
+    return [_checked_part(part, f"{where}[{index}]") for index, part in enumerate(content)]
+
+
+def _checked_part(part: object, where: str) -> dict:
+    if isinstance(part, str):
+        return {"type": "text", "text": part}
+    if not isinstance(part, Mapping) or part.get("type") not in TEXT_PARTS:
+        kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
+        raise PromptError(f"{where} is of the type {kind!r}; only {{'type': 'text', 'text': ...}} is read")
+    return {"type": "text", "text": checked_text(part.get("text"), f"{where}['text']")}

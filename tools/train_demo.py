@@ -183,18 +183,21 @@ def read_model():
 def evaluate(num_windows: int, seed: int) -> float:
     """Mean nats a token on held-out text: windows of the whole context, BOS and EOS as targets not counted."""
     params, config = read_model()
-    stream = token_stream(Tokenizer.from_file(str(DEMO / "tokenizer.json")), documents(is_held_out=True))
-    length = config.max_position
     losses = jax.jit(lambda params, tokens: token_losses(params, tokens, config))
-    starts = np.random.default_rng(seed).permutation(np.arange(0, len(stream) - length - 1, length))[:num_windows]
     total, count = 0.0, 0
-    for start in starts:
-        tokens = stream[None, start:start + length + 1]
-        is_text = tokens[:, 1:] > EOS
-        total += float(np.where(is_text, losses(params, tokens), 0).sum())
-        count += int(is_text.sum())
-    print(f"held-out: {len(stream)} tokens, {count} measured: {total / count:.4f} nats a token, perplexity {math.exp(total / count):.2f}")
+    for tokens_T in held_out_windows(Tokenizer.from_file(str(DEMO / "tokenizer.json")), config.max_position, num_windows, seed):
+        is_text_T = tokens_T[1:] > EOS
+        total += float(np.where(is_text_T, losses(params, tokens_T[None])[0], 0).sum())
+        count += int(is_text_T.sum())
+    print(f"held-out: {count} tokens measured: {total / count:.4f} nats a token, perplexity {math.exp(total / count):.2f}")
     return total / count
+
+
+def held_out_windows(tokenizer: Tokenizer, length: int, num_windows: int, seed: int) -> list[np.ndarray]:
+    """Some of the held-out text's windows: ``length`` tokens to predict, after one that only conditions."""
+    stream = token_stream(tokenizer, documents(is_held_out=True))
+    starts = np.random.default_rng(seed).permutation(np.arange(0, len(stream) - length - 1, length))[:num_windows]
+    return [stream[start:start + length + 1] for start in starts]
 
 
 def main() -> None:

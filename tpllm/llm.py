@@ -122,6 +122,8 @@ class LLM:
             if len(sampling_params) != len(prompts):
                 raise ConfigError(f"{len(prompts)} prompts but {len(sampling_params)} sampling_params; give one for all, or one each")
         prompts = [encode_prompt(prompt, self._tokenizer) for prompt in prompts]
+        for prompt in prompts:
+            self._live_engine.check_prompt(prompt["prompt_token_ids"])
         outputs: list[RequestOutput | None] = [None] * len(prompts)
         with progress_bar(len(prompts), is_shown=show_progress) as advance:
             for output in self.generate_iter(prompts, sampling_params):

@@ -10,7 +10,7 @@ import pytest
 
 from tests.jobs.fake_llm import FakeLLM
 from tests.jobs.faulty_disk import MOMENTS, Death, FaultyDisk, PowerLossDisk, QuickDisk
-from tests.jobs.small_job import contents, rows_text
+from tests.jobs.small_job import all_errors, all_rows, contents, rows_text
 from tpllm.errors import JobError
 from tpllm.jobs.output import PART_NAME
 from tpllm.jobs.runner import run_job
@@ -100,3 +100,37 @@ def test_a_sync_that_fails_in_the_background_stops_the_job(make_job):
     job = make_job(rows_text(50), engine={"tick_s": 0.02}, rows_per_part=50)
     with pytest.raises(JobError, match="No space left"):
         run_job(job, make_llm=FakeLLM, disk=NoSync(), sync_interval_s=0.01)
+
+
+class FailsAtFirst(FakeLLM):
+    """Refuses some rows until ``is_healthy``, as an engine short of memory might."""
+
+    is_healthy = False
+
+    def _output(self, number, prompt, params):
+        if not self.is_healthy and number % 3 == 0:
+            return super()._output(number, "FAIL", params)
+        return super()._output(number, prompt, params)
+
+
+class Healthy(FailsAtFirst):
+    is_healthy = True
+
+
+@pytest.mark.parametrize("sync_interval_s", [0, 3600])
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_a_row_that_fails_in_one_run_only_is_still_there_exactly_once(make_job, moment, sync_interval_s):
+    for number in itertools.count():
+        job = make_job(rows_text(11), output=f"out-{number}")
+        folder, disk = pathlib.Path(job.output), PowerLossDisk(number, moment)
+        try:
+            run_job(job, make_llm=FailsAtFirst, disk=disk, sync_interval_s=sync_interval_s)
+        except Death:
+            disk.lose_power(folder)
+        assert run_job(job, make_llm=Healthy, disk=QuickDisk()).is_complete
+        ids = [row["custom_id"] for row in all_rows(folder) + all_errors(folder)]
+        assert sorted(ids) == sorted(f"id-{i}" if i % 3 == 1 else str(i) for i in range(11)), number
+        assert not list(folder.glob("*.tmp"))
+        if not disk.has_struck:
+            break
+    assert number > 15

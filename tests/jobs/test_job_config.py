@@ -1,5 +1,6 @@
 """A job file says exactly one thing, or is refused with the key, its line, and what to write instead."""
 import dataclasses
+import json
 
 import pytest
 
@@ -100,7 +101,6 @@ def test_every_sampling_parameter_is_a_key(load):
     names = [field.name for field in dataclasses.fields(SamplingParams)]
     defaults = dataclasses.asdict(SamplingParams())
     defaults["stop_token_ids"] = list(defaults["stop_token_ids"])
-    import json
     assert sorted(load(JOB + f"sampling: {json.dumps(defaults)}\n").sampling) == sorted(names)
 
 

@@ -1,4 +1,5 @@
 """The journal keeps every whole line and nothing else."""
+import inspect
 import threading
 import zlib
 
@@ -6,6 +7,7 @@ import pytest
 
 from tpllm.jobs.durable import Disk
 from tpllm.jobs.journal import FinishedRow, Journal, decode, encode, opened_journal
+from tpllm.jobs.runner import run_job
 
 ROWS = [FinishedRow(4, False, b'{"a": "\xc3\xa9"}'), FinishedRow(3, True, b'{"error": 1}'), FinishedRow(5, False, b"{}")]
 
@@ -103,8 +105,5 @@ def test_rows_are_synced_in_the_background_when_no_further_row_comes(tmp_path):
 
 
 def test_the_longest_wait_before_a_sync_is_under_a_second():
-    import inspect
-
-    from tpllm.jobs.runner import run_job
     assert inspect.signature(run_job).parameters["sync_interval_s"].default < 1
     assert inspect.signature(Journal).parameters["sync_interval_s"].default < 1

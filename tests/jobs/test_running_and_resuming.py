@@ -1,6 +1,7 @@
 """A folder belongs to one job, one process, and one environment; a rerun does only what is missing."""
 import dataclasses
 import json
+import os
 import pathlib
 
 import pytest
@@ -146,7 +147,6 @@ def test_an_output_that_cannot_be_made_is_refused(make_job, tmp_path, below):
 
 
 def test_an_output_that_may_not_be_written_is_refused(make_job, monkeypatch):
-    import os
     real = os.open
 
     def refusing(path, flags, *rest, **options):

@@ -36,7 +36,7 @@ def test_weights_and_prompt_are_those_the_file_was_made_with(name):
     assert model.prompt() == golden["prompt"].tolist()
 
 
-@pytest.mark.parametrize(("name", "tp"), every_model_on_every_mesh())
+@pytest.mark.parametrize(("name", "tp"), list(every_model_on_every_mesh()))
 def test_logits_and_greedy_tokens_are_those_of_transformers(name, tp):
     golden, model = load(name)
     params, config = model.on_mesh(tp)

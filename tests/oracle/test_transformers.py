@@ -6,7 +6,11 @@ import numpy as np
 import pytest
 from tiny_models import ARCHITECTURES, MODELS, NUM_STEPS, ROPE, cached_greedy, config_json
 
+from sharding_rules import TENSOR, make_mesh
+from tpllm.checkpoint.folder import open_checkpoint
+from tpllm.checkpoint.load import load_params
 from tpllm.families.registry import find_family
+from tpllm.model.partition import fit_to_mesh
 
 pytestmark = pytest.mark.oracle
 transformers_oracle = pytest.importorskip("transformers_oracle", reason="needs torch and transformers: pip install -e .[oracle]")
@@ -41,3 +45,19 @@ def test_what_transformers_5_saves_and_what_4_saved_read_as_the_same_model(famil
     assert "rope_scaling" not in saved
     assert saved["rope_parameters"]["rope_type"] == rope
     assert find_family(saved).config_from_hf(saved) == expected
+
+
+@pytest.mark.parametrize("name", ["llama-yarn", "mistral-linear", "qwen2-llama3", "qwen3-dynamic"])
+def test_a_folder_that_transformers_saved_loads_and_gives_its_tokens(name, tmp_path):
+    model, reference = clear_seed(name)
+    saved = transformers_oracle.build(model)
+    saved.config.architectures = model.hf["architectures"]
+    saved.save_pretrained(tmp_path, max_shard_size="40KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    checkpoint = open_checkpoint(tmp_path)
+    assert checkpoint.config == model.config
+    config = fit_to_mesh(checkpoint.config, make_mesh({"tp": 4}), TENSOR)
+    params = load_params(checkpoint, config, dtype="float32")
+    logits, tokens = cached_greedy(params, config, model.prompt(), num_steps=NUM_STEPS, prefill_chunk=16)
+    assert np.abs(logits - reference.logits).max() / reference.logits.std() <= 3e-4
+    assert tokens == reference.tokens

@@ -3,6 +3,7 @@ import argparse
 import importlib
 import logging
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
@@ -47,10 +48,10 @@ def main(argv: Sequence[str] | None = None, *, make_llm: Callable[..., Any] | No
             _set_cpu_devices(options.cpu_devices)
         return command.run(args, make_llm=make_llm)
     except KeyboardInterrupt:
-        return 130
+        return 128 + signal.SIGINT
     except BrokenPipeError:  # the reader of our output has gone; nothing more can be said to it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        return 128 + signal.SIGPIPE
     except ValueError as error:
         if type(error).__module__.partition(".")[0] not in OWN_PACKAGES:
             raise

@@ -36,7 +36,7 @@ class Engine:
         self.scheduler = Scheduler(runner.shapes.max_num_seqs, runner.num_groups, runner.shapes.buckets)
         self._in_flight: collections.deque[Dispatched] = collections.deque()
         self._num_requests = 0
-        self._step_seconds = 0.005  # of one decode step, a running average
+        self._step_seconds: float | None = None  # of one decode step, about
         self._last_read = 0.0
 
     def step(self, *, is_watched: bool = False) -> list[Request]:
@@ -61,7 +61,7 @@ class Engine:
         Raises:
             PromptError: an empty prompt, one that leaves no room in the context, or an id outside the vocabulary.
         """
-        self._check_prompt(prompt_token_ids)
+        self.check_prompt(prompt_token_ids)
         seed = self._choose_seed() if params.seed is None else params.seed % 2**64
         self._num_requests += 1
         request = new_request(request_id, prompt, list(prompt_token_ids), params=params, seed=seed,
@@ -71,6 +71,18 @@ class Engine:
         for sequence in request.sequences:
             self.scheduler.add(sequence)
         return request
+
+    def check_prompt(self, token_ids: list[int]) -> None:
+        """Raise ``PromptError`` for an empty prompt, one that leaves no room in the context, or an id outside the vocabulary."""
+        limit, vocab_size = self.runner.shapes.max_model_len, self.runner.config.vocab_size
+        if not token_ids:
+            raise PromptError("the prompt is empty; give at least one token")
+        if len(token_ids) >= limit:
+            raise PromptError(f"the prompt has {len(token_ids)} tokens, but the context holds {limit} and at least one must be generated; "
+                              f"shorten it to {limit - 1}, or raise max_model_len")
+        for token in token_ids:
+            if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < vocab_size:
+                raise PromptError(f"the prompt holds token id {token!r}; ids are whole numbers from 0 to {vocab_size - 1}")
 
     def abort(self, request: Request) -> None:
         """End a request now; what it has so far stays in its output."""
@@ -150,23 +162,15 @@ class Engine:
         return [sequence is not None and not sequence.is_prefilling for sequence in self.scheduler.slots]
 
     def _steps_at_once(self, seconds: float) -> int:
-        return int(np.clip(round(seconds / self._step_seconds), 1, MAX_STEPS))
+        return 1 if self._step_seconds is None else int(np.clip(round(seconds / self._step_seconds), 1, MAX_STEPS))
 
     def _measure(self, now: float, num_steps: int) -> None:
-        if num_steps and self._last_read:
-            self._step_seconds = 0.8 * self._step_seconds + 0.2 * (now - self._last_read) / num_steps
+        """Follow a faster step at once and a slower one gradually: a compile or a busy machine makes single ones slow."""
+        if num_steps:
+            latest = (now - self._last_read) / num_steps
+            known = latest if self._step_seconds is None else self._step_seconds
+            self._step_seconds = max(min(latest, 0.8 * known + 0.2 * latest), 1e-6)
 
     def _choose_seed(self) -> int:
         digest = hashlib.blake2b(f"{self.seed}:{self._num_requests}".encode(), digest_size=8).digest()
         return int.from_bytes(digest, "little")
-
-    def _check_prompt(self, token_ids: list[int]) -> None:
-        limit, vocab_size = self.runner.shapes.max_model_len, self.runner.config.vocab_size
-        if not token_ids:
-            raise PromptError("the prompt is empty; give at least one token")
-        if len(token_ids) >= limit:
-            raise PromptError(f"the prompt has {len(token_ids)} tokens, but the context holds {limit} and at least one must be generated; "
-                              f"shorten it to {limit - 1}, or raise max_model_len")
-        for token in token_ids:
-            if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < vocab_size:
-                raise PromptError(f"the prompt holds token id {token!r}; ids are whole numbers from 0 to {vocab_size - 1}")

@@ -70,7 +70,7 @@ class Ledger:
 
     def _commit(self, part: int) -> None:
         self._journal.sync()
-        self._folder.commit(part, self._journal.read(part))
+        self._folder.commit(part, lambda: self._journal.read(part))
         self._journal.discard(part)
         self._missing.pop(part, None)
 

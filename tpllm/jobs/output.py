@@ -10,7 +10,7 @@ import json
 import os
 import pathlib
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from tpllm.errors import JobError
@@ -59,19 +59,17 @@ class OutputFolder:
         with writing_to(self.path):
             write_whole(self._disk, self.path / MANIFEST, [text.encode()])
 
-    def commit(self, part: int, rows: Iterable[FinishedRow]) -> None:
+    def commit(self, part: int, read_rows: Callable[[], Iterable[FinishedRow]]) -> None:
         """Put a finished part in place.
 
         Args:
             part: its number.
-            rows: all its rows in input order.
+            read_rows: gives all its rows in input order; called more than once, so that they need not all be in memory.
         """
-        rows = list(rows)
-        errors = [row.line + b"\n" for row in rows if row.is_error]
         with writing_to(self.path):
-            if errors:
-                write_whole(self._disk, self.path / f"part-{part:05d}.errors.jsonl", errors)
-            write_whole(self._disk, self.path / f"part-{part:05d}.jsonl", (row.line + b"\n" for row in rows if not row.is_error))
+            if any(row.is_error for row in read_rows()):
+                write_whole(self._disk, self.path / f"part-{part:05d}.errors.jsonl", (row.line + b"\n" for row in read_rows() if row.is_error))
+            write_whole(self._disk, self.path / f"part-{part:05d}.jsonl", (row.line + b"\n" for row in read_rows() if not row.is_error))
         self.committed.add(part)
 
     def num_error_rows(self) -> int:

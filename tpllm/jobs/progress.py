@@ -1,4 +1,5 @@
 """How far a job is: a bar on a terminal, a plain line every few seconds elsewhere; on standard error."""
+import contextlib
 import sys
 import time
 from typing import TextIO
@@ -54,7 +55,8 @@ class Progress:
         return f"{self.num_tokens / max(time.monotonic() - self._started, 1e-9):.1f} tokens/s"
 
     def _say(self, text: str) -> None:
-        print(f"tpllm: {text}", file=self._stream, flush=True)
+        with contextlib.suppress(OSError):  # a job goes on when nobody reads its progress any more
+            print(f"tpllm: {text}", file=self._stream, flush=True)
 
     def _open_bar(self):
         from rich import progress

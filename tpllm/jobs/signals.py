@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 GRACE_S = 20.0
+LAST_RITES_S = 5.0
 
 
 class StopRequested(BaseException):
@@ -82,7 +83,7 @@ class StopSignals:
         self.check()
 
     def _end(self) -> None:
-        try:
-            self._last_rites()
-        finally:
-            os._exit(128 + self.number)
+        rites = threading.Thread(target=self._last_rites, daemon=True)  # the main thread may be stuck in the very lock that they need
+        rites.start()
+        rites.join(LAST_RITES_S)
+        os._exit(128 + self.number)

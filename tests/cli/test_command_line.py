@@ -1,0 +1,179 @@
+"""The command line: quick to start, and one line for every error of the user's."""
+import io
+import json
+import subprocess
+import sys
+import types
+
+import pytest
+
+from tests.jobs.fake_llm import FakeLLM
+from tests.jobs.small_job import all_rows, rows_text
+from tpllm import __version__
+from tpllm.cli.main import main
+
+
+@pytest.fixture
+def job_file(tmp_path, monkeypatch):
+    """A job file in the working directory, with paths relative to it."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows.jsonl").write_text(rows_text(5, bad=(2,)))
+    (tmp_path / "folder").mkdir()
+    path = tmp_path / "folder" / "job.yaml"
+    path.write_text("model: fake\ninput: rows.jsonl\noutput: out\n")
+    return str(path)
+
+
+def error_line(capsys) -> str:
+    """The one line on standard error."""
+    out, err = capsys.readouterr()
+    assert out == ""
+    line, = err.splitlines()
+    assert line.startswith("tpllm: error: ")
+    return line
+
+
+def exit_code(*words: str) -> int:
+    try:
+        return main(words, make_llm=FakeLLM)
+    except SystemExit as stop:
+        return stop.code
+
+
+def test_run_runs_a_job_and_says_where_its_rows_are(job_file, tmp_path, capsys):
+    assert exit_code("run", job_file) == 0
+    assert len(all_rows(tmp_path / "out")) == 4
+    assert "complete: 5 rows in out (5 new); 1 failed: see out/part-*.errors.jsonl" in capsys.readouterr().err
+    assert exit_code("run", job_file) == 0
+    assert "complete: 5 rows in out (nothing was left to do)" in capsys.readouterr().err
+
+
+def test_run_takes_overrides_of_any_key(job_file, tmp_path):
+    assert exit_code("run", job_file, "--sampling.max-tokens", "3", "--output=other", "--engine.max-num-seqs", "2") == 0
+    assert all(len(completion["token_ids"]) == 3 for row in all_rows(tmp_path / "other") for completion in row["outputs"])
+
+
+@pytest.mark.parametrize(("words", "message"), [
+    (["--sampling.max-tokns", "3"], "did you mean '--sampling.max-tokens'"),
+    (["--sampling.temperature", "-1"], "temperature is -1"),
+    (["--sampling.top-p", "1.5"], "top_p is 1.5"),
+    (["--sampling.n", "1000"], "n is 1000; it must be a whole number from 1 to 128"),
+    (["--sampling.logprobs", "99"], "logprobs is 99; it must be a whole number from 0 to 20"),
+    (["--engine.max-num-seq", "3"], "did you mean 'engine.max_num_seqs'"),
+    (["--input", "none.jsonl"], "cannot read the input none.jsonl"),
+    (["--output", "rows.jsonl"], "cannot write to the output folder rows.jsonl"),
+])
+def test_a_job_that_cannot_run_is_one_line_and_code_2(job_file, capsys, words, message):
+    assert exit_code("run", job_file, *words) == 2
+    assert message in error_line(capsys)
+
+
+def test_a_duplicate_custom_id_is_one_line_with_both_rows(job_file, tmp_path, capsys):
+    (tmp_path / "rows.jsonl").write_text('{"custom_id": "a", "prompt": "x"}\n{"custom_id": "a", "prompt": "y"}\n')
+    assert exit_code("run", job_file) == 2
+    assert "custom_id 'a' is on row 0 (line 1) and on row 1 (line 2)" in error_line(capsys)
+
+
+@pytest.mark.parametrize(("words", "message"), [
+    ([], "the following arguments are required: COMMAND"),
+    (["frobnicate"], "frobnicate"),
+    (["run"], "the following arguments are required: JOB.yaml"),
+    (["run", "none.yaml"], "cannot read the job file none.yaml"),
+    (["generate"], "--model"),
+    (["generate", "--model", "fake", "--prompt", "x", "--top-p", "0"], "top_p is 0"),
+    (["generate", "--model", "fake", "--prompt", "x", "--temperature", "hot"], "temperature is 'hot'"),
+    (["generate", "--model", "fake", "--n", "2"], "--n"),
+    (["--cpu-devices", "0", "inspect", "demo"], "--cpu-devices is 0"),
+    (["--cpu-devices", "many", "inspect", "demo"], "--cpu-devices"),
+    (["bench", "nothing"], "nothing"),
+])
+def test_a_command_that_cannot_run_is_one_line_and_code_2(capsys, words, message):
+    assert exit_code(*words) == 2
+    assert message in error_line(capsys)
+
+
+def test_generate_prints_the_text_of_the_prompt_it_is_given(capsys):
+    assert exit_code("generate", "--model", "fake", "--prompt", "a b", "--max-tokens", "7") == 0
+    assert capsys.readouterr().out == "[a b] max 7 t 0.5\n"
+
+
+def test_generate_takes_the_prompt_from_standard_input_without_its_last_line_break(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("one\ntwo\n"))
+    assert exit_code("generate", "--model", "fake", "--temperature", "0") == 0
+    assert capsys.readouterr().out == "[one\ntwo] max None t 0\n"
+
+
+def test_an_error_that_is_ours_is_not_hidden(job_file):
+    class Broken(FakeLLM):
+        def __init__(self, *_, max_num_seqs=4, **__):
+            raise ValueError("a fault of the program")
+    with pytest.raises(ValueError, match="a fault of the program"):
+        main(["run", job_file], make_llm=Broken)
+
+
+def test_bench_gives_its_words_to_the_benchmark(monkeypatch, capsys):
+    seen = []
+    bench = types.ModuleType("tpllm.bench.latency", "Latency.")
+    bench.add_arguments = lambda parser: parser.add_argument("--shape")
+    bench.run = lambda args: seen.append(args.shape)
+    monkeypatch.setitem(sys.modules, "tpllm.bench.latency", bench)
+    assert exit_code("bench", "latency", "--shape", "tinyllama-1.1b") == 0
+    assert seen == ["tinyllama-1.1b"]
+    assert exit_code("bench", "latency", "--shap") == 2
+    assert "shape" in error_line(capsys)
+
+
+@pytest.mark.parametrize("words", [["--help"], ["run", "--help"], ["generate", "--help"], ["inspect", "--help"], ["bench", "--help"], ["--version"]])
+def test_help_loads_no_jax(words):
+    script = f"import sys\nfrom tpllm.cli.main import main\ntry:\n main({words!r})\nexcept SystemExit as stop:\n assert stop.code == 0\n" \
+             "assert not {'jax', 'numpy', 'torch', 'rich'} & set(sys.modules)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert "usage: tpllm" in done.stdout or __version__ in done.stdout
+
+
+def test_inspect_as_json_counts_what_is_on_each_device(capsys):
+    reports = []
+    for mesh in ("tp=1", "tp=2"):
+        assert exit_code("inspect", "demo", "--mesh", mesh, "--json") == 0
+        reports.append(json.loads(capsys.readouterr().out))
+    one, two = reports
+    assert one["num_parameters"] * 4 == one["weight_bytes_per_device"]
+    assert one["config"] == two["config"]
+    for whole, half in zip(one["parameters"], two["parameters"], strict=True):
+        is_cut = "tp" in half["sharding"]
+        assert whole["bytes_per_device"] == half["bytes_per_device"] * (2 if is_cut else 1)
+        assert is_cut == any(axis in ("heads", "kv_heads", "mlp", "vocab") for axis in half["axes"])
+    config = one["config"]
+    kv_bytes = 2 * config["num_layers"] * config["num_kv_heads"] * config["head_dim"]
+    assert one["kv_bytes_per_token_per_device"] == {"float32": 4 * kv_bytes, "bfloat16": 2 * kv_bytes, "float16": 2 * kv_bytes}
+    assert two["kv_bytes_per_token_per_device"]["float32"] == 2 * kv_bytes
+
+
+def test_inspect_as_text_shows_one_line_for_all_layers_of_a_parameter(capsys):
+    assert exit_code("inspect", "demo", "--mesh", "tp=2") == 0
+    out = capsys.readouterr().out
+    line, = [line for line in out.splitlines() if line.startswith("layers.*.attn.q ")]
+    assert line.split()[-4:-1] == ["embed", "tp", "-"]
+    assert "mesh tp=2 (cpu)" in out
+    assert "KV cache: bytes a token a device:" in out
+
+
+@pytest.mark.parametrize(("words", "message"), [
+    (["none-such-folder"], "none-such-folder"),
+    (["demo", "--mesh", "tp=512"], "needs 512 devices"),
+    (["demo", "--mesh", "xy=2"], "unknown axis 'xy'"),
+    (["demo", "--dtype", "float8"], "dtype is 'float8'"),
+])
+def test_inspect_refuses_in_one_line(capsys, words, message):
+    assert exit_code("inspect", *words) == 2
+    assert message in error_line(capsys)
+
+
+def test_cpu_devices_makes_virtual_devices_for_a_mesh():
+    words = ["inspect", "demo", "--mesh", "tp=2", "--cpu-devices", "2"]
+    script = f"import sys\nfrom tpllm.cli.main import main\nsys.exit(main({words!r}))"
+    environment = {"PATH": "", "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert "mesh tp=2 (cpu)" in done.stdout

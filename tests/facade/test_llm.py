@@ -1,0 +1,141 @@
+"""The facade on the bundled demo model."""
+import dataclasses
+import subprocess
+import sys
+
+import jax
+import pytest
+from jax.sharding import Mesh
+
+import tpllm
+from sharding_rules import MeshError
+from tpllm import LLM, SamplingParams
+from tpllm.errors import ConfigError, PromptError, SamplingError, TpllmError
+
+GREEDY = SamplingParams(temperature=0, max_tokens=16)
+
+
+@pytest.fixture(scope="module")
+def llm():
+    with LLM("demo", mesh="tp=1", max_num_seqs=4, max_model_len=256) as llm:
+        yield llm
+
+
+def test_importing_tpllm_imports_nothing_heavy():
+    code = "import sys, tpllm; assert not {'jax', 'torch', 'transformers', 'flax'} & set(sys.modules)"
+    code += "; tpllm.LLM; assert not {'torch', 'transformers'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-W", "error", "-c", code], check=True)
+
+
+def test_the_facade_has_at_most_eight_names_and_each_is_there():
+    assert len(tpllm.__all__) <= 8
+    assert all(getattr(tpllm, name) is not None for name in tpllm.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = tpllm.nothing
+
+
+def test_text_is_what_the_tokens_decode_to(llm):
+    output = llm.generate("import os\n", GREEDY)[0]
+    assert output.prompt == "import os\n"
+    assert output.prompt_token_ids == llm.get_tokenizer().encode("import os\n")
+    assert output.outputs[0].text == llm.get_tokenizer().decode(output.outputs[0].token_ids)
+    assert output.outputs[0].text
+
+
+def test_streamed_text_joins_to_the_generated_text(llm):
+    params = SamplingParams(seed=3, max_tokens=40)
+    assert "".join(delta.text for delta in llm.stream("def f(x):\n", params)) == llm.generate("def f(x):\n", params)[0].outputs[0].text
+
+
+def test_a_stop_tokens_text_is_left_out_but_its_id_is_kept(llm):
+    free = llm.generate("import os\n", GREEDY)[0].outputs[0]
+    stop = free.token_ids[5]
+    ended = llm.generate("import os\n", dataclasses.replace(GREEDY, stop_token_ids=[stop]))[0].outputs[0]
+    assert ended.token_ids[-1] == stop
+    assert ended.text == llm.get_tokenizer().decode(ended.token_ids[:-1])
+
+
+def test_special_tokens_are_left_out_of_the_text_unless_asked_for(llm):
+    eos = min(llm.get_tokenizer().eos_token_ids)
+    many = [{"prompt_token_ids": llm.get_tokenizer().encode("x = 1\n")}] * 8
+    params = [SamplingParams(seed=seed, max_tokens=200, skip_special_tokens=False, ignore_eos=True, temperature=1.0) for seed in range(8)]
+    shown = llm.generate(many, params)
+    hidden = llm.generate(many, [dataclasses.replace(one, skip_special_tokens=True) for one in params])
+    assert any(eos in output.outputs[0].token_ids for output in shown), "the model has learnt to end documents"
+    for with_specials, without in zip(shown, hidden, strict=True):
+        assert with_specials.outputs[0].token_ids == without.outputs[0].token_ids
+        assert "<|eos|>" not in without.outputs[0].text
+        assert ("<|eos|>" in with_specials.outputs[0].text) == (eos in with_specials.outputs[0].token_ids)
+
+
+def test_without_parameters_the_models_own_defaults_are_used(llm):
+    assert llm.default_sampling == {"temperature": 0.8, "top_p": 0.95}
+    messages = [{"role": "user", "content": "hello"}]
+    output = llm.chat(messages, SamplingParams(**llm.default_sampling, seed=1, max_tokens=5))[0]
+    assert output.prompt_token_ids == llm.get_tokenizer().encode_chat(messages)
+    assert len(llm.chat([messages, messages], GREEDY)) == 2
+
+
+@pytest.mark.parametrize("mesh", ["tp=4", {"dp": 2, "tp": 2}, "auto"], ids=str)
+def test_every_way_to_name_a_mesh_gives_the_same_greedy_text(llm, mesh):
+    with LLM("demo", mesh=mesh, max_num_seqs=4, max_model_len=256) as other:
+        assert other.generate("import os\n", GREEDY)[0].outputs[0].text == llm.generate("import os\n", GREEDY)[0].outputs[0].text
+        assert other.config.partition.mesh.devices.size == (8 if mesh == "auto" else 4)
+
+
+def test_a_jax_mesh_with_a_tp_axis_alone_serves(llm):
+    mesh = Mesh(jax.devices()[:2], ("tp",))
+    with LLM("demo", mesh=mesh, max_num_seqs=4, max_model_len=256) as other:
+        assert other.generate("import os\n", GREEDY)[0].outputs[0].text == llm.generate("import os\n", GREEDY)[0].outputs[0].text
+
+
+def test_the_functional_layer_generates_what_the_engine_does(llm):
+    import jax.numpy as jnp
+
+    config, params, tokenizer = tpllm.load_model("demo", "tp=2")
+    ids = tokenizer.encode("import os\n")
+    cache = tpllm.init_cache(config, 1, 64)
+    step = jax.jit(tpllm.forward, static_argnums=4, donate_argnums=3)
+    tokens, position, drawn = jnp.array([ids]), 0, []
+    for _ in range(8):
+        positions = position + jnp.arange(tokens.shape[1])[None]
+        logits, cache = step(params, tokens, positions, cache, config)
+        position += tokens.shape[1]
+        tokens = jnp.argmax(logits[:, -1:], axis=-1)
+        drawn.append(int(tokens[0, 0]))
+    assert drawn == llm.generate("import os\n", GREEDY)[0].outputs[0].token_ids[:8]
+
+
+@pytest.mark.parametrize(("mesh", "error", "words"), [
+    ("tp=16", MeshError, "needs 16 devices but 8"), ("xp=2", MeshError, "unknown axis 'xp'"), ("tp=0", MeshError, "least is 1"),
+    ("tp=two", MeshError, "whole number"), ("tp=5", ValueError, "vocab|mlp"),
+])
+def test_a_mesh_that_cannot_be_is_refused(mesh, error, words):
+    with pytest.raises(error, match=words):
+        LLM("demo", mesh=mesh)
+
+
+@pytest.mark.parametrize(("options", "words"), [({"dtype": "int7"}, "int7"), ({"max_model_len": 2000}, "context is 1024")])
+def test_a_bad_option_is_refused_with_its_value(options, words):
+    with pytest.raises(ConfigError, match=words):
+        LLM("demo", mesh="tp=1", **options)
+
+
+@pytest.mark.parametrize("prompt", ["", {"prompt": ""}, {"prompt": 3}, {"messages": []}, ["fine", ""]], ids=str)
+def test_an_empty_or_malformed_prompt_is_refused_before_anything_runs(llm, prompt):
+    with pytest.raises(PromptError):
+        llm.generate(prompt, GREEDY)
+
+
+@pytest.mark.parametrize(("values", "words"), [
+    ({"temperature": -0.1}, "temperature is -0.1"), ({"temperature": float("nan")}, "nan"), ({"top_p": 0}, "top_p is 0"), ({"top_p": 1.5}, "at most 1"),
+    ({"n": 0}, "from 1 to 128"), ({"n": 129}, "from 1 to 128"), ({"logprobs": 21}, "from 0 to 20"), ({"prompt_logprobs": -1}, "from 0 to 20"),
+    ({"top_k": -2}, "top_k is -2"), ({"min_p": 2}, "min_p is 2"), ({"max_tokens": 0}, "max_tokens is 0"), ({"seed": 2**64}, "seed"),
+    ({"min_tokens": 5, "max_tokens": 4}, "min_tokens 5"), ({"stop_token_ids": "ab"}, "list of token ids"), ({"stop_token_ids": [-1]}, "-1"),
+    ({"stop_token_ids": list(range(65))}, "65 ids; the most is 64"), ({"n": True}, "True"), ({"temperature": "hot"}, "'hot'"),
+])
+def test_a_sampling_value_out_of_range_is_named_with_its_limits(values, words):
+    with pytest.raises(SamplingError, match=words) as caught:
+        SamplingParams(**values)
+    assert isinstance(caught.value, TpllmError)
+    assert isinstance(caught.value, ValueError)

@@ -1,0 +1,67 @@
+"""Progress is a bar on a terminal and plain lines elsewhere."""
+import io
+
+import pytest
+
+from tpllm.jobs import progress
+from tpllm.jobs.progress import Progress
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that a test sets."""
+    class Clock:
+        now = 0.0
+
+        def monotonic(self):
+            return self.now
+    clock = Clock()
+    monkeypatch.setattr(progress, "time", clock)
+    return clock
+
+
+def test_plain_lines_come_every_few_seconds_with_rows_rate_and_time_left(clock):
+    stream = io.StringIO()
+    shown = Progress(100, 10, stream)
+    for number in range(1, 11):
+        clock.now = float(number)
+        shown.advance(20, is_error=number == 3)
+    shown.close()
+    assert stream.getvalue().splitlines() == [
+        "tpllm: 100 rows, 10 finished before",
+        "tpllm: 15/100 rows, 1 failed, 20.0 tokens/s, 1:25 left",
+        "tpllm: 20/100 rows, 1 failed, 20.0 tokens/s, 1:20 left",
+        "tpllm: 20/100 rows, 1 failed, 20.0 tokens/s, 1:20 left",
+    ]
+
+
+def test_hours_are_shown_as_such(clock):
+    shown = Progress(2, 0, io.StringIO())
+    clock.now = 3725.0
+    shown.advance(0, is_error=False)
+    assert shown.line() == "1/2 rows, 0.0 tokens/s, 1:02:05 left"
+
+
+def test_a_terminal_gets_a_bar_with_rows_and_rate():
+    stream = Terminal()
+    shown = Progress(3, 1, stream)
+    shown.advance(5, is_error=False)
+    shown.advance(5, is_error=False)
+    shown.close()
+    assert "3/3" in stream.getvalue()
+    assert "tokens/s" in stream.getvalue()
+
+
+def test_a_job_goes_on_when_nobody_reads_its_progress():
+    class Gone(io.StringIO):
+        def write(self, text):
+            raise BrokenPipeError
+    shown = Progress(3, 0, Gone())
+    shown.advance(5, is_error=False)
+    shown.close()
+    assert shown.num_done == 1

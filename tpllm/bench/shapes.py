@@ -1,0 +1,64 @@
+"""Known model shapes, to measure on random weights: speed and memory depend on sizes, not on values."""
+import jax
+
+from sharding_rules import DATA_TENSOR
+from tpllm.checkpoint import check_memory, needed_bytes
+from tpllm.engine.shapes import choose_shapes
+from tpllm.environment import enable_compile_cache
+from tpllm.errors import ConfigError
+from tpllm.llm import LLM
+from tpllm.loading import choose_dtype, choose_mesh
+from tpllm.model.config import ModelConfig, RopeConfig
+from tpllm.model.kv_cache import cache_bytes_per_device
+from tpllm.model.params import init_params
+from tpllm.model.partition import fit_to_mesh
+
+LLAMA31_ROPE = RopeConfig(kind="llama3", theta=500000.0, factor=8.0, original_max_position=8192)
+SHAPES = {
+    "tiny": ModelConfig(vocab_size=512, hidden_size=128, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=32, intermediate_size=256,
+                        max_position=512),
+    "llama-160m": ModelConfig(vocab_size=32000, hidden_size=768, num_layers=12, num_heads=12, num_kv_heads=12, head_dim=64,
+                              intermediate_size=3072, max_position=2048),
+    "tinyllama-1.1b": ModelConfig(vocab_size=32000, hidden_size=2048, num_layers=22, num_heads=32, num_kv_heads=4, head_dim=64,
+                                  intermediate_size=5632, max_position=2048),
+    "mistral-7b": ModelConfig(vocab_size=32000, hidden_size=4096, num_layers=32, num_heads=32, num_kv_heads=8, head_dim=128,
+                              intermediate_size=14336, max_position=32768, layer_windows=(4096,) * 32),
+    "llama-3.1-8b": ModelConfig(vocab_size=128256, hidden_size=4096, num_layers=32, num_heads=32, num_kv_heads=8, head_dim=128,
+                                intermediate_size=14336, max_position=131072, rope=LLAMA31_ROPE),
+    "llama-3.1-70b": ModelConfig(vocab_size=128256, hidden_size=8192, num_layers=80, num_heads=64, num_kv_heads=8, head_dim=128,
+                                 intermediate_size=28672, max_position=131072, rope=LLAMA31_ROPE),
+}
+
+
+def find_shape(name: str) -> ModelConfig:
+    """The configuration of a known shape.
+
+    Raises:
+        ConfigError: an unknown one; the known ones are named.
+    """
+    if name not in SHAPES:
+        raise ConfigError(f"unknown shape {name!r}; known: {', '.join(SHAPES)}; or measure a model of your own with --model")
+    return SHAPES[name]
+
+
+def llm_of_shape(name: str, *, mesh: str = "auto", dtype: str = "auto", max_model_len: int, max_num_seqs: int) -> LLM:
+    """An engine over random weights of a known shape; without a tokenizer.
+
+    Args:
+        name: a key of ``SHAPES``.
+        mesh, dtype, max_model_len, max_num_seqs: as for :class:`tpllm.llm.LLM`. ``dtype="auto"`` is float32 on CPU, bfloat16 elsewhere.
+
+    Raises:
+        ConfigError: an unknown shape, or a context beyond its own.
+        MemoryNeedError: weights and cache do not fit; nothing has been made then.
+    """
+    config = find_shape(name)
+    enable_compile_cache()
+    fitted = fit_to_mesh(config, choose_mesh(mesh, config), DATA_TENSOR)
+    weight_dtype = choose_dtype(dtype, {}, fitted.partition.platform)
+    sizes = choose_shapes(fitted, max_model_len=max_model_len, max_num_seqs=max_num_seqs, prefill_chunk_size=None, batch_invariant=True)
+    cache_bytes = cache_bytes_per_device(fitted, max_num_seqs, sizes.cache_len, weight_dtype)
+    needed, staging = needed_bytes(fitted, dtype=weight_dtype, cache_bytes_per_device=cache_bytes)
+    check_memory(needed, staging_bytes=staging)
+    params = jax.block_until_ready(init_params(fitted, 0, weight_dtype))
+    return LLM.from_params(fitted, params, max_model_len=max_model_len, max_num_seqs=max_num_seqs)

@@ -2,10 +2,11 @@
 
   python benchmarks/latency_vs_transformers.py --shape tinyllama-1.1b
 
-Both models live in one process (their idle threads sleep) and take turns: ours, theirs, ours, theirs; the memory's read bandwidth is
-measured before every turn of ours and at the end. Ours is `LLM.generate`, host work and sampling included. Theirs is given its best: the
-default attention (sdpa), inference mode, logits of the last position only, and a plain greedy loop over the model and its own cache in
-place of `generate`. The result, medians and every pair, goes to benchmarks/results/<date>-latency-<shape>-float32.json.
+Both models live in one process and take turns: ours, theirs, ours, theirs. The memory's read bandwidth is measured before every turn of
+ours and at the end; by then torch's threads, which spin for some 10 ms after their work, sleep (XLA's sleep at once). Ours is
+`LLM.generate`, host work and sampling included. Theirs is given its best: the default attention (sdpa), inference mode, logits of the last
+position only, and a plain greedy loop over the model and its own cache in place of `generate`. The result, medians and every pair, goes to
+benchmarks/results/<date>-latency-<shape>-float32.json.
 """
 import argparse
 import contextlib
@@ -49,12 +50,11 @@ def main(argv: list[str] | None = None) -> int:
     """Measure, print, write the result."""
     args = _parse(argv)
     jax.config.update("jax_platforms", "cpu")
-    jax.config.update("jax_num_cpu_devices", 1)
     torch.set_num_threads(os.cpu_count())
     machine = {**describe_machine(jax.devices()[0]), "torch": torch.__version__, "transformers": transformers.__version__}
     report = {"benchmark": "latency beside transformers", "machine": machine, **_compare(args)}
     args.results.mkdir(parents=True, exist_ok=True)
-    path = args.results / f"{datetime.date.today().isoformat()}-latency-{args.shape}-float32.json"
+    path = args.results / f"{datetime.datetime.now(datetime.UTC).date()}-latency-{args.shape}-float32.json"
     path.write_text(json.dumps(report, indent=1) + "\n")
     _print_table(report)
     print(f"written to {path}")

@@ -224,7 +224,7 @@ class LLM:
             gc.collect()  # JAX gives buffers that it borrowed from numpy back only then
 
     def __del__(self):
-        if not sys.is_finalizing():
+        if sys is not None and not sys.is_finalizing():  # at exit modules are None, and the memory goes anyway
             self.__dict__.clear()
             gc.collect()
 

@@ -141,15 +141,16 @@ def test_decode_on_a_data_and_tensor_mesh_reduces_inside_each_data_group_only():
 
 
 def replica_groups(line):
-    """The sets of devices of a collective, from any of the three ways in which HLO writes them."""
+    """The sets of devices of a collective, from any of the ways in which HLO writes them."""
     if lists := re.search(r"replica_groups=\{(\{[\d,{}]+\})\}", line):
         return [frozenset(map(int, group.split(","))) for group in re.findall(r"\{([\d,]+)\}", lists[1])]
     if iota := re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line):
         return [frozenset(row) for row in device_ids(iota[3], iota[4]).reshape(int(iota[1]), int(iota[2])).tolist()]
-    mesh = re.search(r"replica_groups=mesh\[(.*?)\], device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\) \{(.*?)\}", line)
+    mesh = re.search(r"replica_groups=mesh\[(.*?)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{(.*?)\}", line)
     axes = re.findall(r"'(\w+)'=(\d+)", mesh[1])
+    sizes = [int(size) for _, size in axes]
     reduced = [index for index, (name, _) in enumerate(axes) if f"'{name}'" in mesh[4]]
-    ids = device_ids(mesh[2], mesh[3]).reshape([int(size) for _, size in axes])
+    ids = device_ids(mesh[2] or ",".join(map(str, sizes)), mesh[3]).reshape(sizes)
     ids = np.moveaxis(ids, reduced, range(-len(reduced), 0))
     return [frozenset(row) for row in ids.reshape(-1, math.prod(ids.shape[-len(reduced):])).tolist()]
 

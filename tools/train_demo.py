@@ -162,6 +162,7 @@ def write_model(params, record: dict) -> None:
     """Weights in bfloat16 under Hugging Face's names, the configs, and how they were made."""
     tensors = {FAMILY.checkpoint_name(name): np.asarray(leaf.astype(jnp.bfloat16)) for name, leaf in named_leaves(params)}
     save_file(tensors, DEMO / "model.safetensors.tmp", metadata={"format": "pt"})
+    (DEMO / "model.safetensors.tmp").chmod(0o644)
     (DEMO / "model.safetensors.tmp").replace(DEMO / "model.safetensors")
     (DEMO / "config.json").write_text(json.dumps(HF_CONFIG, indent=2) + "\n")
     generation = {"bos_token_id": BOS, "eos_token_id": [EOS, TURN_END], "do_sample": True, "temperature": 0.8, "top_p": 0.95}

@@ -151,7 +151,8 @@ def test_a_row_with_nan_logits_fails_alone():
     fine, broken = (output.outputs[0] for output in llm.generate(prompts, SamplingParams(temperature=0, max_tokens=3)))
     assert broken.finish_reason == "error"
     assert "not finite" in broken.error
-    assert fine.finish_reason in ("length", "error") and (fine.finish_reason == "length" or 7 in fine.token_ids)
+    assert 7 not in fine.token_ids
+    assert fine.finish_reason == "length"
 
 
 def test_stream_gives_the_same_tokens_as_generate(llm):
@@ -211,7 +212,8 @@ def test_after_warm_up_nothing_compiles(monkeypatch):
     llm = make_llm()
     llm.warm_up(has_prompt_logprobs=True)
     params = [SamplingParams(temperature=0, max_tokens=3), SamplingParams(top_k=3, max_tokens=9, logprobs=5, seed=1),
-              SamplingParams(top_p=0.5, max_tokens=4, prompt_logprobs=1), SamplingParams(n=3, max_tokens=2), SamplingParams(min_tokens=3, max_tokens=5)]
+              SamplingParams(top_p=0.5, max_tokens=4, prompt_logprobs=1), SamplingParams(n=3, max_tokens=2),
+              SamplingParams(min_tokens=3, max_tokens=5)]
     assert len(llm.generate(random_prompts(3, 20, 40, 90, 33), params)) == 5
     assert llm._engine.runner.guard.num_compiles > 0
 

@@ -128,7 +128,8 @@ def test_an_empty_or_malformed_prompt_is_refused_before_anything_runs(llm, promp
 
 
 @pytest.mark.parametrize(("values", "words"), [
-    ({"temperature": -0.1}, "temperature is -0.1"), ({"temperature": float("nan")}, "nan"), ({"top_p": 0}, "top_p is 0"), ({"top_p": 1.5}, "at most 1"),
+    ({"temperature": -0.1}, "temperature is -0.1"), ({"temperature": float("nan")}, "nan"), ({"top_p": 0}, "top_p is 0"),
+    ({"top_p": 1.5}, "at most 1"),
     ({"n": 0}, "from 1 to 128"), ({"n": 129}, "from 1 to 128"), ({"logprobs": 21}, "from 0 to 20"), ({"prompt_logprobs": -1}, "from 0 to 20"),
     ({"top_k": -2}, "top_k is -2"), ({"min_p": 2}, "min_p is 2"), ({"max_tokens": 0}, "max_tokens is 0"), ({"seed": 2**64}, "seed"),
     ({"min_tokens": 5, "max_tokens": 4}, "min_tokens 5"), ({"stop_token_ids": "ab"}, "list of token ids"), ({"stop_token_ids": [-1]}, "-1"),

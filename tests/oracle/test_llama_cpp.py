@@ -12,8 +12,8 @@ from tpllm.checkpoint import open_checkpoint
 pytestmark = pytest.mark.oracle
 
 DEMO = pathlib.Path(tpllm.__file__).parent / "demo"
-TEXTS = ["def ", "import os\nimport sys\n", "class Foo(Bar):\n    \"\"\"Doc.\"\"\"\n\n\tx = 1\n", "naïve café — 你好 🙂\n", "    return  self.x[ 1:2 ]\r\n",
-         "0x1F + 12_345 - 3.14e-10", "don't they'll WE'RE", "<|im_start|>"]
+TEXTS = ["def ", "import os\nimport sys\n", "class Foo(Bar):\n    \"\"\"Doc.\"\"\"\n\n\tx = 1\n", "naïve café — 你好 🙂\n",
+         "    return  self.x[ 1:2 ]\r\n", "0x1F + 12_345 - 3.14e-10", "don't they'll WE'RE", "<|im_start|>"]
 LAYER_NAMES = {
     "input_layernorm": "attn_norm", "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
     "self_attn.o_proj": "attn_output", "post_attention_layernorm": "ffn_norm", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
@@ -52,7 +52,7 @@ def write_gguf(path: pathlib.Path) -> None:
     writer.add_vocab_size(hf["vocab_size"])
     _add_tokenizer(writer)
     with safe_open(DEMO / "model.safetensors", "pt") as tensors:
-        for name in tensors.keys():  # noqa: SIM118 (safe_open is no mapping)
+        for name in tensors.keys():
             values = tensors.get_tensor(name).float().numpy()
             if "q_proj" in name or "k_proj" in name:
                 heads = hf["num_attention_heads" if "q_proj" in name else "num_key_value_heads"]

@@ -63,6 +63,11 @@ class Sequence:
         return len(self.request.output.prompt_token_ids)
 
     @property
+    def wants_prompt_logprobs(self) -> bool:
+        """Whether every prompt token is to be scored."""
+        return self.request.params.prompt_logprobs is not None
+
+    @property
     def is_finished(self) -> bool:
         """Whether it has ended."""
         return self.completion.finish_reason is not None

@@ -72,7 +72,7 @@ class Runner:
             return self._dispatch_prefill(plan) if isinstance(plan, PrefillPlan) else self._dispatch_decode(plan, is_kept)
 
     def _dispatch_prefill(self, plan: PrefillPlan) -> Dispatched:
-        has_prompt_logprobs = any(sequence.request.params.prompt_logprobs is not None for sequence, _ in plan.rows)
+        has_prompt_logprobs = any(sequence.wants_prompt_logprobs for sequence, _ in plan.rows)
         output, prompt_scores = self._run_prefill(self._pack(plan), has_prompt_logprobs=has_prompt_logprobs)
         return Dispatched(plan=plan, output=output, prompt_scores=prompt_scores)
 

@@ -101,7 +101,8 @@ class Scheduler:
         chosen: dict[int, Sequence] = {}
         for sequence in prefilling:
             group = sequence.slot * self.num_groups // len(self.slots)
-            if group not in chosen and self._next_bucket(sequence) == bucket:
+            is_alike = self._next_bucket(sequence) == bucket and sequence.wants_prompt_logprobs == prefilling[0].wants_prompt_logprobs
+            if group not in chosen and is_alike:  # a row's program must not depend on its neighbours
                 chosen[group] = sequence
         rows = tuple((sequence, sequence.num_prefilled) for sequence in chosen.values())
         for sequence, start in rows:

@@ -5,7 +5,8 @@ from tpllm.families.llama import WEIGHT_NAMES
 
 
 def config_from_hf(hf):
-    return decoder_config(hf, has_qkv_bias=True, layer_windows=sliding_windows({"max_window_layers": 28, **hf}, is_used=hf.get("use_sliding_window", False)))
+    windows = sliding_windows({"max_window_layers": 28, **hf}, is_used=hf.get("use_sliding_window", False))
+    return decoder_config(hf, has_qkv_bias=True, layer_windows=windows)
 
 
 FAMILY = Family("Qwen2", ("Qwen2ForCausalLM",), config_from_hf, WEIGHT_NAMES)

@@ -20,6 +20,7 @@ class Progress:
         self.num_rows, self.num_done, self.num_before = num_rows, num_before, num_before
         self.num_tokens = self.num_errors = 0
         self._stream = sys.stderr if stream is None else stream
+        self._num_shown = -1
         self._started = self._last_line = time.monotonic()
         self._bar = self._open_bar() if self._stream.isatty() else None
         if self._bar is None:
@@ -33,8 +34,7 @@ class Progress:
         if self._bar is not None:
             self._bar.update(self._task, completed=self.num_done, rate=self._rate())
         elif time.monotonic() - self._last_line >= LINE_INTERVAL_S:
-            self._last_line = time.monotonic()
-            self._say(self.line())
+            self._show_line()
 
     def line(self) -> str:
         """Rows, tokens a second and the time left, as text."""
@@ -48,8 +48,12 @@ class Progress:
         """Take the bar off the terminal, or write the last line."""
         if self._bar is not None:
             self._bar.stop()
-        else:
-            self._say(self.line())
+        elif self.num_done != self._num_shown:
+            self._show_line()
+
+    def _show_line(self) -> None:
+        self._last_line, self._num_shown = time.monotonic(), self.num_done
+        self._say(self.line())
 
     def _rate(self) -> str:
         return f"{self.num_tokens / max(time.monotonic() - self._started, 1e-9):.1f} tokens/s"

@@ -28,7 +28,7 @@ def clock(monkeypatch):
 def test_plain_lines_come_every_few_seconds_with_rows_rate_and_time_left(clock):
     stream = io.StringIO()
     shown = Progress(100, 10, stream)
-    for number in range(1, 11):
+    for number in range(1, 12):
         clock.now = float(number)
         shown.advance(20, is_error=number == 3)
     shown.close()
@@ -36,8 +36,17 @@ def test_plain_lines_come_every_few_seconds_with_rows_rate_and_time_left(clock):
         "tpllm: 100 rows, 10 finished before",
         "tpllm: 15/100 rows, 1 failed, 20.0 tokens/s, 1:25 left",
         "tpllm: 20/100 rows, 1 failed, 20.0 tokens/s, 1:20 left",
-        "tpllm: 20/100 rows, 1 failed, 20.0 tokens/s, 1:20 left",
+        "tpllm: 21/100 rows, 1 failed, 20.0 tokens/s, 1:19 left",
     ]
+
+
+def test_the_last_line_is_not_said_twice(clock):
+    stream = io.StringIO()
+    shown = Progress(2, 1, stream)
+    clock.now = 6.0
+    shown.advance(20, is_error=False)
+    shown.close()
+    assert stream.getvalue().count("2/2 rows") == 1
 
 
 def test_hours_are_shown_as_such(clock):

@@ -1,8 +1,12 @@
 """Known model shapes, to measure on random weights: speed and memory depend on sizes, not on values."""
+import math
+
 import jax
+import numpy as np
 
 from sharding_rules import DATA_TENSOR
 from tpllm.checkpoint import check_memory, needed_bytes
+from tpllm.checkpoint.placement import place
 from tpllm.engine.shapes import choose_shapes
 from tpllm.environment import enable_compile_cache
 from tpllm.errors import ConfigError
@@ -10,7 +14,7 @@ from tpllm.llm import LLM
 from tpllm.loading import choose_dtype, choose_mesh
 from tpllm.model.config import ModelConfig, RopeConfig
 from tpllm.model.kv_cache import cache_bytes_per_device
-from tpllm.model.params import init_params
+from tpllm.model.params import DecoderParams, ParamSpec, init_params, map_specs, param_specs
 from tpllm.model.partition import fit_to_mesh
 
 LLAMA31_ROPE = RopeConfig(kind="llama3", theta=500000.0, factor=8.0, original_max_position=8192)
@@ -60,5 +64,20 @@ def llm_of_shape(name: str, *, mesh: str = "auto", dtype: str = "auto", max_mode
     cache_bytes = cache_bytes_per_device(fitted, max_num_seqs, sizes.cache_len, weight_dtype)
     needed, staging = needed_bytes(fitted, dtype=weight_dtype, cache_bytes_per_device=cache_bytes)
     check_memory(needed, staging_bytes=staging)
-    params = jax.block_until_ready(init_params(fitted, 0, weight_dtype))
+    params = random_params(fitted, weight_dtype)
     return LLM.from_params(fitted, params, max_model_len=max_model_len, max_num_seqs=max_num_seqs)
+
+
+def random_params(config: ModelConfig, dtype: np.dtype) -> DecoderParams:
+    """Random weights, in memory of the same kind as a checkpoint's: the kind decides how fast a CPU reads it."""
+    if config.partition.platform != "cpu":
+        return jax.block_until_ready(init_params(config, 0, dtype))
+    rng = np.random.default_rng(0)
+
+    def make(name: str, spec: ParamSpec):
+        def fill(buffers):
+            for buffer in buffers.values():
+                for row in buffer.reshape(-1, buffer.shape[-1]):
+                    row[:] = rng.standard_normal(row.shape, np.float32) * (1 / math.sqrt(spec.shape[-1])) if spec.init != "ones" else 1
+        return place(spec.shape, config.partition.sharding(spec.axes, shape=spec.shape, name=name), dtype=dtype, fill=fill)
+    return map_specs(make, param_specs(config))

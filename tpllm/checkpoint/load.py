@@ -1,10 +1,7 @@
 """Loading parameters by shard: every device's slice is read from the files into the memory it stays in."""
-import contextlib
 import dataclasses
 import logging
-import math
-import mmap
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -13,15 +10,13 @@ import numpy as np
 from sharding_rules.axes import KV_HEADS
 from tpllm.checkpoint.convert import TARGETS
 from tpllm.checkpoint.folder import Checkpoint
+from tpllm.checkpoint.placement import Bounds, place
 from tpllm.checkpoint.read import Piece, TensorReader
 from tpllm.checkpoint.safetensors import TensorEntry
 from tpllm.errors import CheckpointError
 from tpllm.model.config import ModelConfig
 from tpllm.model.params import DecoderParams, ParamSpec, map_specs, named_leaves, param_specs
 
-ALIGNMENT = 64
-"""Bytes; XLA's CPU client takes a host buffer as it is where it begins at a multiple of this, and copies it otherwise."""
-MAPPED_BYTES = 2**16
 HARMLESS = ("rotary_emb.inv_freq",)
 QUANTIZED = (".qweight", ".weight_scale", ".weight_scale_inv", ".weight_packed")
 NUM_NAMED = 5
@@ -98,37 +93,13 @@ def _load_one(reader: TensorReader, entry: TensorEntry, spec: ParamSpec, *, conf
     """One parameter: a buffer for every different slice the local devices hold, filled, and made one array."""
     sharding = (jax.sharding.SingleDeviceSharding(jax.local_devices()[0]) if config.partition is None
                 else config.partition.sharding(spec.axes, shape=spec.shape, name=name))
-    buffers: dict[tuple[tuple[int, int], ...], np.ndarray] = {}
-    pieces: list[Piece] = []
-    for index in sharding.addressable_devices_indices_map(spec.shape).values():
-        bounds = _bounds(index, spec.shape)
-        if bounds not in buffers:
-            buffers[bounds] = _aligned_empty(tuple(stop - start for start, stop in bounds), dtype)
-            pieces += _pieces(bounds, buffers[bounds], entry=entry, spec=spec, config=config)
-    reader.read(entry, pieces)
-    array = jax.make_array_from_callback(spec.shape, sharding, lambda index: buffers[_bounds(index, spec.shape)])
-    return jax.block_until_ready(array)  # so that the next tensor's buffers do not join this one's
+
+    def fill(buffers: Mapping[Bounds, np.ndarray]) -> None:
+        reader.read(entry, [piece for bounds, buffer in buffers.items() for piece in _pieces(bounds, buffer, entry=entry, spec=spec, config=config)])
+    return place(spec.shape, sharding, dtype=dtype, fill=fill)
 
 
-def _bounds(index: tuple[slice, ...], shape: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
-    return tuple(part.indices(size)[:2] for part, size in zip(index, shape, strict=True))
-
-
-def _aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """Memory that XLA can take as it is; large pieces are mapped one by one, so that freeing them gives them back to the system."""
-    num_bytes = math.prod(shape) * dtype.itemsize
-    if num_bytes >= MAPPED_BYTES:
-        memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        if hasattr(mmap, "MADV_HUGEPAGE"):
-            with contextlib.suppress(OSError):  # a kernel without huge pages refuses
-                memory.madvise(mmap.MADV_HUGEPAGE)
-        return np.frombuffer(memory, dtype).reshape(shape)
-    raw = np.empty(num_bytes + ALIGNMENT, np.uint8)
-    offset = -raw.ctypes.data % ALIGNMENT
-    return raw[offset:offset + num_bytes].view(dtype).reshape(shape)
-
-
-def _pieces(bounds: tuple[tuple[int, int], ...], buffer: np.ndarray, *, entry: TensorEntry, spec: ParamSpec,
+def _pieces(bounds: Bounds, buffer: np.ndarray, *, entry: TensorEntry, spec: ParamSpec,
             config: ModelConfig) -> Iterator[Piece]:
     """What one slice of a parameter is made of; rows of padding are set to zero here."""
     columns = bounds[1] if len(bounds) > 1 else (0, 1)

@@ -1,9 +1,10 @@
-"""Every test runs on eight virtual CPU devices, with strict dtype promotion and a compile cache shared between runs."""
+"""Every test runs on eight virtual CPU devices, with strict dtype promotion, a compile cache shared between runs, and the compile guard on."""
 import os
 import pathlib
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+os.environ.setdefault("TPLLM_COMPILE_GUARD", "raise")
 os.environ.setdefault("TPLLM_CACHE_DIR", str(pathlib.Path(__file__).parents[1] / "build" / "test-cache"))
 
 import jax

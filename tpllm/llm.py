@@ -275,7 +275,6 @@ class LLM:
         return SamplingParams(**self.default_sampling)
 
 
-
 def _with_params(prompts: Iterable[Prompt], params: SamplingParams | Iterable[SamplingParams]) -> Iterator[tuple[Prompt, SamplingParams]]:
     if isinstance(params, SamplingParams):
         return ((prompt, params) for prompt in prompts)

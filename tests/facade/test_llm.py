@@ -47,6 +47,13 @@ def test_streamed_text_joins_to_the_generated_text(llm):
     assert "".join(delta.text for delta in llm.stream("def f(x):\n", params)) == llm.generate("def f(x):\n", params)[0].outputs[0].text
 
 
+def test_a_progress_bar_is_shown_on_standard_error_when_asked_for(llm, capsys):
+    llm.generate(["import os\n", "x ="], GREEDY, show_progress=True)
+    assert "2/2" in capsys.readouterr().err
+    llm.generate(["import os\n", "x ="], GREEDY)
+    assert capsys.readouterr().err == ""
+
+
 def test_a_stop_tokens_text_is_left_out_but_its_id_is_kept(llm):
     free = llm.generate("import os\n", GREEDY)[0].outputs[0]
     stop = free.token_ids[5]

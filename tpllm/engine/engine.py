@@ -74,12 +74,13 @@ class Engine:
 
     def check_prompt(self, token_ids: list[int]) -> None:
         """Raise ``PromptError`` for an empty prompt, one that leaves no room in the context, or an id outside the vocabulary."""
-        limit, vocab_size = self.runner.shapes.max_model_len, self.runner.config.vocab_size
+        limit, context, vocab_size = self.runner.shapes.max_model_len, self.runner.config.max_position, self.runner.config.vocab_size
         if not token_ids:
             raise PromptError("the prompt is empty; give at least one token")
         if len(token_ids) >= limit:
+            longer = f", or raise max_model_len (the model's own context is {context})" if limit < context else ""
             raise PromptError(f"the prompt has {len(token_ids)} tokens, but the context holds {limit} and at least one must be generated; "
-                              f"shorten it to {limit - 1}, or raise max_model_len")
+                              f"shorten it to {limit - 1}{longer}")
         for token in token_ids:
             if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < vocab_size:
                 raise PromptError(f"the prompt holds token id {token!r}; ids are whole numbers from 0 to {vocab_size - 1}")
@@ -122,8 +123,8 @@ class Engine:
             if status == NOT_FINITE:
                 self._finish(sequence, "error", error="the model's logits are not finite (NaN or infinity); check the weights and the dtype")
                 return
-            scores = jax.tree.map(lambda leaf, step=step: leaf[step, column], output.scores)
-            sequence.push(token, float(scores.logprob), self._logprobs(token, scores, sequence.request.params.logprobs))
+            top = self._logprobs(token, output.scores, (step, column), count=sequence.request.params.logprobs)
+            sequence.push(token, float(output.scores.logprob[step, column]), top)
             if status in (RUNNING, FULL):
                 sequence.show(token)
             if status != RUNNING:
@@ -140,16 +141,16 @@ class Engine:
                 continue
             prompt = sequence.request.output.prompt_token_ids
             for offset, token in enumerate(prompt[start + 1:start + plan.bucket + 1]):
-                scores = jax.tree.map(lambda leaf, at=group * plan.bucket + offset: leaf[at], prompt_scores)
-                sequence.request.output.prompt_logprobs.append(self._logprobs(token, scores, wanted))
+                top = self._logprobs(token, prompt_scores, (group * plan.bucket + offset,), count=wanted)
+                sequence.request.output.prompt_logprobs.append(top)
         return owners
 
-    def _logprobs(self, token: int, scores: TokenScores, count: int | None) -> dict[int, Logprob] | None:
-        """The token itself and the ``count`` likeliest ones."""
+    def _logprobs(self, token: int, scores: TokenScores, at: tuple[int, ...], *, count: int | None) -> dict[int, Logprob] | None:
+        """The token itself and the ``count`` likeliest ones, of the scores at one place."""
         if count is None:
             return None
-        found = {token: (float(scores.logprob), int(scores.rank))}
-        for index, (top, logprob) in enumerate(zip(scores.top_ids[:count].tolist(), scores.top_logprobs[:count].tolist(), strict=True)):
+        found = {token: (float(scores.logprob[at]), int(scores.rank[at]))}
+        for index, (top, logprob) in enumerate(zip(scores.top_ids[at][:count].tolist(), scores.top_logprobs[at][:count].tolist(), strict=True)):
             found.setdefault(top, (logprob, index + 1))
         text = self.tokenizer.token_text if self.tokenizer else str
         return {top: Logprob(logprob=logprob, rank=rank, decoded_token=text(top)) for top, (logprob, rank) in found.items()}

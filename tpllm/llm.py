@@ -181,19 +181,22 @@ class LLM:
         prompt = {"messages": prompt} if isinstance(prompt, list) else prompt
         request = self._submit("0", prompt, sampling_params or self._default_params())
         seen = [(0, 0)] * len(request.sequences)
-        has_ended = [False] * len(request.sequences)
+        running = list(request.sequences)
         try:
-            while not all(has_ended):
+            while running:
                 self._live_engine.step(is_watched=True)
-                for index, completion in enumerate(request.output.outputs):
-                    num_tokens, num_chars = seen[index]
-                    if len(completion.token_ids) == num_tokens and (completion.finish_reason is None or has_ended[index]):
+                for sequence in running.copy():
+                    completion, (num_tokens, num_chars) = sequence.completion, seen[sequence.completion.index]
+                    if len(completion.token_ids) == num_tokens and not sequence.is_finished:
                         continue
                     if completion.finish_reason == "error":
                         raise TpllmError(completion.error)
-                    has_ended[index] = completion.finish_reason is not None
-                    seen[index] = (len(completion.token_ids), len(completion.text))
-                    yield CompletionDelta(index, completion.text[num_chars:], completion.token_ids[num_tokens:], completion.finish_reason)
+                    if sequence.is_finished:
+                        running.remove(sequence)
+                    end = sequence.num_certain_chars
+                    seen[completion.index] = (len(completion.token_ids), end)
+                    yield CompletionDelta(completion.index, completion.text[num_chars:end], completion.token_ids[num_tokens:],
+                                          completion.finish_reason)
         finally:
             if self._engine is not None:
                 self._engine.abort(request)

@@ -97,6 +97,18 @@ def test_generate_prints_the_text_of_the_prompt_it_is_given(capsys):
     assert capsys.readouterr().out == "[a b] max 7 t 0.5\n"
 
 
+def test_generate_takes_several_stop_strings_as_they_are_written(capsys):
+    seen = []
+
+    class Listening(FakeLLM):
+        def stream(self, prompt, params):
+            seen.append(params.stop)
+            return super().stream(prompt, params)
+    assert main(["generate", "--model", "fake", "--prompt", "a", "--stop", ":", "--stop", "1"], make_llm=Listening) == 0
+    assert seen == [(":", "1")]
+    assert capsys.readouterr().err == ""
+
+
 def test_generate_takes_the_prompt_from_standard_input_without_its_last_line_break(capsys, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.StringIO("one\ntwo\n"))
     assert exit_code("generate", "--model", "fake", "--temperature", "0") == 0

@@ -7,7 +7,7 @@ import pytest
 
 from tests.engine.conftest import CONFIG, make_llm, random_prompts
 from tpllm import SamplingParams
-from tpllm.errors import ConfigError, PromptError, TokenizerError, TpllmError
+from tpllm.errors import ConfigError, PromptError, SamplingError, TokenizerError, TpllmError
 from tpllm.model.naive import greedy
 
 GREEDY = SamplingParams(temperature=0, max_tokens=12)
@@ -191,6 +191,11 @@ def test_a_bad_prompt_among_good_ones_leaves_the_others(llm):
     outputs = {output.request_id: output for output in llm.generate_iter(prompts, GREEDY, on_error="return")}
     assert outputs["1"].outputs[0].finish_reason == "error"
     assert [len(outputs[key].outputs[0].token_ids) for key in ("0", "2")] == [12, 12]
+
+
+def test_stop_strings_need_a_tokenizer(llm):
+    with pytest.raises(SamplingError, match="no tokenizer"):
+        llm.generate(random_prompts(3), dataclasses.replace(GREEDY, stop="x"))
 
 
 def test_as_many_parameters_as_prompts_are_asked_for(llm):

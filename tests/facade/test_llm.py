@@ -1,5 +1,6 @@
 """The facade on the bundled demo model."""
 import dataclasses
+import re
 import subprocess
 import sys
 
@@ -60,6 +61,39 @@ def test_a_stop_tokens_text_is_left_out_but_its_id_is_kept(llm):
     ended = llm.generate("import os\n", dataclasses.replace(GREEDY, stop_token_ids=[stop]))[0].outputs[0]
     assert ended.token_ids[-1] == stop
     assert ended.text == llm.get_tokenizer().decode(ended.token_ids[:-1])
+
+
+@pytest.mark.parametrize("is_included", [False, True])
+def test_a_stop_string_across_token_boundaries_ends_the_row_where_it_stands(llm, is_included):
+    free = llm.generate("import os\n", GREEDY)[0].outputs[0]
+    pieces = [llm.get_tokenizer().decode([token]) for token in free.token_ids]
+    first = next(index for index in range(2, 12) if pieces[index].strip() and pieces[index + 1].strip())
+    stop = pieces[first][-1] + pieces[first + 1][0]  # the end of one token and the beginning of the next
+    params = dataclasses.replace(GREEDY, stop=["never there", stop], include_stop_str_in_output=is_included)
+    ended = llm.generate("import os\n", params)[0].outputs[0]
+    at = free.text.index(stop)
+    assert ended.text == free.text[:at + len(stop) * is_included]
+    assert (ended.finish_reason, ended.stop_reason) == ("stop", stop)
+    assert ended.token_ids == free.token_ids[:len(ended.token_ids)]
+    assert len(ended.token_ids) < len(free.token_ids)
+    assert "".join(delta.text for delta in llm.stream("import os\n", params)) == ended.text
+
+
+def test_a_stop_string_is_not_looked_for_before_min_tokens(llm):
+    free = llm.generate("import os\n", GREEDY)[0].outputs[0]
+    stop = free.text[0]
+    ended = llm.generate("import os\n", dataclasses.replace(GREEDY, stop=stop, min_tokens=5))[0].outputs[0]
+    assert len(ended.token_ids) > 5
+    assert llm.generate("import os\n", dataclasses.replace(GREEDY, stop=stop))[0].outputs[0].text == ""
+
+
+def test_rows_with_stop_strings_leave_their_neighbours_alone(llm):
+    prompts = ["import os\n", "def f(", "class A", "x =", "for i in"] * 2
+    free = llm.generate(prompts, GREEDY)
+    mixed = llm.generate(prompts, [dataclasses.replace(GREEDY, stop=["e", "\n"]) if index % 2 else GREEDY for index in range(10)])
+    for index, (alone, together) in enumerate(zip(free, mixed, strict=True)):
+        expected = re.split("e|\n", alone.outputs[0].text)[0] if index % 2 else alone.outputs[0].text
+        assert together.outputs[0].text == expected
 
 
 def test_special_tokens_are_left_out_of_the_text_unless_asked_for(llm):
@@ -139,6 +173,7 @@ def test_an_empty_or_malformed_prompt_is_refused_before_anything_runs(llm, promp
     ({"top_p": 1.5}, "at most 1"),
     ({"n": 0}, "from 1 to 128"), ({"n": 129}, "from 1 to 128"), ({"logprobs": 21}, "from 0 to 20"), ({"prompt_logprobs": -1}, "from 0 to 20"),
     ({"top_k": -2}, "top_k is -2"), ({"min_p": 2}, "min_p is 2"), ({"max_tokens": 0}, "max_tokens is 0"), ({"seed": 2**64}, "seed"),
+    ({"stop": ""}, "none of them empty"), ({"stop": ["a", ""]}, "none of them empty"), ({"stop": 3}, "stop is 3"),
     ({"min_tokens": 5, "max_tokens": 4}, "min_tokens 5"), ({"stop_token_ids": "ab"}, "list of token ids"), ({"stop_token_ids": [-1]}, "-1"),
     ({"stop_token_ids": list(range(65))}, "65 ids; the most is 64"), ({"n": True}, "True"), ({"temperature": "hot"}, "'hot'"),
 ])

@@ -29,6 +29,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         flag = "--" + name.replace("_", "-")
         if field.type is bool:
             group.add_argument(flag, action=argparse.BooleanOptionalAction, default=None)
+        elif name == "stop":
+            group.add_argument(flag, action="append", default=None, metavar="TEXT", help="end where this text appears; may be given several times")
         else:
             group.add_argument(flag, metavar=name.upper(), default=None)
 

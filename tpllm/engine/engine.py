@@ -13,7 +13,7 @@ from tpllm.engine.request import Request, Sequence, new_request
 from tpllm.engine.runner import MAX_STEPS, Dispatched, Runner
 from tpllm.engine.sampling_params import SamplingParams
 from tpllm.engine.scheduler import DecodePlan, PrefillPlan, Scheduler
-from tpllm.errors import PromptError
+from tpllm.errors import PromptError, SamplingError
 from tpllm.model.sampling import TokenScores
 from tpllm.tokenizer import Tokenizer
 
@@ -60,8 +60,11 @@ class Engine:
 
         Raises:
             PromptError: an empty prompt, one that leaves no room in the context, or an id outside the vocabulary.
+            SamplingError: stop strings where there is no tokenizer to make text.
         """
         self.check_prompt(prompt_token_ids)
+        if params.stop and self.tokenizer is None:
+            raise SamplingError(f"stop is {params.stop!r}, but this model has no tokenizer to make text; use stop_token_ids")
         seed = self._choose_seed() if params.seed is None else params.seed % 2**64
         self._num_requests += 1
         request = new_request(request_id, prompt, list(prompt_token_ids), params=params, seed=seed,
@@ -125,9 +128,10 @@ class Engine:
                 return
             top = self._logprobs(token, output.scores, (step, column), count=sequence.request.params.logprobs)
             sequence.push(token, float(output.scores.logprob[step, column]), top)
-            if status in (RUNNING, FULL):
-                sequence.show(token)
-            if status != RUNNING:
+            stop = sequence.show(token) if status in (RUNNING, FULL) else None
+            if stop is not None:
+                self._finish(sequence, "stop", stop_reason=stop)
+            elif status != RUNNING:
                 is_own_stop = status != FULL and token in sequence.request.params.stop_token_ids
                 self._finish(sequence, "length" if status == FULL else "stop", stop_reason=token if is_own_stop else None)
 

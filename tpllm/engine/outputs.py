@@ -31,7 +31,7 @@ class CompletionOutput:
         cumulative_logprob: sum of the drawn tokens' log probabilities.
         logprobs: for each generated token a dict token id -> :class:`Logprob`, or None where none were asked for.
         finish_reason: ``"stop"``, ``"length"``, ``"abort"``, ``"error"``; None while it runs.
-        stop_reason: the stop id that ended it, where it was one of ``stop_token_ids``.
+        stop_reason: what ended it, where it was one of ``stop`` or ``stop_token_ids``.
         error: what went wrong, with ``finish_reason`` ``"error"``.
     """
 

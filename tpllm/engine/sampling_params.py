@@ -21,10 +21,12 @@ class SamplingParams:
         top_k: keep this many likeliest tokens; 0 or -1 keeps all. Tokens tied with the last one kept are kept too.
         min_p: drop tokens less likely than this share of the likeliest one, in [0, 1].
         seed: of this request's randomness, any whole number of 64 bits; None lets the engine choose one per request from its own seed.
+        stop: a string, or several, that end a completion when they appear in its text; they need not begin or end with a token.
+        include_stop_str_in_output: keep the string that ended the completion in its text.
         stop_token_ids: ids that end a completion besides the model's end-of-sequence ids; at most 64.
         ignore_eos: go on after the model's end-of-sequence ids.
         max_tokens: most tokens to generate; None for as many as the context holds (vLLM's default is 16).
-        min_tokens: no stop id is drawn before this many tokens.
+        min_tokens: no stop id is drawn, and no stop string looked for, before this many tokens.
         logprobs: report the log probability of each drawn token and of this many likeliest ones, 0 to 20; None reports none.
             They are the model's own, before temperature and filters.
         prompt_logprobs: the same for each prompt token.
@@ -40,6 +42,8 @@ class SamplingParams:
     top_k: int = 0
     min_p: float = 0.0
     seed: int | None = None
+    stop: str | Sequence[str] = ()
+    include_stop_str_in_output: bool = False
     stop_token_ids: Sequence[int] = ()
     ignore_eos: bool = False
     max_tokens: int | None = None
@@ -64,7 +68,14 @@ class SamplingParams:
         for name in ("logprobs", "prompt_logprobs"):
             if getattr(self, name) is not None:
                 _whole(name, getattr(self, name), 0, MAX_LOGPROBS)
+        self._check_stop()
         self._check_stop_token_ids()
+
+    def _check_stop(self) -> None:
+        stops = (self.stop,) if isinstance(self.stop, str) else self.stop
+        if not isinstance(stops, Sequence) or not all(isinstance(stop, str) and stop for stop in stops):
+            raise SamplingError(f"stop is {self.stop!r}; give a string or a list of strings, none of them empty")
+        object.__setattr__(self, "stop", tuple(stops))
 
     def _check_stop_token_ids(self) -> None:
         if isinstance(self.stop_token_ids, str | bytes) or not isinstance(self.stop_token_ids, Sequence):

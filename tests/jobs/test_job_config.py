@@ -109,6 +109,11 @@ def test_a_missing_job_file_is_named(tmp_path):
         load_job(tmp_path / "none.yaml")
 
 
+def test_a_job_cannot_give_up_that_its_rows_do_not_depend_on_their_batch(load):
+    with pytest.raises(JobError, match=r"engine\.batch_invariant cannot be set in a job.*leave it out"):
+        check_engine_options(load(JOB + "engine: {batch_invariant: false}\n"), lambda model, *, batch_invariant=True: None)
+
+
 def test_engine_keys_are_those_of_the_constructor(load):
     def make_llm(model, *, mesh="auto", max_num_seqs=8, seed=0):
         raise AssertionError

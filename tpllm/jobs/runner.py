@@ -87,8 +87,12 @@ def check_engine_options(job: JobConfig, make_llm: Callable[..., Any]) -> None:
     """Refuse ``engine`` keys that the engine's constructor does not take.
 
     Raises:
-        JobError: an unknown key; the nearest known one is named.
+        JobError: an unknown key; the nearest known one is named. Or ``batch_invariant``: a job that resumes must give the rows it would have
+            given, whatever then shares their batch.
     """
+    if "batch_invariant" in job.engine:
+        raise JobError("engine.batch_invariant cannot be set in a job: its rows never depend on their batch, so that a job that is resumed "
+                       "gives the same ones; leave it out")
     parameters = inspect.signature(make_llm).parameters.values()
     if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
         known = [parameter.name for parameter in parameters

@@ -135,7 +135,8 @@ def test_bench_gives_its_words_to_the_benchmark(monkeypatch, capsys):
     assert "shape" in error_line(capsys)
 
 
-@pytest.mark.parametrize("words", [["--help"], ["run", "--help"], ["generate", "--help"], ["inspect", "--help"], ["bench", "--help"], ["--version"]])
+@pytest.mark.parametrize("words", [
+    ["--help"], ["run", "--help"], ["generate", "--help"], ["chat", "--help"], ["inspect", "--help"], ["bench", "--help"], ["--version"]])
 def test_help_loads_no_jax(words):
     script = f"import sys\nfrom tpllm.cli.main import main\ntry:\n main({words!r})\nexcept SystemExit as stop:\n assert stop.code == 0\n" \
              "assert not {'jax', 'numpy', 'torch', 'rich'} & set(sys.modules)"

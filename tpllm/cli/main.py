@@ -13,6 +13,7 @@ from tpllm import __version__
 COMMANDS = {
     "run": "run a batch job: a file of prompts in, completions out",
     "generate": "complete one prompt, printed as it is generated",
+    "chat": "talk with a model in the terminal",
     "inspect": "show a model's configuration, parameters and memory; weights are not loaded",
     "bench": "measure speed and memory",
 }

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 import jax
 import numpy as np
 
+from tpllm.engine.bad_words import check_vocabulary, find_bad_words
 from tpllm.engine.outputs import Logprob
 from tpllm.engine.programs import FULL, NO_TOKEN, NOT_FINITE, RUNNING, StepOutput
 from tpllm.engine.request import Request, Sequence, new_request
@@ -65,10 +66,13 @@ class Engine:
         self.check_prompt(prompt_token_ids)
         if params.stop and self.tokenizer is None:
             raise SamplingError(f"stop is {params.stop!r}, but this model has no tokenizer to make text; use stop_token_ids")
+        bad_words = find_bad_words(params.bad_words, self.tokenizer)
+        check_vocabulary(params, self.runner.config.vocab_size)
         seed = self._choose_seed() if params.seed is None else params.seed % 2**64
         self._num_requests += 1
         request = new_request(request_id, prompt, list(prompt_token_ids), params=params, seed=seed,
                               max_model_len=self.runner.shapes.max_model_len, tokenizer=self.tokenizer)
+        request.bad_words = bad_words
         if params.prompt_logprobs is not None:
             request.output.prompt_logprobs = [None]
         for sequence in request.sequences:

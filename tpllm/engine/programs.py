@@ -7,10 +7,12 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from sharding_rules.axes import BATCH
+from sharding_rules import Partition
+from sharding_rules.axes import BATCH, VOCAB
 from tpllm.model.config import ModelConfig
 from tpllm.model.decoder import forward, unembed
 from tpllm.model.kv_cache import KVCache
+from tpllm.model.logit_adjustments import Adjustments, History, empty_history, no_adjustments, remember
 from tpllm.model.params import DecoderParams
 from tpllm.model.sampling import MAX_TOP_LOGPROBS, Sampled, SamplingRows, TokenScores, sample, score
 
@@ -29,6 +31,7 @@ class SlotState:
         remaining: int32 [B], tokens the row may still get.
         prompt_len: int32 [B].
         sampling: the rows' sampling parameters.
+        history: what the rows have generated.
     """
 
     token: jax.Array
@@ -37,6 +40,7 @@ class SlotState:
     remaining: jax.Array
     prompt_len: jax.Array
     sampling: SamplingRows
+    history: History
 
 
 @struct.dataclass
@@ -82,15 +86,26 @@ class StepOutput:
     scores: TokenScores
 
 
-def empty_slots(num_slots: int, num_stop_ids: int) -> SlotState:
+def empty_slots(num_slots: int, num_stop_ids: int, vocab_size: int) -> SlotState:
     """The state of slots that hold nothing."""
     def zeros(*shape, dtype=jnp.int32):
         return jnp.zeros((num_slots, *shape), dtype)
     sampling = SamplingRows(
         temperature=zeros(dtype=jnp.float32), top_k=zeros(), top_p=zeros(dtype=jnp.float32) + 1, min_p=zeros(dtype=jnp.float32),
         seed=zeros(2, dtype=jnp.uint32), sample_index=zeros(dtype=jnp.uint32), stop_ids=zeros(num_stop_ids) - 1, stop_from=zeros(),
-        num_logprobs=zeros() - 1)
-    return SlotState(token=zeros(), position=zeros(), is_alive=zeros(dtype=bool), remaining=zeros(), prompt_len=zeros() + 1, sampling=sampling)
+        num_logprobs=zeros() - 1, adjustments=no_adjustments(num_slots, vocab_size))
+    return SlotState(token=zeros(), position=zeros(), is_alive=zeros(dtype=bool), remaining=zeros(), prompt_len=zeros() + 1, sampling=sampling,
+                     history=empty_history(num_slots, vocab_size))
+
+
+def slot_shardings(partition: Partition) -> SlotState:
+    """Where the slots' state lies: what is as wide as the vocabulary is split like it, the rest is everywhere."""
+    one, wide = partition.sharding(()), partition.sharding((None, VOCAB))
+    adjustments = Adjustments(is_used=one, bias=wide, presence=one, frequency=one, repetition=one, in_prompt=wide, bad_words=one)
+    sampling = SamplingRows(temperature=one, top_k=one, top_p=one, min_p=one, seed=one, sample_index=one, stop_ids=one, stop_from=one,
+                            num_logprobs=one, adjustments=adjustments)
+    return SlotState(token=one, position=one, is_alive=one, remaining=one, prompt_len=one, sampling=sampling,
+                     history=History(counts=wide, recent=one))
 
 
 def prefill(params: DecoderParams, cache: KVCache, state: SlotState, chunk: PrefillChunk, *, config: ModelConfig,
@@ -105,12 +120,13 @@ def prefill(params: DecoderParams, cache: KVCache, state: SlotState, chunk: Pref
     is_last_G = chunk.last >= 0
     last_hidden_GD = jnp.take_along_axis(hidden_GCD, jnp.maximum(chunk.last, 0)[:, None, None], axis=1)[:, 0]
     positions_G = chunk.prompt_len  # the first token comes right after the prompt
-    sampled = sample(unembed(params, last_hidden_GD, config), chunk.sampling, positions_G, vocab_size=config.vocab_size,
+    history = empty_history(chunk.slot.shape[0], config.padded_vocab_size)
+    sampled = sample(unembed(params, last_hidden_GD, config), chunk.sampling, positions_G, history, vocab_size=config.vocab_size,
                      partition=config.partition)
     remaining_G, status_G = _advance(sampled, chunk.remaining)
     slot_G = jnp.where(is_last_G, chunk.slot, state.token.shape[0])
     row_state = SlotState(token=sampled.token, position=positions_G, is_alive=status_G == RUNNING, remaining=remaining_G,
-                          prompt_len=chunk.prompt_len, sampling=chunk.sampling)
+                          prompt_len=chunk.prompt_len, sampling=chunk.sampling, history=remember(history, sampled.token))
     state = jax.tree.map(lambda slots, rows: slots.at[slot_G].set(rows, mode="drop"), state, row_state)
     first = StepOutput(token=jnp.where(is_last_G, sampled.token, NO_TOKEN), status=status_G, scores=sampled.scores)
     prompt_scores = _score_prompt(params, hidden_GCD, chunk, config) if has_prompt_logprobs else None
@@ -149,11 +165,12 @@ def _decode_one(params: DecoderParams, cache: KVCache, rows: SlotState, config: 
     hidden_B1D, cache = forward(params, _by_rows(rows.token[:, None], config), _by_rows(positions_B1, config), cache, config,
                                 prompt_lens_B=rows.prompt_len, output="hidden")
     next_position_B = rows.position + 1
-    sampled = sample(unembed(params, hidden_B1D[:, 0], config), rows.sampling, next_position_B, vocab_size=config.vocab_size,
+    sampled = sample(unembed(params, hidden_B1D[:, 0], config), rows.sampling, next_position_B, rows.history, vocab_size=config.vocab_size,
                      partition=config.partition)
     remaining_B, status_B = _advance(sampled, rows.remaining)
     out = StepOutput(token=jnp.where(rows.is_alive, sampled.token, NO_TOKEN), status=status_B, scores=sampled.scores)
-    rows = rows.replace(token=sampled.token, position=next_position_B, remaining=remaining_B, is_alive=rows.is_alive & (status_B == RUNNING))
+    rows = rows.replace(token=sampled.token, position=next_position_B, remaining=remaining_B, is_alive=rows.is_alive & (status_B == RUNNING),
+                        history=remember(rows.history, sampled.token))
     return cache, rows, out
 
 

@@ -16,12 +16,14 @@ class Request:
         output: what the user gets; its completions grow as tokens arrive.
         params: how it is sampled.
         seed: of its randomness, in [0, 2^64).
+        bad_words: token sequences that may not appear.
         sequences: one for each completion.
     """
 
     output: RequestOutput
     params: SamplingParams
     seed: int
+    bad_words: list[list[int]] = dataclasses.field(default_factory=list)
     sequences: list["Sequence"] = dataclasses.field(default_factory=list)
 
     @property

@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 from sharding_rules.axes import BATCH
 from tpllm.engine.batch import pack_prefill
 from tpllm.engine.compile_guard import CompileGuard
-from tpllm.engine.programs import PrefillChunk, StepOutput, decode, empty_slots, prefill
+from tpllm.engine.programs import PrefillChunk, StepOutput, decode, empty_slots, prefill, slot_shardings
 from tpllm.engine.sampling_params import MAX_STOP_TOKEN_IDS
 from tpllm.engine.scheduler import DecodePlan, PrefillPlan
 from tpllm.engine.shapes import EngineShapes
@@ -53,7 +53,8 @@ class Runner:
         self.num_stop_ids = MAX_STOP_TOKEN_IDS + len(eos_ids)
         self.cache = init_cache(config, shapes.max_num_seqs, shapes.cache_len, cache_dtype)
         replicated = NamedSharding(config.partition.mesh, P())
-        self.state = jax.jit(lambda: empty_slots(shapes.max_num_seqs, self.num_stop_ids), out_shardings=replicated)()
+        self.state = jax.jit(lambda: empty_slots(shapes.max_num_seqs, self.num_stop_ids, config.padded_vocab_size),
+                             out_shardings=slot_shardings(config.partition))()
         self.guard = CompileGuard()
         shardings = jax.tree.map(lambda leaf: leaf.sharding, (self.cache, self.state))
         self._prefill = jax.jit(functools.partial(prefill, config=config), static_argnames="has_prompt_logprobs", donate_argnums=(1, 2),
@@ -82,7 +83,7 @@ class Runner:
 
     def _pack(self, plan: PrefillPlan) -> PrefillChunk:
         return pack_prefill(plan, num_slots=self.shapes.max_num_seqs, num_groups=self.num_groups, eos_ids=self.eos_ids,
-                            num_stop_ids=self.num_stop_ids)
+                            num_stop_ids=self.num_stop_ids, vocab_size=self.config.padded_vocab_size)
 
     def _run_prefill(self, chunk: PrefillChunk, *, has_prompt_logprobs: bool) -> tuple[StepOutput, TokenScores | None]:
         self.cache, self.state, output, prompt_scores = self._prefill(self.params, self.cache, self.state, chunk,

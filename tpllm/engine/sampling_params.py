@@ -1,7 +1,7 @@
 """How a request is sampled: vLLM's names, meanings and defaults, with one exception (``max_tokens``)."""
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from tpllm.errors import SamplingError
 
@@ -20,6 +20,12 @@ class SamplingParams:
         top_p: keep the likeliest tokens whose probabilities add up to this, in (0, 1]; 1 keeps all.
         top_k: keep this many likeliest tokens; 0 or -1 keeps all. Tokens tied with the last one kept are kept too.
         min_p: drop tokens less likely than this share of the likeliest one, in [0, 1].
+        presence_penalty, frequency_penalty: taken from the logit of each token of the completion, once and per occurrence, -2 to 2.
+        repetition_penalty: divides positive and multiplies negative logits of tokens of prompt and completion; above 0, 1 for none.
+        logit_bias: token id -> what is added to its logit, -100 to 100.
+        allowed_token_ids: only these may be drawn; None for all.
+        bad_words: texts whose own token sequences (alone, and after a space) may not be completed, as in vLLM; the same text made of
+            other tokens is not seen. At most 32 sequences of at most 8 tokens.
         seed: of this request's randomness, any whole number of 64 bits; None lets the engine choose one per request from its own seed.
         stop: a string, or several, that end a completion when they appear in its text; they need not begin or end with a token.
         include_stop_str_in_output: keep the string that ended the completion in its text.
@@ -41,6 +47,12 @@ class SamplingParams:
     top_p: float = 1.0
     top_k: int = 0
     min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: Mapping[int, float] = dataclasses.field(default_factory=dict)
+    allowed_token_ids: Sequence[int] | None = None
+    bad_words: Sequence[str] = ()
     seed: int | None = None
     stop: str | Sequence[str] = ()
     include_stop_str_in_output: bool = False
@@ -70,6 +82,7 @@ class SamplingParams:
                 _whole(name, getattr(self, name), 0, MAX_LOGPROBS)
         self._check_stop()
         self._check_stop_token_ids()
+        self._check_adjustments()
 
     def _check_stop(self) -> None:
         stops = (self.stop,) if isinstance(self.stop, str) else self.stop
@@ -85,6 +98,33 @@ class SamplingParams:
         if len(self.stop_token_ids) > MAX_STOP_TOKEN_IDS:
             raise SamplingError(f"stop_token_ids has {len(self.stop_token_ids)} ids; the most is {MAX_STOP_TOKEN_IDS}")
         object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+
+    def _check_adjustments(self) -> None:
+        for name in ("presence_penalty", "frequency_penalty"):
+            _number(name, getattr(self, name), -2, 2, fix="use 0 for none")
+        _number("repetition_penalty", self.repetition_penalty, 0, math.inf, fix="use 1 for none", is_low_open=True)
+        if not isinstance(self.logit_bias, Mapping):
+            raise SamplingError(f"logit_bias is {self.logit_bias!r}; give a mapping from token ids to numbers")
+        bias = {int(token) if isinstance(token, str) and token.isdecimal() else token: value for token, value in self.logit_bias.items()}
+        for token, value in bias.items():
+            _whole("logit_bias", token, 0, 2**31 - 1)
+            _number(f"logit_bias of token {token}", value, -100, 100)
+        object.__setattr__(self, "logit_bias", bias)
+        if self.allowed_token_ids is not None:
+            if isinstance(self.allowed_token_ids, str | bytes) or not isinstance(self.allowed_token_ids, Sequence) or not self.allowed_token_ids:
+                raise SamplingError(f"allowed_token_ids is {self.allowed_token_ids!r}; give a list of at least one token id, or None for all")
+            for token in self.allowed_token_ids:
+                _whole("allowed_token_ids", token, 0, 2**31 - 1)
+            object.__setattr__(self, "allowed_token_ids", tuple(self.allowed_token_ids))
+        if isinstance(self.bad_words, str) or not all(isinstance(word, str) and word.strip() for word in self.bad_words):
+            raise SamplingError(f"bad_words is {self.bad_words!r}; give a list of texts, none of them empty")
+        object.__setattr__(self, "bad_words", tuple(self.bad_words))
+
+    @property
+    def adjusts_logits(self) -> bool:
+        """Whether anything but temperature and filters changes the logits."""
+        return bool(self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1 or self.logit_bias or self.bad_words
+                    or self.allowed_token_ids is not None)
 
     @property
     def is_greedy(self) -> bool:

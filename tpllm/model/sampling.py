@@ -12,6 +12,7 @@ from flax import struct
 
 from sharding_rules import Partition
 from sharding_rules.axes import BATCH, VOCAB
+from tpllm.model.logit_adjustments import Adjustments, History, adjust
 
 MAX_TOP_LOGPROBS = 20
 
@@ -29,6 +30,7 @@ class SamplingRows:
         stop_ids: int32 [B, N], padded with -1.
         stop_from: int32, the first position at which a stop id may be drawn.
         num_logprobs: int32, how many likeliest tokens to report; -1 for none.
+        adjustments: bias, bans and penalties, or None where no row has any.
     """
 
     temperature: jax.Array
@@ -40,6 +42,7 @@ class SamplingRows:
     stop_ids: jax.Array
     stop_from: jax.Array
     num_logprobs: jax.Array
+    adjustments: Adjustments | None = None
 
 
 @struct.dataclass
@@ -76,20 +79,25 @@ class TokenScores:
     top_logprobs: jax.Array
 
 
-def sample(logits_BV: jax.Array, rows: SamplingRows, positions_B: jax.Array, *, vocab_size: int, partition: Partition | None) -> Sampled:
+def sample(logits_BV: jax.Array, rows: SamplingRows, positions_B: jax.Array, history: History | None = None, *, vocab_size: int,
+           partition: Partition | None) -> Sampled:
     """Draw one token a row.
 
     Args:
         logits_BV: float32; ids from ``vocab_size`` on are padding, at -inf.
         rows: sampling parameters.
         positions_B: int32, the absolute position each drawn token will have.
+        history: what the rows have generated; needed where ``rows`` has adjustments.
         vocab_size: tokens that may be drawn.
         partition: the model's mesh and rules.
     """
     ids_V = jnp.arange(logits_BV.shape[1], dtype=jnp.int32)
     is_finite_B = ~jnp.any(~jnp.isfinite(logits_BV) & (ids_V < vocab_size), axis=-1)
     bans_stop_B = positions_B < rows.stop_from
-    allowed_BV = jax.lax.cond(jnp.any(bans_stop_B), _ban_stop_ids, lambda logits, *_: logits, logits_BV, rows.stop_ids, bans_stop_B)
+    adjusted_BV = logits_BV
+    if rows.adjustments is not None:
+        adjusted_BV = jax.lax.cond(jnp.any(rows.adjustments.is_used), adjust, lambda logits, *_: logits, logits_BV, rows.adjustments, history)
+    allowed_BV = jax.lax.cond(jnp.any(bans_stop_B), _ban_stop_ids, lambda logits, *_: logits, adjusted_BV, rows.stop_ids, bans_stop_B)
     is_random_B = rows.temperature > 0
     noisy_BV = jax.lax.cond(jnp.any(is_random_B), lambda x: _noisy(x, rows, positions_B, partition), lambda x: x, allowed_BV)
     token_B = _argmax(jnp.where(is_random_B[:, None], noisy_BV, allowed_BV), vocab_size)
@@ -110,7 +118,8 @@ def score(logits_BV: jax.Array, token_B: jax.Array, num_logprobs_B: jax.Array) -
 def _noisy(logits_BV: jax.Array, rows: SamplingRows, positions_B: jax.Array, partition: Partition | None) -> jax.Array:
     """Scaled, filtered and Gumbel-perturbed logits."""
     temperature_B1 = jnp.where(rows.temperature > 0, rows.temperature, 1.0)[:, None]
-    scaled_BV = (logits_BV - jnp.max(logits_BV, axis=-1, keepdims=True)) / temperature_B1  # at most 0: a tiny temperature does not overflow
+    largest_B1 = jnp.maximum(jnp.max(logits_BV, axis=-1, keepdims=True), jnp.finfo(jnp.float32).min)  # a row may have every token banned
+    scaled_BV = (logits_BV - largest_B1) / temperature_B1  # at most 0: a tiny temperature does not overflow
     is_filtered = jnp.any((rows.top_k > 0) | (rows.top_p < 1) | (rows.min_p > 0))
     num_shards = 1 if partition is None else partition.size(VOCAB)
     kept_BV = jax.lax.cond(is_filtered, lambda x: _filter(x, rows, bits_a_round=1 if num_shards == 1 else 4), lambda x: x, scaled_BV)

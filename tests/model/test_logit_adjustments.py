@@ -1,0 +1,78 @@
+"""Bias, bans and penalties against plain numpy."""
+import jax
+import numpy as np
+import pytest
+
+from tpllm.model.logit_adjustments import adjust, empty_history, no_adjustments, remember
+
+VOCAB, ROWS = 24, 3
+
+
+def history_of(*rows: list[int]):
+    """The history of rows that have generated these tokens."""
+    history = empty_history(len(rows), VOCAB)
+    for step in range(max(map(len, rows))):
+        history = remember(history, np.array([row[step] for row in rows], np.int32))
+    return history
+
+
+def logits_of(seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).normal(0, 3, (ROWS, VOCAB)).astype(np.float32)
+
+
+def expected(logits_V, *, prompt=(), completion=(), repetition=1.0, frequency=0.0, presence=0.0):
+    """vLLM's documented penalties, one token at a time."""
+    out = logits_V.astype(np.float64).copy()
+    for token in set(prompt) | set(completion):
+        out[token] = out[token] / repetition if out[token] > 0 else out[token] * repetition
+    for token in set(completion):
+        out[token] -= frequency * completion.count(token) + presence
+    return out
+
+
+def test_rows_without_adjustments_keep_their_logits_to_the_bit():
+    logits, history = logits_of(), history_of([1, 2], [3, 3], [4, 5])
+    one = no_adjustments(ROWS, VOCAB)
+    one = one.replace(is_used=one.is_used.at[1].set(True), presence=one.presence.at[1].set(1.0))
+    out = np.asarray(jax.jit(adjust)(logits, one, history))
+    np.testing.assert_array_equal(out[[0, 2]], logits[[0, 2]])
+    assert (out[1] != logits[1]).sum() == 1
+
+
+@pytest.mark.parametrize("penalties", [{"repetition": 1.7}, {"repetition": 0.6}, {"frequency": 0.8}, {"frequency": -1.5}, {"presence": 1.2},
+                                       {"presence": -0.5}, {"repetition": 1.3, "frequency": 0.4, "presence": 0.9}], ids=str)
+def test_penalties_are_those_of_the_definition(penalties):
+    logits, prompts, completions = logits_of(1), [[0, 5, 5], [7], [2, 3, 20]], [[1, 1, 5, 1], [9, 8, 7, 9], [23, 3, 3, 0]]
+    adjustments = no_adjustments(ROWS, VOCAB)
+    in_prompt = np.zeros((ROWS, VOCAB), bool)
+    for row, prompt in enumerate(prompts):
+        in_prompt[row, prompt] = True
+    changed = {name: np.full(ROWS, value, np.float32) for name, value in penalties.items()}
+    adjustments = adjustments.replace(is_used=np.ones(ROWS, bool), in_prompt=in_prompt, **changed)
+    out = adjust(logits, adjustments, history_of(*completions))
+    for row in range(ROWS):
+        np.testing.assert_allclose(out[row], expected(logits[row], prompt=prompts[row], completion=completions[row], **penalties), rtol=1e-5,
+                                   atol=1e-5)
+
+
+@pytest.mark.parametrize(("completion", "is_banned"), [([4, 5], True), ([5, 4], False), ([4, 5, 5], False), ([9, 9, 4, 5], True), ([5], False)])
+def test_a_bad_word_of_several_tokens_cannot_be_completed(completion, is_banned):
+    adjustments = no_adjustments(1, VOCAB)
+    adjustments = adjustments.replace(is_used=np.ones(1, bool), bad_words=adjustments.bad_words.at[0, 3, -3:].set(np.array([4, 5, 6])))
+    logits = logits_of()[:1]
+    out = np.asarray(adjust(logits, adjustments, history_of(completion)))[0]
+    assert np.isneginf(out[6]) == is_banned
+    np.testing.assert_array_equal(np.delete(out, 6), np.delete(logits[0], 6))
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("repetition", [0.7, 1.4])
+def test_the_repetition_penalty_is_transformers(repetition):
+    torch = pytest.importorskip("torch", reason="the oracle extra brings torch")
+    processors = pytest.importorskip("transformers", reason="the oracle extra brings transformers")
+    logits, prompt, completion = logits_of(4)[:1], [3, 3, 8], [1, 8, 2]
+    oracle = processors.RepetitionPenaltyLogitsProcessor(repetition)(torch.tensor([prompt + completion]), torch.tensor(logits))
+    in_prompt = np.zeros((1, VOCAB), bool)
+    in_prompt[0, prompt] = True
+    adjustments = no_adjustments(1, VOCAB).replace(is_used=np.ones(1, bool), in_prompt=in_prompt, repetition=np.full(1, repetition, np.float32))
+    np.testing.assert_allclose(adjust(logits, adjustments, history_of(completion)), oracle.numpy(), rtol=1e-6)

@@ -7,6 +7,8 @@ Grouped-query attention (Ainslie et al. 2023, arXiv:2305.13245): query head n re
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.precision import matmul_precision
+
 MASKED = -1e30  # finite, so that a fully masked row gives no NaN
 
 
@@ -27,10 +29,11 @@ def flash_attention_reference(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.
     B, T, N, H = q_BTNH.shape
     K = k_BTKH.shape[2]
     q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
-    scores_BKGTS = jnp.einsum("btkgh,bskh->bkgts", q_BTKGH, k_BTKH, preferred_element_type=jnp.float32) * scale
+    products = {"preferred_element_type": jnp.float32, "precision": matmul_precision(q_BTNH.dtype)}
+    scores_BKGTS = jnp.einsum("btkgh,bskh->bkgts", q_BTKGH, k_BTKH, **products) * scale
     visible_BTS = attention_mask(positions_BT, positions_BT, window)
     probs_BKGTS = jax.nn.softmax(jnp.where(visible_BTS[:, None, None], scores_BKGTS, MASKED), axis=-1)
-    out_BTKGH = jnp.einsum("bkgts,bskh->btkgh", probs_BKGTS.astype(v_BTKH.dtype), v_BTKH, preferred_element_type=jnp.float32)
+    out_BTKGH = jnp.einsum("bkgts,bskh->btkgh", probs_BKGTS.astype(v_BTKH.dtype), v_BTKH, **products)
     return out_BTKGH.reshape(B, T, N, H).astype(q_BTNH.dtype)
 
 

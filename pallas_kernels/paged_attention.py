@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.flash_attention import MASKED, attention_mask
 from pallas_kernels.kv_append import as_bits, from_bits
+from pallas_kernels.precision import matmul_precision
 
 BLOCK = 128  # tokens of the cache a step reads
 
@@ -34,7 +35,7 @@ def paged_attention_reference(q_BTNH: jax.Array, k_PKSH: jax.Array, v_PKSH: jax.
     B, T, N, H = q_BTNH.shape
     K, S = k_PKSH.shape[1:3]
     block = min(BLOCK, S)
-    precision = jax.lax.Precision.HIGHEST if q_BTNH.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
+    precision = matmul_precision(q_BTNH.dtype)
     caches = [(as_bits(cache_PKSH), cache_PKSH.dtype) for cache_PKSH in (k_PKSH, v_PKSH)]
     q_BKMH = q_BTNH.reshape(B, T, K, N // K, H).transpose(0, 2, 1, 3, 4).reshape(B, K, T * (N // K), H)
 

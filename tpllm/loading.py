@@ -102,15 +102,15 @@ def choose_dtype(dtype: str, hf_config: Mapping[str, Any], platform: str) -> np.
     if dtype == "auto":
         stored = str(hf_config.get("dtype") or hf_config.get("torch_dtype") or "bfloat16")
         dtype = "float32" if platform == "cpu" else stored
-    if dtype not in DTYPES:
-        raise ConfigError(f"dtype is {dtype!r}; it must be one of auto, {', '.join(DTYPES)}")
-    return np.dtype(dtype)
+    return _known_dtype("dtype", dtype)
 
 
 def choose_cache_dtype(kv_cache_dtype: str, weight_dtype: np.dtype) -> np.dtype:
     """The dtype of keys and values; ``"auto"`` is that of the weights."""
-    if kv_cache_dtype == "auto":
-        return weight_dtype
-    if kv_cache_dtype not in DTYPES:
-        raise ConfigError(f"kv_cache_dtype is {kv_cache_dtype!r}; it must be one of auto, {', '.join(DTYPES)}")
-    return np.dtype(kv_cache_dtype)
+    return weight_dtype if kv_cache_dtype == "auto" else _known_dtype("kv_cache_dtype", kv_cache_dtype)
+
+
+def _known_dtype(name: str, dtype: str) -> np.dtype:
+    if dtype not in DTYPES:
+        raise ConfigError(f"{name} is {dtype!r}; it must be one of auto, {', '.join(DTYPES)}")
+    return np.dtype(dtype)

@@ -31,12 +31,6 @@ class Request:
         """Whether every completion has ended."""
         return self.output.finished
 
-    def fail(self, message: str) -> None:
-        """End every completion that still runs with an error."""
-        for sequence in self.sequences:
-            if not sequence.is_finished:
-                sequence.finish("error", error=message)
-
 
 @dataclasses.dataclass(eq=False)
 class Sequence:

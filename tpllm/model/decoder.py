@@ -4,6 +4,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.precision import matmul_precision
 from sharding_rules.axes import BATCH, VOCAB
 from tpllm import ops
 from tpllm.model.attention import attention
@@ -12,7 +13,6 @@ from tpllm.model.kv_cache import KVCache
 from tpllm.model.mlp import gated_mlp
 from tpllm.model.params import DecoderParams, LayerParams
 from tpllm.model.rope import rope_tables
-from tpllm.quant.linear import matmul_precision
 
 
 def forward(params: DecoderParams, tokens_BT: jax.Array, positions_BT: jax.Array, cache: KVCache | None, config: ModelConfig, *,

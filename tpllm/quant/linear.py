@@ -1,11 +1,7 @@
 """The one product of activations and a weight matrix."""
 import jax
-import jax.numpy as jnp
 
-
-def matmul_precision(dtype) -> jax.lax.Precision:
-    """float32 means float32: no TF32 and no bfloat16 passes."""
-    return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else jax.lax.Precision.DEFAULT
+from pallas_kernels.precision import matmul_precision
 
 
 def linear(x_D: jax.Array, weight_FD: jax.Array, bias_F: jax.Array | None = None) -> jax.Array:

@@ -126,6 +126,11 @@ class SamplingParams:
         return bool(self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1 or self.logit_bias or self.bad_words
                     or self.allowed_token_ids is not None)
 
+    @property
+    def is_greedy(self) -> bool:
+        """Whether the best token is always taken."""
+        return self.temperature == 0
+
 
 def _whole(name: str, value: object, low: int, high: int, *, fix: str = "") -> None:
     if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:

@@ -132,7 +132,7 @@ def test_bench_gives_its_words_to_the_benchmark(monkeypatch, capsys):
     assert exit_code("bench", "latency", "--shape", "tinyllama-1.1b") == 0
     assert seen == ["tinyllama-1.1b"]
     assert exit_code("bench", "latency", "--shap") == 2
-    assert "shape" in error_line(capsys)
+    assert "unrecognized arguments: --shap;" in error_line(capsys)
 
 
 @pytest.mark.parametrize("words", [

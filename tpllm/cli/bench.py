@@ -1,25 +1,37 @@
-"""Measure speed and memory.
-
-  latency   time to first token, decode and prefill speed, load time, peak memory; see tpllm bench latency --help
-"""
+"""Measure speed and memory of a model on this machine."""
 import argparse
 import importlib
 from collections.abc import Callable
 from typing import Any
 
-BENCHES = {"latency": "tpllm.bench.latency"}
+from tpllm.cli.help_text import HelpFormatter, Parser
+
+BENCHES = {"latency": "time to first token, decode and prefill speed, load time, peak memory"}
+
+
+class BenchParser(Parser):
+    """A parser that gets its arguments when it is used: a benchmark's module loads jax."""
+
+    def load(self, name: str) -> None:
+        """Take description and arguments from the benchmark."""
+        bench = importlib.import_module(f"tpllm.bench.{name}")
+        self.description = bench.__doc__
+        self.set_defaults(run_bench=bench.run)
+        bench.add_arguments(self)
+
+    def parse_known_args(self, args=None, namespace=None):
+        """As argparse's."""
+        self.load(self.prog.split()[-1])
+        return super().parse_known_args(args, namespace)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the command's arguments; the benchmark declares its own."""
-    parser.add_argument("bench", choices=BENCHES, metavar="NAME", help=f"which: {', '.join(BENCHES)}")
-    parser.add_argument("rest", nargs=argparse.REMAINDER, metavar="OPTIONS", help="of the benchmark")
+    """Declare one subcommand for each benchmark."""
+    benches = parser.add_subparsers(title="benchmarks", metavar="NAME", required=True, parser_class=BenchParser)
+    for name, text in BENCHES.items():
+        benches.add_parser(name, help=text, formatter_class=HelpFormatter, allow_abbrev=False)
 
 
 def run(args: argparse.Namespace, *, make_llm: Callable[..., Any] | None) -> int:
     """Run the command; returns the exit code."""
-    from tpllm.cli.main import Parser
-    bench = importlib.import_module(BENCHES[args.bench])
-    parser = Parser(prog=f"tpllm bench {args.bench}", description=bench.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    bench.add_arguments(parser)
-    return bench.run(parser.parse_args(args.rest)) or 0
+    return args.run_bench(args) or 0

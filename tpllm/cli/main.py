@@ -1,14 +1,14 @@
 """``tpllm``: the command line. Each subcommand imports what it needs when it runs, so that ``--help`` is instant."""
-import argparse
 import importlib
 import logging
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from collections.abc import Callable, Container, Sequence
+from typing import Any
 
 from tpllm import __version__
+from tpllm.cli.help_text import EXIT_USER_ERROR, HelpFormatter, Parser
 
 COMMANDS = {
     "run": "run a batch job: a file of prompts in, completions out",
@@ -16,17 +16,17 @@ COMMANDS = {
     "chat": "talk with a model in the terminal",
     "inspect": "show a model's configuration, parameters and memory; weights are not loaded",
     "bench": "measure speed and memory",
+    "completion": "print the script by which a shell completes tpllm's commands",
 }
-EXIT_USER_ERROR = 2
+DESCRIPTION = "Language-model inference on JAX/XLA: one program on one CPU, on GPUs and on a TPU slice."
+EXAMPLES = """examples:
+  tpllm generate --model demo --prompt "def " --max-tokens 32
+  tpllm chat --model demo
+  tpllm run job.yaml --sampling.max-tokens 32
+  tpllm inspect demo --cpu-devices 8 --mesh tp=8
+
+'tpllm COMMAND --help' says more of a command."""
 OWN_PACKAGES = ("tpllm", "sharding_rules", "pallas_kernels")
-
-
-class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line."""
-
-    def error(self, message: str) -> NoReturn:
-        """Print the error and exit with code 2."""
-        self.exit(EXIT_USER_ERROR, f"tpllm: error: {message}; see {self.prog} --help\n")
 
 
 def main(argv: Sequence[str] | None = None, *, make_llm: Callable[..., Any] | None = None) -> int:
@@ -43,11 +43,10 @@ def main(argv: Sequence[str] | None = None, *, make_llm: Callable[..., Any] | No
     name = words[0] if words and words[0] in COMMANDS else None
     _log_to_stderr(is_verbose=options.verbose)
     try:
-        command = importlib.import_module(f"tpllm.cli.{name}") if name else None
-        args = _parser(name, command).parse_args(words)
+        args = make_parser((name,)).parse_args(words)
         if options.cpu_devices is not None:
             _set_cpu_devices(options.cpu_devices)
-        return command.run(args, make_llm=make_llm)
+        return args.run_command(args, make_llm=make_llm)
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     except BrokenPipeError:  # the reader of our output has gone; nothing more can be said to it
@@ -68,16 +67,20 @@ def _global_options() -> Parser:
     return parser
 
 
-def _parser(name: str | None, command: Any) -> Parser:
-    """The parser of all commands; only the one that runs is imported, and only it has its arguments."""
-    parser = Parser(prog="tpllm", description="Language-model inference on JAX/XLA.", parents=[_global_options()], allow_abbrev=False)
+def make_parser(names: Container[str]) -> Parser:
+    """The parser of all commands; only those in ``names`` are imported, and only they have their arguments."""
+    parser = Parser(prog="tpllm", description=DESCRIPTION, epilog=EXAMPLES, parents=[_global_options()],
+                    allow_abbrev=False, formatter_class=HelpFormatter)
     parser.add_argument("--version", action="version", version=f"tpllm {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for other, text in COMMANDS.items():
-        subparser = commands.add_parser(other, help=text, description=(command.__doc__ if other == name else text), allow_abbrev=False,
-                                        formatter_class=argparse.RawDescriptionHelpFormatter)
-        if other == name:
+    for name, text in COMMANDS.items():
+        command = importlib.import_module(f"tpllm.cli.{name}") if name in names else None
+        subparser = commands.add_parser(name, help=text, description=command.__doc__ if command else text, allow_abbrev=False,
+                                        epilog="--cpu-devices N and --verbose, too, may be given: see 'tpllm --help'.",
+                                        formatter_class=HelpFormatter)
+        if command:
             command.add_arguments(subparser)
+            subparser.set_defaults(run_command=command.run)
     return parser
 
 

@@ -4,33 +4,39 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+from tpllm.cli.help_text import attribute_texts
 from tpllm.engine.sampling_params import SamplingParams
 
 # One completion of plain text is printed: these have nowhere to go.
 NOT_FOR_TEXT = ("n", "logprobs", "prompt_logprobs")
 FIELDS = {field.name: field for field in dataclasses.fields(SamplingParams) if field.name not in NOT_FOR_TEXT}
+METAVARS = {"logit_bias": "'{ID: BIAS, ...}'", "allowed_token_ids": "'[ID, ...]'", "stop_token_ids": "'[ID, ...]'"}
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     """Declare the options that choose a model and where it runs."""
-    parser.add_argument("--model", required=True, help="a folder, a hub id, or 'demo'")
-    parser.add_argument("--mesh", default="auto", help="such as 'tp=4'; by default all local devices")
-    parser.add_argument("--dtype", default="auto", help="float32, bfloat16 or float16")
-    parser.add_argument("--max-model-len", type=int, help="tokens of prompt and completion together")
-    parser.add_argument("--revision", help="of a hub id")
+    parser.usage = "%(prog)s --model MODEL [OPTIONS]"
+    group = parser.add_argument_group("model")
+    group.add_argument("--model", required=True, help="a folder in Hugging Face layout, a hub id, or 'demo'")
+    group.add_argument("--mesh", default="auto", help="such as 'tp=4' or 'dp=2,tp=4'; default: all local devices on the tensor axis")
+    group.add_argument("--dtype", default="auto", help="of weights and activations: auto, float32, bfloat16 or float16")
+    group.add_argument("--max-model-len", type=int, metavar="N", help="most tokens of prompt and completion together")
+    group.add_argument("--revision", help="branch, tag or commit of a hub id")
 
 
 def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     """Declare one option for each field of ``SamplingParams`` that serves plain text."""
-    group = parser.add_argument_group("sampling")
+    group = parser.add_argument_group("sampling", "What is not given is the model's own default, then this.")
+    texts = attribute_texts(SamplingParams)
     for name, field in FIELDS.items():
-        flag = "--" + name.replace("_", "-")
+        flag, text = "--" + name.replace("_", "-"), texts[name]
         if field.type is bool:
-            group.add_argument(flag, action=argparse.BooleanOptionalAction, default=None)
-        elif name == "stop":
-            group.add_argument(flag, action="append", default=None, metavar="TEXT", help="end where this text appears; may be given several times")
+            group.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=text)
+        elif name in ("stop", "bad_words"):
+            group.add_argument(flag, action="append", default=None, metavar="TEXT", help=f"{text}; may be given several times")
         else:
-            group.add_argument(flag, metavar=name.upper(), default=None)
+            default = "" if field.default in (None, (), dataclasses.MISSING) else f" (default {field.default:g})"
+            group.add_argument(flag, metavar=METAVARS.get(name, "N" if "int" in str(field.type) else "X"), default=None, help=text + default)
 
 
 def sampling_of(args: argparse.Namespace) -> dict[str, Any]:

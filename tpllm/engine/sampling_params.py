@@ -20,7 +20,8 @@ class SamplingParams:
         top_p: keep the likeliest tokens whose probabilities add up to this, in (0, 1]; 1 keeps all.
         top_k: keep this many likeliest tokens; 0 or -1 keeps all. Tokens tied with the last one kept are kept too.
         min_p: drop tokens less likely than this share of the likeliest one, in [0, 1].
-        presence_penalty, frequency_penalty: taken from the logit of each token of the completion, once and per occurrence, -2 to 2.
+        presence_penalty: taken once from the logit of each token that the completion holds, -2 to 2.
+        frequency_penalty: taken from the logit of each token once for each time that the completion holds it, -2 to 2.
         repetition_penalty: divides positive and multiplies negative logits of tokens of prompt and completion; above 0, 1 for none.
         logit_bias: token id -> what is added to its logit, -100 to 100.
         allowed_token_ids: only these may be drawn; None for all.

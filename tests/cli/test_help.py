@@ -1,0 +1,50 @@
+"""``--help``: every option says what it does."""
+import argparse
+import dataclasses
+
+import pytest
+
+from tpllm.cli.help_text import HelpFormatter, attribute_texts
+from tpllm.cli.main import COMMANDS, main, make_parser
+from tpllm.cli.model_options import NOT_FOR_TEXT
+from tpllm.engine.sampling_params import SamplingParams
+
+
+def subparsers(parser: argparse.ArgumentParser):
+    """A parser and all below it."""
+    yield parser
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for subparser in action.choices.values():
+                yield from subparsers(subparser)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_argument_of_every_command_has_a_help_text(name):
+    for parser in subparsers(make_parser((name,))):
+        unexplained = [action for action in parser._actions if not action.help and not isinstance(action, argparse._SubParsersAction)]
+        assert unexplained == []
+
+
+def test_every_sampling_field_has_an_option_explained_by_its_docstring(capsys):
+    with pytest.raises(SystemExit):
+        main(["generate", "--help"])
+    shown = capsys.readouterr().out
+    for field in dataclasses.fields(SamplingParams):
+        assert (f"\n  --{field.name.replace('_', '-')} " in shown.replace(",", " ")) == (field.name not in NOT_FOR_TEXT)
+    assert "divides the logits; 0 takes the best token" in " ".join(shown.split())
+
+
+def test_the_docstring_of_the_sampling_parameters_tells_of_every_field():
+    texts = attribute_texts(SamplingParams)
+    assert set(texts) == {field.name for field in dataclasses.fields(SamplingParams)}
+    assert texts["temperature"] == "divides the logits; 0 takes the best token (greedy)"
+    assert texts["top_k"].endswith("Tokens tied with the last one kept are kept too")  # the second line of its entry
+
+
+def test_paragraphs_are_wrapped_to_the_terminal_and_examples_are_not(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "60")
+    text = HelpFormatter("tpllm")._fill_text("word " * 40 + "\n\n  tpllm run " + "x" * 80 + "\n  tpllm chat", 58, "")
+    paragraph, example = text.split("\n\n")
+    assert max(map(len, paragraph.splitlines())) <= 58
+    assert example == "  tpllm run " + "x" * 80 + "\n  tpllm chat"

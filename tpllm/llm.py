@@ -1,15 +1,18 @@
 """``LLM``: the facade that composes everything."""
+import contextlib
 import dataclasses
 import gc
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Literal
 
+import jax
 from jax.sharding import Mesh
 
 from sharding_rules import Rules, mesh_text
+from tpllm.engine.description import Description, describe
 from tpllm.engine.engine import Engine
-from tpllm.engine.outputs import CompletionOutput, FinishReason, RequestMetrics, RequestOutput
+from tpllm.engine.outputs import CompletionDelta, RequestOutput, failed_output
 from tpllm.engine.prompts import Messages, Prompt, encode_prompt
 from tpllm.engine.request import Request
 from tpllm.engine.runner import Runner
@@ -25,25 +28,13 @@ from tpllm.progress import progress_bar
 from tpllm.tokenizer import Tokenizer
 
 
-@dataclasses.dataclass(frozen=True)
-class CompletionDelta:
-    """What :meth:`LLM.stream` adds at a time.
-
-    Attributes:
-        index: which of the request's ``n``.
-        text: the new text, whole characters only; may be empty while a character is unfinished.
-        token_ids: the new tokens.
-        finish_reason: set with the last one.
-    """
-
-    index: int
-    text: str
-    token_ids: list[int]
-    finish_reason: FinishReason | None = None
-
-
 class LLM:
     """A model, its KV cache and an engine over them.
+
+    The memory of both goes back with ``close()``, at the end of a ``with`` block, or with the last reference. ``llm = LLM(...)`` a second time
+    makes the new one before the old one goes: where there is no room for both, close the old one first. Notebooks hold more references than
+    they show: ``Out`` and ``_`` keep what a cell ends with, ``sys.last_traceback`` what an error passed through, and a half-read
+    ``generate_iter`` or ``stream`` its LLM. ``close()`` frees the memory whoever holds the object.
 
     Args:
         model: a folder in Hugging Face layout, a hub id, or ``"demo"``.
@@ -65,6 +56,10 @@ class LLM:
         ValueError: a mesh that cannot be built.
     """
 
+    _engine: Engine | None = None  # none before it is made, none once it is closed
+    _description: Description | None = None
+    _owns_params = False
+
     def __init__(self, model: str, *, mesh: str | Mapping[str, int] | Mesh = "auto", rules: Rules | None = None, dtype: str = "auto",
                  kv_cache_dtype: str = "auto", max_model_len: int | None = None, max_num_seqs: int | None = None,
                  prefill_chunk_size: int | None = None, batch_invariant: bool = True, seed: int = 0, revision: str | None = None):
@@ -73,9 +68,17 @@ class LLM:
                                batch_invariant=batch_invariant)
         cache_dtype = choose_cache_dtype(kv_cache_dtype, opened.dtype)
         cache_bytes = cache_bytes_per_device(opened.config, shapes.max_num_seqs, shapes.cache_len, cache_dtype)
-        params = load_weights(opened, cache_bytes_per_device=cache_bytes)
-        self._start(opened.config, params, opened.tokenizer, shapes=shapes, cache_dtype=cache_dtype, seed=seed)
         self._model_fingerprint = opened.checkpoint.fingerprint()
+        params = load_weights(opened, cache_bytes_per_device=cache_bytes)
+        try:
+            self._start(opened.config, params, opened.tokenizer, shapes=shapes, cache_dtype=cache_dtype, seed=seed,
+                        model=str(model), family=opened.checkpoint.family.name)
+        except BaseException:  # a notebook keeps its traceback, and that keeps this frame
+            for leaf in jax.tree.leaves(params):
+                leaf.delete()
+            gc.collect()
+            raise
+        self._owns_params = True
 
     @classmethod
     def from_params(cls, config: ModelConfig, params: DecoderParams, tokenizer: Tokenizer | None = None, *, kv_cache_dtype: str = "auto",
@@ -83,23 +86,25 @@ class LLM:
                     batch_invariant: bool = True, seed: int = 0) -> "LLM":
         """An engine over parameters that are already on their mesh, such as ``load_model`` or ``init_params`` gives.
 
-        Without a tokenizer prompts must be token ids, and outputs have no text.
+        Without a tokenizer prompts must be token ids, and outputs have no text. The parameters stay the caller's: ``close()`` lets go of them
+        but does not delete them.
         """
         if config.partition is None:
             raise ConfigError("from_params needs a config that is fitted to a mesh; use fit_to_mesh(config, mesh, rules)")
         enable_compile_cache()
         llm = cls.__new__(cls)
+        llm._model_fingerprint = {}
         shapes = choose_shapes(config, max_model_len=max_model_len, max_num_seqs=max_num_seqs, prefill_chunk_size=prefill_chunk_size,
                                batch_invariant=batch_invariant)
         llm._start(config, params, tokenizer, shapes=shapes, cache_dtype=choose_cache_dtype(kv_cache_dtype, params.embed.dtype), seed=seed)
-        llm._model_fingerprint = {}
         return llm
 
     def _start(self, config: ModelConfig, params: DecoderParams, tokenizer: Tokenizer | None, *, shapes: EngineShapes, cache_dtype,
-               seed: int) -> None:
+               seed: int, model: str | None = None, family: str | None = None) -> None:
         self.config, self.shapes, self.seed, self._tokenizer = config, shapes, seed, tokenizer
         runner = Runner(config, params, shapes=shapes, eos_ids=tokenizer.eos_token_ids if tokenizer else frozenset(), cache_dtype=cache_dtype)
-        self._engine: Engine | None = Engine(runner, tokenizer, seed=seed)
+        self._description = describe(config, params, shapes=shapes, cache_dtype=cache_dtype, model=model, family=family)
+        self._engine = Engine(runner, tokenizer, seed=seed)
 
     def generate(self, prompts: Prompt | Iterable[Prompt], sampling_params: SamplingParams | Iterable[SamplingParams] | None = None, *,
                  show_progress: bool | None = None) -> list[RequestOutput]:
@@ -159,7 +164,7 @@ class LLM:
                     except TpllmError as error:
                         if on_error == "raise":
                             raise
-                        yield _failed_output(str(index), prompt, str(error))
+                        yield failed_output(str(index), prompt if isinstance(prompt, str) else None, str(error))
                 self._live_engine.step()
                 for request_id in [request_id for request_id, request in running.items() if request.is_finished]:
                     yield running.pop(request_id).output
@@ -220,16 +225,27 @@ class LLM:
         self._live_engine.runner.warm_up(has_prompt_logprobs=has_prompt_logprobs)
 
     def close(self) -> None:
-        """Give the memory of parameters and cache back at once. Closing twice is fine."""
+        """Give the memory of parameters and cache back at once; ``params`` taken from it before are deleted too. Closing twice is fine."""
         if self._engine is not None:
-            self._engine.runner.close()
-            self._engine = None
+            runner, self._engine = self._engine.runner, None
+            _wait_for(runner)
+            if not self._owns_params:
+                runner.params = None  # the caller's: let go of, not deleted
+            runner.close()
             gc.collect()  # JAX gives buffers that it borrowed from numpy back only then
 
     def __del__(self):
         if sys is not None and not sys.is_finalizing():  # at exit modules are None, and the memory goes anyway
-            self.__dict__.clear()
+            if self._engine is not None:
+                _wait_for(self._engine.runner)
+            self.__dict__.clear()  # params that somebody else holds live on
             gc.collect()
+
+    def __repr__(self) -> str:
+        return super().__repr__() if self._description is None else self._description.to_text(is_open=self._engine is not None)
+
+    def _repr_html_(self) -> str | None:
+        return None if self._description is None else self._description.to_html(is_open=self._engine is not None)
 
     def __enter__(self) -> "LLM":
         return self
@@ -278,13 +294,13 @@ class LLM:
         return SamplingParams(**self.default_sampling)
 
 
+def _wait_for(runner: Runner) -> None:
+    """Wait for the programs in flight: one that still reads the parameters would give them back later, when nobody collects any more."""
+    with contextlib.suppress(Exception):  # of a program whose result nobody wants
+        jax.block_until_ready(runner.state)
+
+
 def _with_params(prompts: Iterable[Prompt], params: SamplingParams | Iterable[SamplingParams]) -> Iterator[tuple[Prompt, SamplingParams]]:
     if isinstance(params, SamplingParams):
         return ((prompt, params) for prompt in prompts)
     return zip(prompts, params, strict=True)
-
-
-def _failed_output(request_id: str, prompt: Prompt, message: str) -> RequestOutput:
-    completion = CompletionOutput(index=0, finish_reason="error", error=message)
-    return RequestOutput(request_id=request_id, prompt=prompt if isinstance(prompt, str) else None, prompt_token_ids=[], outputs=[completion],
-                         metrics=RequestMetrics(arrival_time=0.0), finished=True)

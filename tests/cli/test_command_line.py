@@ -71,7 +71,7 @@ def test_a_job_that_cannot_run_is_one_line_and_code_2(job_file, capsys, words, m
 def test_a_duplicate_custom_id_is_one_line_with_both_rows(job_file, tmp_path, capsys):
     (tmp_path / "rows.jsonl").write_text('{"custom_id": "a", "prompt": "x"}\n{"custom_id": "a", "prompt": "y"}\n')
     assert exit_code("run", job_file) == 2
-    assert "custom_id 'a' is on row 0 (line 1) and on row 1 (line 2)" in error_line(capsys)
+    assert "custom_id 'a' is on row 0 (rows.jsonl line 1) and on row 1 (rows.jsonl line 2)" in error_line(capsys)
 
 
 @pytest.mark.parametrize(("words", "message"), [

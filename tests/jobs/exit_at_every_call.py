@@ -8,6 +8,8 @@ import pathlib
 import shutil
 import sys
 
+import tpllm.jobs.parquet_parts  # or each child would import it again
+import tpllm.jobs.sources.parquet  # noqa: F401
 from tests.jobs.fake_llm import FakeLLM
 from tests.jobs.faulty_disk import MOMENTS, FaultyDisk, QuickDisk
 from tests.jobs.small_job import contents

@@ -23,11 +23,12 @@ class NoSleepLLM(FakeLLM):
 
 def start(job: JobConfig) -> subprocess.Popen:
     """Start ``tpllm run`` on a job; returns when its manifest is there and the engine runs."""
-    folder = pathlib.Path(job.output)
-    path = folder.with_suffix(".yaml")
-    path.write_text(json.dumps({"model": job.model, "input": job.input, "output": job.output, "rows_per_part": job.rows_per_part,
+    path = pathlib.Path(job.work_dir or job.output).with_suffix(".yaml")
+    path.write_text(json.dumps({"model": job.model, "input": job.input, "output": job.output, "work_dir": job.work_dir,
+                                "output_format": job.output_format, "rows_per_part": job.rows_per_part,
                                 "engine": dict(job.engine)}))
-    process = subprocess.Popen([sys.executable, "-m", "tests.jobs.run_fake_job", str(path)], cwd=REPOSITORY, stderr=subprocess.PIPE, text=True)
+    command = [sys.executable, "-m", "tests.jobs.run_fake_job", str(path), *(["--shard", job.shard] if job.shard else [])]
+    process = subprocess.Popen(command, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
     line = process.stderr.readline()  # the progress's first line follows the manifest
     assert "rows" in line, line + process.stderr.read()

@@ -68,6 +68,9 @@ class FaultyDisk(QuickDisk):
     def replace(self, source, target):
         self._call(super().replace, source, target)
 
+    def link(self, source, target):
+        self._call(super().link, source, target)
+
     def remove(self, path):
         self._call(super().remove, path)
 
@@ -108,6 +111,10 @@ class PowerLossDisk(FaultyDisk):
             source.write_bytes(self._durable(target))
             target.unlink() if former is None else target.write_bytes(former)
         self._undo.append(undo)
+
+    def link(self, source, target):
+        super().link(source, target)
+        self._undo.append(lambda: target.unlink(missing_ok=True))
 
     def remove(self, path):
         former = self._durable(path)

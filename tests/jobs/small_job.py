@@ -12,7 +12,7 @@ def rows_text(num_rows: int, *, bad: tuple[int, ...] = ()) -> str:
 
 def contents(folder: pathlib.Path) -> dict[str, bytes]:
     """Every file of an output folder but the lock."""
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.name != ".lock"}
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.is_file() and path.name != ".lock"}
 
 
 def all_rows(folder: pathlib.Path) -> list[dict]:

@@ -26,9 +26,9 @@ def test_the_defaults_are_those_of_the_dataclass(load):
 
 
 def test_every_key_is_read(load):
-    job = load(JOB + "mesh: {tp: 4}\ndtype: float32\nseed: 7\nrows_per_part: 9\nengine: {max_num_seqs: 2}\nsampling: {min_p: 1e-3}\n"
+    job = load(JOB + "mesh: {tp: 4}\ndtype: float32\nseed: 7\nrows_per_part: 9\nshard: 1/3\nengine: {max_num_seqs: 2}\nsampling: {min_p: 1e-3}\n"
                "allow_environment_change: true\n")
-    assert job == JobConfig(model="demo", input="in.jsonl", output="out", mesh={"tp": 4}, dtype="float32", seed=7, rows_per_part=9,
+    assert job == JobConfig(model="demo", input="in.jsonl", output="out", mesh={"tp": 4}, dtype="float32", seed=7, rows_per_part=9, shard="1/3",
                             engine={"max_num_seqs": 2}, sampling={"min_p": 0.001}, allow_environment_change=True)
 
 
@@ -43,6 +43,7 @@ def test_every_key_is_read(load):
     (["--mesh.tp", "2"], "mesh", {"tp": 2}),
     (["--seed=-1"], "seed", -1),
     (["--rows-per-part", "1", "--rows-per-part", "2"], "rows_per_part", 2),
+    (["--shard", "2/3"], "shard", "2/3"),
     (["--allow-environment-change"], "allow_environment_change", True),
     (["--allow-environment-change", "false"], "allow_environment_change", False),
 ])

@@ -96,7 +96,7 @@ def test_a_changed_job_over_an_old_output_is_refused_with_the_difference(half_do
 
 def test_another_input_over_an_old_output_is_refused(half_done):
     pathlib.Path(half_done.input).write_text(TEXT.replace("p3", "p4"))
-    with pytest.raises(JobError, match=r"input.sha256 was '[0-9a-f]{64}' and is now"):
+    with pytest.raises(JobError, match=r"input.files.0.sha256 was '[0-9a-f]{64}' and is now"):
         run_job(half_done, make_llm=NeverMade)
 
 

@@ -1,7 +1,10 @@
 """Jobs on the real engine and the model inside the package."""
 import dataclasses
 import json
+import os
 import pathlib
+import subprocess
+import sys
 
 import pytest
 
@@ -10,7 +13,7 @@ from tpllm.jobs.config import load_job
 from tpllm.jobs.durable import Disk
 from tpllm.jobs.rows import read_row, row_request
 from tpllm.jobs.runner import run_job
-from tpllm.jobs.source import open_source
+from tpllm.jobs.sources.row_source import open_source
 
 REPOSITORY = pathlib.Path(__file__).parents[2]
 PROMPTS = ["def ", "class A:\n", "import os\n", "x = [", "for i in range(", "try:\n", "return ", "with open("]
@@ -64,3 +67,25 @@ def test_on_the_real_engine_a_resumed_job_equals_an_uninterrupted_one_and_each_r
     alone = job(rows[5:6], "alone")
     assert run_job(alone).is_complete
     assert all_rows(tmp_path / "alone") == all_rows(tmp_path / "whole")[5:6]
+
+
+@pytest.mark.slow
+def test_on_the_real_engine_two_shards_in_two_processes_merge_into_the_unsharded_job(tmp_path):
+    rows = [{"custom_id": str(i), "prompt": prompt, "sampling": {"temperature": i % 2, "max_tokens": 3 + i}} for i, prompt in enumerate(PROMPTS)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*rows, {"custom_id": "empty", "prompt": ""}]))
+    (tmp_path / "job.yaml").write_text("model: demo\nmesh: tp=1\nengine: {max_num_seqs: 4, max_model_len: 64}\ninput: rows.jsonl\n"
+                                       "output: out\nrows_per_part: 2\n")
+
+    def start(*words):
+        return subprocess.Popen([sys.executable, "-m", "tpllm.cli.main", *words], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                                text=True, env={**os.environ, "PYTHONPATH": str(REPOSITORY)})
+    commands = [["run", "job.yaml", "--output", "whole"], *(["run", "job.yaml", "--shard", f"{index}/2"] for index in range(2))]
+    for process in [start(*words) for words in commands]:
+        _, errors = process.communicate(timeout=600)
+        assert process.returncode == 0, errors
+    for words in (["job", "merge", "out"], ["run", "job.yaml"]):
+        process = start(*words)
+        _, errors = process.communicate(timeout=600)
+        assert process.returncode == 0, errors
+    assert "nothing was left to do" in errors
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")

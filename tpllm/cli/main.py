@@ -12,6 +12,7 @@ from tpllm.cli.help_text import EXIT_USER_ERROR, HelpFormatter, Parser
 
 COMMANDS = {
     "run": "run a batch job: a file of prompts in, completions out",
+    "job": "see how far a batch job is, or merge its shards",
     "generate": "complete one prompt, printed as it is generated",
     "chat": "talk with a model in the terminal",
     "inspect": "show a model's configuration, parameters and memory; weights are not loaded",

@@ -4,6 +4,29 @@ from typing import Literal
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 
+MAX_SHOWN = 6  # token ids in a repr
+
+
+class _ShortRepr:
+    """A repr of the fields that differ from their defaults; a long list is its length, and of token ids also the first."""
+
+    def __repr__(self) -> str:
+        shown = [f"{field.name}={_short(getattr(self, field.name))}" for field in dataclasses.fields(self)
+                 if field.repr and not _is_default(field, getattr(self, field.name))]
+        return f"{type(self).__name__}({', '.join(shown)})"
+
+
+def _is_default(field: dataclasses.Field, value) -> bool:
+    default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+    return default is not dataclasses.MISSING and value == default
+
+
+def _short(value) -> str:
+    if not isinstance(value, list) or len(value) <= MAX_SHOWN or isinstance(value[0], _ShortRepr):
+        return repr(value)
+    first = "".join(f"{token}, " for token in value[:MAX_SHOWN] if isinstance(token, int))
+    return f"[{first}... {len(value)} in all]"
+
 
 @dataclasses.dataclass(frozen=True)
 class Logprob:
@@ -20,8 +43,8 @@ class Logprob:
     decoded_token: str
 
 
-@dataclasses.dataclass
-class CompletionOutput:
+@dataclasses.dataclass(repr=False)
+class CompletionOutput(_ShortRepr):
     """One completion of a request.
 
     Attributes:
@@ -29,7 +52,7 @@ class CompletionOutput:
         text: the generated text.
         token_ids: the generated ids, the stop id included.
         cumulative_logprob: sum of the drawn tokens' log probabilities.
-        logprobs: for each generated token a dict token id -> :class:`Logprob`, or None where none were asked for.
+        logprobs: for each generated token a dict token id -> :class:`.Logprob`, or None where none were asked for.
         finish_reason: ``"stop"``, ``"length"``, ``"abort"``, ``"error"``; None while it runs.
         stop_reason: what ended it, where it was one of ``stop`` or ``stop_token_ids``.
         error: what went wrong, with ``finish_reason`` ``"error"``.
@@ -54,15 +77,15 @@ class RequestMetrics:
     finished_time: float | None = None
 
 
-@dataclasses.dataclass
-class RequestOutput:
+@dataclasses.dataclass(repr=False)
+class RequestOutput(_ShortRepr):
     """A request's prompt and completions.
 
     Attributes:
         request_id: unique within its ``generate`` call: the position of the prompt, as text.
         prompt: the prompt as text; None where token ids were given.
         prompt_token_ids: what the model read.
-        prompt_logprobs: for each prompt token a dict id -> :class:`Logprob`; None for the first token, and as a whole where not asked for.
+        prompt_logprobs: for each prompt token a dict id -> :class:`.Logprob`; None for the first token, and as a whole where not asked for.
         outputs: ``n`` completions.
         finished: whether every completion has ended.
         metrics: times.
@@ -73,7 +96,31 @@ class RequestOutput:
     prompt: str | None
     prompt_token_ids: list[int]
     outputs: list[CompletionOutput]
-    metrics: RequestMetrics
+    metrics: RequestMetrics = dataclasses.field(repr=False)
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None
     finished: bool = False
     num_cached_tokens: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class CompletionDelta:
+    """What :meth:`tpllm.LLM.stream` adds at a time.
+
+    Attributes:
+        index: which of the request's ``n``.
+        text: the new text, whole characters only; may be empty while a character is unfinished.
+        token_ids: the new tokens.
+        finish_reason: set with the last one.
+    """
+
+    index: int
+    text: str
+    token_ids: list[int]
+    finish_reason: FinishReason | None = None
+
+
+def failed_output(request_id: str, prompt: str | None, message: str) -> RequestOutput:
+    """The output of a request that could not begin."""
+    completion = CompletionOutput(index=0, finish_reason="error", error=message)
+    return RequestOutput(request_id=request_id, prompt=prompt, prompt_token_ids=[], outputs=[completion],
+                         metrics=RequestMetrics(arrival_time=0.0), finished=True)

@@ -10,10 +10,12 @@ from typing import Any
 
 from tpllm.engine.sampling_params import SamplingParams
 from tpllm.errors import JobError, SamplingError
+from tpllm.jobs.shard import WHOLE, Shard, parse_shard
 from tpllm.jobs.yaml_file import parse_document, parse_value
 
 SAMPLING_KEYS = tuple(field.name for field in dataclasses.fields(SamplingParams))
 MAX_ROWS_PER_PART = 10_000_000
+OUTPUT_FORMATS = ("auto", "jsonl", "parquet")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -22,12 +24,15 @@ class JobConfig:
 
     Attributes:
         model: a folder, hub id or ``"demo"``.
-        input: a JSONL file of rows.
-        output: a folder for manifest, journal and parts; made if it is not there.
+        input: a path, glob or URL of files of rows, or several: JSONL or Parquet.
+        output: a folder for manifest, journal and parts, made if it is not there; or the URL of one that gets a copy of them.
+        output_format: of the parts: ``"jsonl"``, ``"parquet"``, or ``"auto"`` for that of the input.
+        work_dir: the local folder of a job whose ``output`` is a URL; None for one in the cache folder.
         mesh: as :class:`tpllm.LLM` takes it: ``"auto"``, ``"tp=4"``, or a mapping.
         dtype: of weights and activations.
         seed: each row's own seed is derived from this and the row's place (:func:`tpllm.jobs.rows.row_seed`).
         rows_per_part: input rows of one part file.
+        shard: ``"i/n"`` runs the ``i``-th (from 0) of ``n`` shards, in a folder of its own below ``output``; None runs all.
         engine: further keyword arguments of :class:`tpllm.LLM`.
         sampling: fields of :class:`tpllm.SamplingParams`; a row's own ``sampling`` goes before it, the model's defaults come after.
         allow_environment_change: go on with a job that was begun under other versions, hardware, mesh or batch size.
@@ -38,26 +43,37 @@ class JobConfig:
     """
 
     model: str
-    input: str
+    input: str | Sequence[str]
     output: str
+    output_format: str = "auto"
+    work_dir: str | None = None
     mesh: str | Mapping[str, int] = "auto"
     dtype: str = "auto"
     seed: int = 0
     rows_per_part: int = 256
+    shard: str | None = None
     engine: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     sampling: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     allow_environment_change: bool = False
 
     def __post_init__(self):
-        for key in ("model", "input", "output", "dtype"):
+        _check_input(self.input)
+        if self.output_format not in OUTPUT_FORMATS:
+            raise JobError(f"output_format is {self.output_format!r}; it must be {', '.join(OUTPUT_FORMATS[:-1])} or {OUTPUT_FORMATS[-1]}")
+        for key in ("model", "output", "dtype", *(("work_dir",) if self.work_dir is not None else ())):
             _check_type(key, getattr(self, key), str, "text")
             if not getattr(self, key).strip():
                 raise JobError(f"{key} is empty; give a value")
+        if self.work_dir is not None and "://" not in self.output:
+            raise JobError(f"work_dir is {self.work_dir!r} and output is {self.output!r}, which is local: a job writes there at once; "
+                           "leave work_dir out")
         _check_type("mesh", self.mesh, str | Mapping, "text such as 'auto' or 'tp=4', or a mapping such as {tp: 4}")
         _check_type("seed", self.seed, int, "a whole number")
         _check_type("rows_per_part", self.rows_per_part, int, "a whole number")
         if not 1 <= self.rows_per_part <= MAX_ROWS_PER_PART:
             raise JobError(f"rows_per_part is {self.rows_per_part}; it must be from 1 to {MAX_ROWS_PER_PART}")
+        if self.shard is not None:
+            parse_shard(self.shard)
         if not -(2**63) <= self.seed < 2**64:
             raise JobError(f"seed is {self.seed}; it must be a whole number of 64 bits")
         _check_type("allow_environment_change", self.allow_environment_change, bool, "true or false")
@@ -69,9 +85,20 @@ class JobConfig:
         except SamplingError as error:
             raise SamplingError(f"sampling: {error}") from None
 
+    @property
+    def own_shard(self) -> Shard:
+        """The shard that runs; ``WHOLE`` without one."""
+        return WHOLE if self.shard is None else parse_shard(self.shard)
+
+    @property
+    def folder(self) -> str:
+        """Where manifest, journal and parts go: ``output``, or the shard's folder below it."""
+        return self.output if self.shard is None else f"{self.output.rstrip('/')}/{self.own_shard.folder_name}"
+
 
 JOB_KEYS = tuple(field.name for field in dataclasses.fields(JobConfig))
 REQUIRED_KEYS = ("model", "input", "output")
+TEXT_KEYS = ("model", "input", "output", "work_dir", "dtype")
 
 
 def load_job(path: str | pathlib.Path, overrides: Sequence[str] = ()) -> JobConfig:
@@ -128,7 +155,7 @@ def parse_overrides(words: Sequence[str]) -> list[tuple[tuple[str, ...], Any]]:
             if is_lone and key_path != ("allow_environment_change",):
                 raise JobError(f"--{flag} has no value; write --{flag} VALUE")
             text = "true" if is_lone else rest.pop(0)
-        is_text = key_path[0] in ("model", "input", "output", "dtype")
+        is_text = key_path[0] in TEXT_KEYS and not (key_path[0] == "input" and text.startswith("[") and text.endswith("]"))
         pairs.append((key_path, text if is_text else parse_value(text, f"--{flag}")))
     return pairs
 
@@ -162,6 +189,14 @@ def _set(data: dict[str, Any], key_path: tuple[str, ...], value: Any) -> None:
             data[key] = {}
         data = data[key]
     data[key_path[-1]] = value
+
+
+def _check_input(given: object) -> None:
+    paths = [given] if isinstance(given, str) else given
+    if not isinstance(paths, list | tuple) or not all(isinstance(path, str) for path in paths):
+        raise JobError(f"input is {given!r}; it must be a path, a glob or a URL, or a list of them")
+    if not paths or not all(path.strip() for path in paths):
+        raise JobError(f"input is {given!r}; give at least one file, and no empty name" if paths != [given] else "input is empty; give a value")
 
 
 def _check_type(key: str, value: object, wanted: Any, text: str) -> None:

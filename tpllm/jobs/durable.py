@@ -1,5 +1,6 @@
 """The few calls by which a job writes to disk, in one place, so that tests can make any of them fail or be the last."""
 import contextlib
+import errno
 import os
 import pathlib
 from collections.abc import Iterable, Iterator
@@ -7,6 +8,8 @@ from collections.abc import Iterable, Iterator
 from tpllm.errors import JobError
 
 CHUNK_BYTES = 1 << 20
+# Why a file cannot get a second name though it can be copied: another device, no hard links there, too many, or somebody else's file.
+NO_LINK = (errno.EXDEV, errno.EPERM, errno.EACCES, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 
 
 class Disk:
@@ -34,6 +37,10 @@ class Disk:
         """Give ``source`` the name ``target`` in one step."""
         os.replace(source, target)
 
+    def link(self, source: pathlib.Path, target: pathlib.Path) -> None:
+        """Give a file the second name ``target``."""
+        os.link(source, target)
+
     def remove(self, path: pathlib.Path) -> None:
         """Delete a file if it is there."""
         path.unlink(missing_ok=True)
@@ -60,6 +67,28 @@ def write_whole(disk: Disk, path: pathlib.Path, lines: Iterable[bytes]) -> None:
         os.close(fd)
     disk.replace(temporary, path)
     disk.sync_folder(path.parent)
+
+
+def place(disk: Disk, source: pathlib.Path, target: pathlib.Path) -> None:
+    """Put a file that is complete elsewhere in place, all at once: as a second name of the same content where the file system can, else as a
+    copy. The source stays."""
+    if target.exists() and os.path.samefile(source, target):
+        disk.sync_folder(target.parent)
+        return
+    temporary = target.with_name(target.name + ".tmp")
+    disk.remove(temporary)
+    try:
+        disk.link(source.resolve(), temporary)
+    except OSError as error:
+        if error.errno not in NO_LINK:
+            raise
+        with source.open("rb") as file:
+            write_whole(disk, target, iter(lambda: file.read(CHUNK_BYTES), b""))
+        return
+    with temporary.open("rb") as file:
+        disk.sync(file.fileno())  # a source that was copied here may not be on the device yet
+    disk.replace(temporary, target)
+    disk.sync_folder(target.parent)
 
 
 def _chunks(lines: Iterable[bytes]) -> Iterator[bytes]:

@@ -6,19 +6,22 @@ from typing import Any
 
 from tpllm.errors import JobError
 from tpllm.jobs.config import JobConfig
-from tpllm.jobs.source import InputSummary
+from tpllm.jobs.shard import WHOLE, Parts, parse_shard
+from tpllm.jobs.sources.raw_row import InputSummary
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 ABSENT = "(absent)"
+NOT_RECORDED = ("input", "output", "work_dir", "shard", "allow_environment_change")
 # What may differ with ``allow_environment_change``: it changes where and how fast a job runs, and results only in their last bits.
 ENVIRONMENT_KEYS = ("job.mesh", "job.engine.max_num_seqs", "environment")
 
 
 def job_section(job: JobConfig, summary: InputSummary) -> dict[str, Any]:
     """The part of the manifest that is known before a model is loaded."""
-    settings = {field.name: getattr(job, field.name) for field in dataclasses.fields(job)
-                if field.name not in ("input", "output", "allow_environment_change")}
-    return _as_json({"format": FORMAT_VERSION, "job": settings, "input": dataclasses.asdict(summary)})
+    settings = {field.name: getattr(job, field.name) for field in dataclasses.fields(job) if field.name not in NOT_RECORDED}
+    if job.shard is not None:
+        settings["shard"] = str(job.own_shard)
+    return as_json({"format": FORMAT_VERSION, "job": settings, "input": dataclasses.asdict(summary)})
 
 
 def model_section(fingerprint: Mapping[str, Any], default_sampling: Mapping[str, Any], version: str) -> dict[str, Any]:
@@ -31,8 +34,24 @@ def model_section(fingerprint: Mapping[str, Any], default_sampling: Mapping[str,
     """
     environment = {key: value for key, value in fingerprint.items() if key not in ("model", "environment")}
     environment.update(fingerprint.get("environment", {}))
-    return _as_json({"model": fingerprint.get("model"), "default_sampling": dict(default_sampling),
+    return as_json({"model": fingerprint.get("model"), "default_sampling": dict(default_sampling),
                      "environment": {"tpllm": version, **environment}})
+
+
+def parts_of(manifest: Mapping[str, Any]) -> Parts:
+    """The parts that the folder of a manifest has in the end.
+
+    Raises:
+        JobError: a manifest without what says so.
+    """
+    try:
+        job, shard = manifest["job"], manifest["job"].get("shard")
+        num_rows, rows_per_part = manifest["input"]["num_rows"], job["rows_per_part"]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise JobError(f"the manifest is damaged: {error} is missing or misplaced") from None
+    if not isinstance(num_rows, int) or not isinstance(rows_per_part, int) or num_rows < 0 or rows_per_part < 1:
+        raise JobError(f"the manifest is damaged: it tells of {num_rows!r} rows, {rows_per_part!r} a part")
+    return Parts(num_rows, rows_per_part, WHOLE if shard is None else parse_shard(shard))
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
@@ -63,9 +82,9 @@ def refuse_changes(old: Mapping[str, Any], new: Mapping[str, Any], *, output: st
     environment = [change for change in changes if is_environment(change[0])]
     job = [change for change in changes if not is_environment(change[0])]
     if job:
-        raise JobError(f"the output folder {output} belongs to another job: {_shown(job)}; give this job another output, or change it back")
+        raise JobError(f"the output folder {output} belongs to another job: {describe(job)}; give this job another output, or change it back")
     if environment and not is_environment_free:
-        raise JobError(f"the job in {output} was begun in another environment: {_shown(environment)}; tokens could differ in rare cases: "
+        raise JobError(f"the job in {output} was begun in another environment: {describe(environment)}; tokens could differ in rare cases: "
                        "run it where it was begun, or allow it with --allow-environment-change")
     return environment
 
@@ -75,7 +94,13 @@ def is_environment(key: str) -> bool:
     return any(key == name or key.startswith(name + ".") for name in ENVIRONMENT_KEYS)
 
 
-def _as_json(section: dict[str, Any]) -> dict[str, Any]:
+def describe(changes: list[tuple[str, Any, Any]], form: str = "{key} was {old} and is now {new}") -> str:
+    """The first few differences as text."""
+    shown = [form.format(key=key.removeprefix("job."), old=_text(old), new=_text(new)) for key, old, new in changes[:5]]
+    return "; ".join(shown) + (f"; and {len(changes) - 5} more" if len(changes) > 5 else "")
+
+
+def as_json(section: Mapping[str, Any]) -> dict[str, Any]:
     """What the section will be when it is read back, so that the two compare equal."""
     return json.loads(json.dumps(section, default=str))
 
@@ -84,13 +109,11 @@ def _compare(key: str, old: Any, new: Any, found: list[tuple[str, Any, Any]]) ->
     if isinstance(old, Mapping) and isinstance(new, Mapping):
         for inner in sorted({*old, *new}):
             _compare(f"{key}.{inner}", old.get(inner, ABSENT), new.get(inner, ABSENT), found)
+    elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new) and all(isinstance(item, Mapping) for item in old + new):
+        for number, (former, present) in enumerate(zip(old, new, strict=True)):
+            _compare(f"{key}.{number}", former, present, found)
     elif old != new:
         found.append((key, old, new))
-
-
-def _shown(changes: list[tuple[str, Any, Any]]) -> str:
-    shown = [f"{key.removeprefix('job.')} was {_text(old)} and is now {_text(new)}" for key, old, new in changes[:5]]
-    return "; ".join(shown) + (f"; and {len(changes) - 5} more" if len(changes) > 5 else "")
 
 
 def _text(value: Any) -> str:

@@ -40,7 +40,7 @@ class Progress:
         """Rows, tokens a second and the time left, as text."""
         elapsed = time.monotonic() - self._started
         num_new = self.num_done - self.num_before
-        left = f", {_time_text(elapsed / num_new * (self.num_rows - self.num_done))} left" if num_new else ""
+        left = f", {time_text(elapsed / num_new * (self.num_rows - self.num_done))} left" if num_new else ""
         errors = f", {self.num_errors} failed" if self.num_errors else ""
         return f"{self.num_done}/{self.num_rows} rows{errors}, {self._rate()}{left}"
 
@@ -72,7 +72,8 @@ class Progress:
         return bar
 
 
-def _time_text(seconds: float) -> str:
+def time_text(seconds: float) -> str:
+    """As minutes and seconds, or hours, minutes and seconds."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

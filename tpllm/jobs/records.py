@@ -1,50 +1,97 @@
 """From what the engine gives back to a line of output."""
-import json
-import math
-from collections.abc import Mapping, Sequence
+import dataclasses
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from tpllm.engine.outputs import CompletionOutput, Logprob, RequestOutput
+from tpllm.engine.outputs import CompletionOutput, RequestOutput
 from tpllm.jobs.journal import FinishedRow
-from tpllm.jobs.rows import Row
-from tpllm.jobs.source import RawRow, custom_id_of
+from tpllm.jobs.json_line import to_line
+from tpllm.jobs.openai_rows import BATCH_KEYS, batch_output, is_batch_row, response_head
+from tpllm.jobs.rows import Row, RowError, RowRequest
+from tpllm.jobs.sources.raw_row import RawRow, custom_id_of
+from tpllm.openai_api import ApiError, ResponseHead, finite, logprobs_by_id, response_body
+from tpllm.tokenizer import Tokenizer
 
 
-def output_row(row: Row, output: RequestOutput) -> FinishedRow:
-    """The line of a finished row: the input row's keys, then ``custom_id``, ``outputs`` and ``usage`` (which replace keys of that name).
+@dataclasses.dataclass(frozen=True)
+class Records:
+    """Makes the lines of one job's rows.
 
-    A row that the engine refused becomes an error line.
+    Attributes:
+        job_seed: ids of responses to OpenAI batch rows are derived from it and the row's number.
+        model: that such a response names: the job's, whatever the row asked for.
+        system_fingerprint: that it names.
+        get_tokenizer: gives the model's tokenizer.
     """
-    errors = [completion.error or "unknown error" for completion in output.outputs if completion.finish_reason == "error"]
-    if errors:
-        return error_row(row.raw, errors[0], row=row)
+
+    job_seed: int
+    model: str
+    system_fingerprint: str
+    get_tokenizer: Callable[[], Tokenizer]
+
+    def output(self, request: RowRequest, outputs: Sequence[RequestOutput]) -> FinishedRow:
+        """The line of a finished row. A row that the engine refused becomes an error line.
+
+        A plain row keeps its keys and gets ``custom_id``, ``outputs`` and ``usage``, which replace keys of that name. An OpenAI batch row becomes
+        OpenAI's output row, and keeps only keys that are no part of an OpenAI batch row.
+        """
+        row = request.row
+        try:
+            if request.api is None:
+                record = {**row.fields, "custom_id": row.custom_id, **_output(outputs[0])}
+            else:
+                body = response_body(request.api, outputs, self._head(row.raw), get_tokenizer=self.get_tokenizer)
+                record = self._batch_record(row, batch_output(row.custom_id, self._head(row.raw), body))
+        except RowError as error:
+            return self.error(row.raw, error, row=row)
+        except ApiError as error:
+            return self.error(row.raw, RowError(str(error), error), row=row)
+        return FinishedRow(row.raw.index, False, to_line(record))
+
+    def error(self, raw: RawRow, error: RowError, *, row: Row | None = None) -> FinishedRow:
+        """The line of a row that could not be run: ``custom_id``, ``row`` (from 0), ``file`` and ``line`` (from 1; of a Parquet file
+        ``file_row``, from 0), ``error``, and, where it could be parsed, the ``input`` row.
+
+        Of an OpenAI batch row it begins with OpenAI's own keys; the message is in ``response.body.error`` and ``error`` is null.
+        """
+        custom_id, place, api_error = custom_id_of(raw.data, raw.index), {"row": raw.index, **raw.place}, error.api_error
+        if api_error is None and row is not None and is_batch_row(row.fields):
+            api_error = ApiError(str(error))
+        if api_error is None:
+            record = {"custom_id": custom_id, **place, "error": str(error)}
+        else:
+            record = {**batch_output(custom_id, self._head(raw), api_error.body(), status=api_error.status), **place}
+        if row is not None:
+            record["input"] = dict(row.fields)
+        return FinishedRow(raw.index, True, to_line(record))
+
+    def _head(self, raw: RawRow) -> ResponseHead:
+        return response_head(self.job_seed, raw.index, model=self.model, system_fingerprint=self.system_fingerprint)
+
+    @staticmethod
+    def _batch_record(row: Row, record: dict[str, Any]) -> dict[str, Any]:
+        return {**record, **{key: value for key, value in row.fields.items() if key not in record and key not in BATCH_KEYS}}
+
+
+def _output(output: RequestOutput) -> dict[str, Any]:
+    """``outputs``, ``usage`` and, where they were asked for, ``prompt_logprobs``.
+
+    Raises:
+        RowError: the engine refused the prompt, or a completion failed.
+    """
+    for completion in output.outputs:
+        if completion.finish_reason == "error":
+            raise RowError(completion.error or "unknown error")
     completions = sorted(output.outputs, key=lambda completion: completion.index)
-    record = {**row.fields, "custom_id": row.custom_id, "outputs": [_completion(completion) for completion in completions]}
+    record: dict[str, Any] = {"outputs": [_completion(completion) for completion in completions]}
     if output.prompt_logprobs is not None:
-        record["prompt_logprobs"] = _logprobs(output.prompt_logprobs)
+        record["prompt_logprobs"] = logprobs_by_id(output.prompt_logprobs)
     record["usage"] = {
         "prompt_tokens": len(output.prompt_token_ids),
         "completion_tokens": sum(len(completion.token_ids) for completion in completions),
         "cached_tokens": output.num_cached_tokens,
     }
-    return FinishedRow(row.raw.index, False, to_line(record))
-
-
-def error_row(raw: RawRow, message: str, *, row: Row | None = None) -> FinishedRow:
-    """The line of a row that could not be run: ``custom_id``, ``row`` (from 0), ``line`` of the file (from 1), ``error``, and, where it
-    could be parsed, the ``input`` row."""
-    record = {"custom_id": custom_id_of(raw.data, raw.index), "row": raw.index, "line": raw.line, "error": message}
-    if row is not None:
-        record["input"] = dict(row.fields)
-    return FinishedRow(raw.index, True, to_line(record))
-
-
-def to_line(record: Mapping[str, Any]) -> bytes:
-    """JSON in UTF-8 on one line; escaped to ASCII where it holds half of a surrogate pair."""
-    try:
-        return json.dumps(record, ensure_ascii=False, allow_nan=False).encode("utf-8")
-    except UnicodeEncodeError:
-        return json.dumps(record, allow_nan=False).encode("ascii")
+    return record
 
 
 def _completion(completion: CompletionOutput) -> dict[str, Any]:
@@ -55,17 +102,6 @@ def _completion(completion: CompletionOutput) -> dict[str, Any]:
     if completion.stop_reason is not None:
         record["stop_reason"] = completion.stop_reason
     if completion.logprobs is not None:
-        record["cumulative_logprob"] = _number(completion.cumulative_logprob)
-        record["logprobs"] = _logprobs(completion.logprobs)
+        record["cumulative_logprob"] = finite(completion.cumulative_logprob)
+        record["logprobs"] = logprobs_by_id(completion.logprobs)
     return record
-
-
-def _logprobs(tokens: Sequence[Mapping[int, Logprob] | None]) -> list[dict[str, Any] | None]:
-    """For each token an object token id -> {logprob, rank, decoded_token}, as in the Python API."""
-    return [None if token is None else {
-        str(token_id): {"logprob": _number(entry.logprob), "rank": int(entry.rank), "decoded_token": entry.decoded_token}
-        for token_id, entry in token.items()} for token in tokens]
-
-
-def _number(value: float) -> float | None:
-    return float(value) if math.isfinite(value) else None

@@ -5,16 +5,29 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from tpllm.engine.prompts import Prompt
 from tpllm.engine.sampling_params import SamplingParams
 from tpllm.errors import JobError, SamplingError
 from tpllm.jobs.config import SAMPLING_KEYS, check_keys
-from tpllm.jobs.source import RawRow
+from tpllm.jobs.openai_rows import PROMPT_KEYS, is_batch_row, read_batch_row
+from tpllm.jobs.sources.raw_row import RawRow
+from tpllm.openai_api import ApiError, ApiRequest
 
 SEED_BYTES = 8
+MAX_DEPTH = 100
+"""Of lists and objects in each other: what reads them calls itself for each level."""
 
 
 class RowError(ValueError):
-    """A row that cannot be run; it becomes a line of the errors file."""
+    """A row that cannot be run; it becomes a line of the errors file.
+
+    Attributes:
+        api_error: what the response to an OpenAI batch row says of it; None for another row.
+    """
+
+    def __init__(self, message: str, api_error: ApiError | None = None):
+        super().__init__(message)
+        self.api_error = api_error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,19 +47,26 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class RowRequest:
-    """What the engine is asked for one row."""
+    """What the engine is asked for one row.
+
+    Attributes:
+        row: whose.
+        prompts: each with its parameters. More than one only of an OpenAI batch row whose body has a list of prompts.
+        api: the body of an OpenAI batch row; None for another row.
+    """
 
     row: Row
-    prompt: str | Mapping[str, Any]
-    params: SamplingParams
+    prompts: tuple[tuple[Prompt, SamplingParams], ...]
+    api: ApiRequest | None = None
 
 
-def row_seed(job_seed: int, index: int) -> int:
+def row_seed(job_seed: int, index: int, place: int = 0) -> int:
     """The seed of one row: the first 8 bytes of BLAKE2b of ``"<job seed>:<row number>"``, little endian.
 
-    It depends on nothing else, so a row's tokens do not depend on its neighbours, the order, the parts or a resume.
+    It depends on nothing else, so a row's tokens do not depend on its neighbours, the order, the parts or a resume. Where a row has several
+    prompts, those after the first have ``":<place>"`` at the end, counted from 0.
     """
-    digest = hashlib.blake2b(f"{job_seed}:{index}".encode(), digest_size=SEED_BYTES).digest()
+    digest = hashlib.blake2b(f"{job_seed}:{index}{f':{place}' if place else ''}".encode(), digest_size=SEED_BYTES).digest()
     return int.from_bytes(digest, "little")
 
 
@@ -54,7 +74,7 @@ def read_row(raw: RawRow) -> Row:
     """Parse one line.
 
     Raises:
-        RowError: not UTF-8, not JSON, not an object, or a custom_id that is not text.
+        RowError: not UTF-8, not JSON, nested too deeply, or not an object.
     """
     try:
         fields = json.loads(raw.data.decode("utf-8"), parse_constant=_refuse_constant, parse_float=_finite)
@@ -68,10 +88,10 @@ def read_row(raw: RawRow) -> Row:
         raise RowError(f"not JSON: {error}") from None
     if not isinstance(fields, dict):
         raise RowError(f'the row is {_short(fields)}; it must be an object such as {{"prompt": "..."}}')
+    if raw.data.count(b"[") + raw.data.count(b"{") > MAX_DEPTH and _is_deeper(fields, MAX_DEPTH):
+        raise RowError(f"the row is nested too deeply: over {MAX_DEPTH} lists and objects in each other")
     custom_id = fields.get("custom_id")
-    if custom_id is not None and not isinstance(custom_id, str):
-        raise RowError(f"custom_id is {_short(custom_id)}; it must be text")
-    return Row(raw, fields, str(raw.index) if custom_id is None else custom_id)
+    return Row(raw, fields, custom_id if isinstance(custom_id, str) else str(raw.index))
 
 
 def row_request(row: Row, *, job_seed: int, sampling: Mapping[str, Any]) -> RowRequest:
@@ -83,8 +103,12 @@ def row_request(row: Row, *, job_seed: int, sampling: Mapping[str, Any]) -> RowR
         sampling: the job's sampling over the model's defaults. The row's own goes before it; a ``seed`` in either goes before the row's.
 
     Raises:
-        RowError: no prompt, or one of the wrong type; an unknown sampling key or a value out of its range.
+        RowError: no prompt, or one of the wrong type; an unknown sampling key or a value out of its range; a custom_id that is not text.
     """
+    if is_batch_row(row.fields):
+        return _batch_row_request(row, job_seed=job_seed, sampling=sampling)
+    if not isinstance(row.fields.get("custom_id"), str | None):
+        raise RowError(f"custom_id is {_short(row.fields['custom_id'])}; it must be text")
     own = row.fields.get("sampling")
     if own is not None and not isinstance(own, dict):
         raise RowError(f"sampling is {_short(own)}; it must be an object such as {{\"temperature\": 0}}")
@@ -98,13 +122,21 @@ def row_request(row: Row, *, job_seed: int, sampling: Mapping[str, Any]) -> RowR
         raise RowError(f"sampling: {error}") from None
     except JobError as error:
         raise RowError(str(error)) from None
-    return RowRequest(row, _prompt(row.fields), params)
+    return RowRequest(row, ((_prompt(row.fields), params),))
 
 
-def _prompt(fields: Mapping[str, Any]) -> str | Mapping[str, Any]:
-    given = [key for key in ("prompt", "prompt_token_ids", "messages") if fields.get(key) is not None]
-    if not given and "body" in fields:
-        raise RowError('OpenAI batch rows are not supported yet; write {"prompt": ...} or {"messages": [...]}')
+def _batch_row_request(row: Row, *, job_seed: int, sampling: Mapping[str, Any]) -> RowRequest:
+    try:
+        api = read_batch_row(row.fields, defaults=sampling)
+    except ApiError as error:
+        raise RowError(str(error), error) from None
+    return RowRequest(row, tuple(
+        (prompt, api.params if api.params.seed is not None else dataclasses.replace(api.params, seed=row_seed(job_seed, row.raw.index, place)))
+        for place, prompt in enumerate(api.prompts)), api)
+
+
+def _prompt(fields: Mapping[str, Any]) -> Prompt:
+    given = [key for key in PROMPT_KEYS if fields.get(key) is not None]
     if len(given) != 1:
         found = f"the row has {' and '.join(given)}" if given else f"the row has {', '.join(map(repr, fields)) or 'no keys'} and no prompt"
         raise RowError(f"{found}; give exactly one of prompt, prompt_token_ids and messages")
@@ -119,7 +151,7 @@ def _prompt(fields: Mapping[str, Any]) -> str | Mapping[str, Any]:
     return {"prompt_token_ids": ids}
 
 
-def _chat(fields: Mapping[str, Any]) -> Mapping[str, Any]:
+def _chat(fields: Mapping[str, Any]) -> Prompt:
     messages, template_kwargs = fields["messages"], fields.get("template_kwargs")
     if not isinstance(messages, list) or not messages or not all(isinstance(message, dict) and isinstance(message.get("role"), str)
                                                                 for message in messages):
@@ -147,6 +179,16 @@ def _finite(text: str) -> float:
     if value in (float("inf"), float("-inf")):
         raise ValueError(f"{text} is beyond the range of a 64-bit float")
     return value
+
+
+def _is_deeper(value: object, depth: int) -> bool:
+    """Whether there are more than ``depth`` lists and objects in each other."""
+    level = [value]
+    for _ in range(depth + 1):
+        level = [item for one in level if isinstance(one, dict | list) for item in (one.values() if isinstance(one, dict) else one)]
+        if not level:
+            return False
+    return True
 
 
 def _short(value: object) -> str:

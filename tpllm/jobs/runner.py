@@ -4,24 +4,30 @@ import dataclasses
 import inspect
 import itertools
 import logging
-import pathlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from tpllm import __version__
 from tpllm.engine.outputs import RequestOutput
+from tpllm.engine.prompts import Prompt
+from tpllm.engine.sampling_params import SamplingParams
 from tpllm.errors import JobError
 from tpllm.jobs.config import JOB_KEYS, JobConfig, check_keys
 from tpllm.jobs.durable import Disk
 from tpllm.jobs.journal import Journal, opened_journal
 from tpllm.jobs.ledger import Ledger
 from tpllm.jobs.manifest import job_section, model_section, refuse_changes
+from tpllm.jobs.openai_rows import system_fingerprint
 from tpllm.jobs.output import OutputFolder, opened_output
+from tpllm.jobs.output_format import needs_columns, open_part_format, refuse_batch_row, resolve_output_format
 from tpllm.jobs.progress import Progress
-from tpllm.jobs.records import error_row, output_row
-from tpllm.jobs.rows import Row, RowError, RowRequest, read_row, row_request
+from tpllm.jobs.records import Records
+from tpllm.jobs.remote import output_place
+from tpllm.jobs.rows import RowError, RowRequest, read_row, row_request
+from tpllm.jobs.shard import Parts
+from tpllm.jobs.shard_folders import describe_idle_shard, refuse_mixture
 from tpllm.jobs.signals import StopSignals
-from tpllm.jobs.source import RowSource, open_source
+from tpllm.jobs.sources.row_source import RowSource, open_source
 
 log = logging.getLogger("tpllm")
 
@@ -34,7 +40,7 @@ class JobResult:
     """How a run of a job ended.
 
     Attributes:
-        num_rows: of the input.
+        num_rows: of the input, or of the shard.
         num_done: finished by this and earlier runs.
         num_new: finished by this run.
         num_errors: of the finished rows, those in the errors files of committed parts.
@@ -70,10 +76,13 @@ def run_job(job: JobConfig, *, make_llm: Callable[..., Any] | None = None, disk:
             or one that belongs to another job.
         StopRequested: a signal that came when all else was done.
     """
-    make_llm = make_llm or _llm_class()
+    make_llm = make_llm or llm_class()
     check_engine_options(job, make_llm)
+    refuse_mixture(job)
     source, disk = open_source(job.input), disk or Disk()
-    with opened_output(pathlib.Path(job.output), disk) as folder, opened_journal(folder.path, disk, sync_interval_s=sync_interval_s) as journal:
+    job = dataclasses.replace(job, output_format=resolve_output_format(job.output_format, source))
+    path, mirror = output_place(job)
+    with opened_output(path, disk, mirror) as folder, opened_journal(path, disk, sync_interval_s=sync_interval_s) as journal:
         run = _Run(job, source, folder, journal)
         with StopSignals() as stop:
             stop.before_exit(journal.sync)
@@ -100,25 +109,42 @@ def check_engine_options(job: JobConfig, make_llm: Callable[..., Any]) -> None:
         check_keys(job.engine, known, prefix="engine.")
 
 
+class _RunningRow:
+    """A row whose prompts are with the engine."""
+
+    def __init__(self, request: RowRequest):
+        self.request = request
+        self.outputs: list[RequestOutput | None] = [None] * len(request.prompts)
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether all its prompts are."""
+        return None not in self.outputs
+
+
 class _Run:
     """One run of a job over an output folder that it holds."""
 
     def __init__(self, job: JobConfig, source: RowSource, folder: OutputFolder, journal: Journal):
         self._job, self._source, self._folder, self._journal = job, source, folder, journal
         self._ledger: Ledger | None = None
-        self._pending: dict[str, Row] = {}
+        self._pending: dict[str, tuple[_RunningRow, int]] = {}
         self._changes: list[tuple[str, Any, Any]] = []
 
     def resume(self, stop: StopSignals) -> None:
         """Scan the input, compare the job with the folder's, and commit what an earlier run left ready."""
-        self._summary = self._source.scan()
+        self._summary = self._source.scan(infer_columns=needs_columns(self._job.output_format, self._source))
+        self._folder.part_format = open_part_format(self._job.output_format, self._source, self._summary)
         self._section = job_section(self._job, self._summary)
         self._old = self._folder.read_manifest()
         if self._old is not None:
             self._changes = self._refuse_changes(self._section)
         with stop.held():
-            self._ledger = Ledger(self._folder, self._journal, num_rows=self._summary.num_rows, rows_per_part=self._job.rows_per_part)
+            self._parts = Parts(self._summary.num_rows, self._job.rows_per_part, self._job.own_shard)
+            self._ledger = Ledger(self._folder, self._journal, self._parts)
             self._num_before = self._ledger.num_done
+            if not self._parts.numbers:
+                self._complete_idle_shard()
             if self._old is not None:
                 self._ledger.settle()
 
@@ -133,53 +159,67 @@ class _Run:
         llm = make_llm(job.model, mesh=job.mesh, dtype=job.dtype, seed=job.seed, **job.engine)
         with contextlib.closing(llm):
             with stop.held():
-                self._write_manifest(model_section(llm.fingerprint(), llm.default_sampling, __version__))
+                section = model_section(llm.fingerprint(), llm.default_sampling, __version__)
+                self._write_manifest(section)
                 self._ledger.settle()
+            self._records = Records(job.seed, job.model, system_fingerprint(section), lambda: llm.get_tokenizer())
             requests, again = itertools.tee(self._requests({**llm.default_sampling, **job.sampling}, stop))
-            outputs = llm.generate_iter((request.prompt for request in requests), (request.params for request in again), on_error="return")
-            self._progress = Progress(self._summary.num_rows, self._ledger.num_done)
+            outputs = llm.generate_iter((prompt for prompt, _ in requests), (params for _, params in again), on_error="return")
+            self._progress = Progress(self._parts.num_rows, self._ledger.num_done)
             with contextlib.closing(self._progress), contextlib.closing(outputs):
                 for output in outputs:
                     with stop.held():
                         self._finish(output)
         if not self._ledger.is_complete:
-            raise JobError(f"the engine ended with {self._summary.num_rows - self._ledger.num_done} rows unfinished; what is written is kept: "
+            raise JobError(f"the engine ended with {self._parts.num_rows - self._ledger.num_done} rows unfinished; what is written is kept: "
                            "run the job again to go on")
 
     def result(self, signal: int | None) -> JobResult:
         """What this run came to."""
         if self._ledger is None:
-            return JobResult(0, 0, 0, 0, signal, self._job.output)
+            return JobResult(0, 0, 0, 0, signal, self._job.folder)
         num_done = self._ledger.num_done
-        return JobResult(self._summary.num_rows, num_done, num_done - self._num_before, self._folder.num_error_rows(), signal, self._job.output)
+        return JobResult(self._parts.num_rows, num_done, num_done - self._num_before, self._folder.num_error_rows(), signal, self._job.folder)
 
-    def _requests(self, sampling: Mapping[str, Any], stop: StopSignals) -> Iterator[RowRequest]:
-        """The requests of all unfinished rows, made as the engine asks for them; rows that cannot be run are recorded on the way."""
+    def _requests(self, sampling: Mapping[str, Any], stop: StopSignals) -> Iterator[tuple[Prompt, SamplingParams]]:
+        """The prompts of all unfinished rows, made as the engine asks for them; rows that cannot be run are recorded on the way."""
         number = 0
-        for raw in self._source.rows():
+        for raw in self._source.rows(self._ledger.is_wanted):
             stop.check()
-            if self._ledger.is_done(raw.index):
-                continue
             row = None
             try:
                 row = read_row(raw)
+                refuse_batch_row(row.fields, self._job.output_format)
                 request = row_request(row, job_seed=self._job.seed, sampling=sampling)
             except RowError as error:
                 with stop.held():
-                    self._ledger.record(error_row(raw, str(error), row=row))
+                    self._ledger.record(self._records.error(raw, error, row=row))
                     self._progress.advance(0, is_error=True)
                 continue
-            self._pending[str(number)] = row
-            number += 1
-            yield request
+            running = _RunningRow(request)
+            for place, prompt in enumerate(request.prompts):
+                self._pending[str(number)] = running, place
+                number += 1
+                yield prompt
 
     def _finish(self, output: RequestOutput) -> None:
-        row = self._pending.pop(output.request_id)
+        running, place = self._pending.pop(output.request_id)
         if any(completion.finish_reason == "abort" for completion in output.outputs):
             return
-        finished = output_row(row, output)
+        running.outputs[place] = output
+        if not running.is_finished:
+            return
+        finished = self._records.output(running.request, running.outputs)
         self._ledger.record(finished)
-        self._progress.advance(sum(len(completion.token_ids) for completion in output.outputs), is_error=finished.is_error)
+        num_tokens = sum(len(completion.token_ids) for output in running.outputs for completion in output.outputs)
+        self._progress.advance(num_tokens, is_error=finished.is_error)
+
+    def _complete_idle_shard(self) -> None:
+        """A shard without parts needs no model: what the job is, is all its manifest tells."""
+        log.warning("%s", describe_idle_shard(self._parts))
+        if self._old is None:
+            self._folder.write_manifest(self._section)
+            self._old = self._section
 
     def _write_manifest(self, section: Mapping[str, Any]) -> None:
         manifest = {**self._section, **section}
@@ -193,9 +233,10 @@ class _Run:
         self._folder.write_manifest(manifest)
 
     def _refuse_changes(self, section: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
-        return refuse_changes(self._old, section, output=self._job.output, is_environment_free=self._job.allow_environment_change)
+        return refuse_changes(self._old, section, output=self._job.folder, is_environment_free=self._job.allow_environment_change)
 
 
-def _llm_class() -> Callable[..., Any]:
+def llm_class() -> Callable[..., Any]:
+    """:class:`tpllm.llm.LLM`."""
     from tpllm.llm import LLM  # loads jax, which a job that is refused early does not need
     return LLM

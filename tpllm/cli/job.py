@@ -1,0 +1,92 @@
+"""Look at a batch job, or put its shards together.
+
+  tpllm job status out/first
+  tpllm run JOB.yaml --shard 0/2        on one machine, and --shard 1/2 on another
+  tpllm job merge out/first
+"""
+import argparse
+import json
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from tpllm.cli.help_text import HelpFormatter
+
+if TYPE_CHECKING:
+    from tpllm.jobs.status import FolderStatus
+
+STATUS_TEXT = """Show how far a job is: rows, parts, and whether a process runs it. It may be asked at any time, also while the job runs.
+
+The exit code is 0 whether or not the job is complete, and 2 where there is no job; --json has "is_complete" for scripts."""
+MERGE_TEXT = """Put the shards of a job together, into the folder that the job without shards would have made.
+
+Everything is checked first: that the shards are of one job, all there, complete and not running. The shards' folders stay as they are; their
+files get a second name where the file system has hard links, and are copied elsewhere. A merge that was interrupted is completed by the same
+command, and so is one that is complete already."""
+COLUMNS = ("", "rows", "failed", "in journals", "parts", "state")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare one subcommand for each thing that can be done."""
+    commands = parser.add_subparsers(title="commands", metavar="NAME", required=True)
+    status = commands.add_parser("status", help="show how far a job is", description=STATUS_TEXT, formatter_class=HelpFormatter, allow_abbrev=False)
+    status.add_argument("output", metavar="OUTPUT", help="the job's output folder")
+    status.add_argument("--tokens", action="store_true", help="also count prompt and completion tokens; reads every finished row")
+    status.add_argument("--json", action="store_true", help="print JSON")
+    status.set_defaults(run_job_command=_status)
+    merge = commands.add_parser("merge", help="put the shards of a job together", description=MERGE_TEXT, formatter_class=HelpFormatter,
+                                allow_abbrev=False)
+    merge.add_argument("output", metavar="OUTPUT", help="the output folder of the whole job; made if it is not there")
+    merge.add_argument("shards", metavar="SHARD_FOLDER", nargs="*", help="the shards' folders; by default those below OUTPUT")
+    merge.add_argument("--allow-environment-change", action="store_true",
+                       help="put shards together that ran under other versions, hardware, mesh or max_num_seqs; recorded in the manifest")
+    merge.set_defaults(run_job_command=_merge)
+
+
+def run(args: argparse.Namespace, *, make_llm: Callable[..., Any] | None) -> int:
+    """Run the command; returns the exit code."""
+    return args.run_job_command(args)
+
+
+def _status(args: argparse.Namespace) -> int:
+    from tpllm.jobs.status import job_status
+    status = job_status(args.output, counts_tokens=args.tokens)
+    if args.json:
+        print(json.dumps(status.as_json(), indent=1))
+        return 0
+    rows = [_row(_name(folder), folder) for folder in status.shards]
+    rows += [(f"shard {shard}", "", "", "", "", "not begun") for shard in status.missing]
+    rows.append(_row("together" if rows and status.whole is None else "job", status.together))
+    if rows[1:] and status.whole is None:
+        num_running = sum(shard.pid is not None for shard in status.shards)
+        rows[-1] = (*rows[-1][:-1], "complete" if status.together.is_complete else f"{num_running} running" if num_running else "incomplete")
+    widths = [max(map(len, column)) for column in zip(COLUMNS, *rows, strict=True)]
+    for row in (COLUMNS, *rows):
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    if args.tokens:
+        print(f"tokens: {status.together.prompt_tokens} in prompts, {status.together.completion_tokens} in completions")
+    for folder in ([status.whole] if status.whole else []) + status.shards:
+        for problem in folder.problems:
+            print(f"{folder.folder}: {problem}")
+    if status.whole is None and status.together.is_complete:
+        print(f"every shard is complete; put them together with: tpllm job merge {args.output}")
+    return 0
+
+
+def _name(folder: "FolderStatus") -> str:
+    return f"shard {folder.parts.shard}" if folder.parts else folder.folder.rsplit("/", 1)[-1]
+
+
+def _row(name: str, folder: "FolderStatus") -> tuple[str, ...]:
+    """One line of the table."""
+    num_rows, num_parts = (folder.parts.num_rows, len(folder.parts.numbers)) if folder.parts else ("?", "?")
+    state = "complete" if folder.is_complete else "incomplete" if folder.pid is None else f"running (pid {folder.pid or '?'})"
+    return name, f"{folder.num_done}/{num_rows}", str(folder.num_failed), str(folder.num_in_journals), f"{folder.num_committed}/{num_parts}", state
+
+
+def _merge(args: argparse.Namespace) -> int:
+    from tpllm.jobs.merge import merge_shards
+    result = merge_shards(args.output, args.shards, allow_environment_change=args.allow_environment_change)
+    new = f"{result.num_new} of {result.num_parts} parts new" if result.num_new else "nothing was left to do"
+    failed = f"; {result.num_errors} failed: see {args.output}/part-*.errors.jsonl" if result.num_errors else ""
+    print(f"tpllm: merged {result.num_shards} shards: {result.num_rows} rows in {args.output} ({new}){failed}")
+    return 0

@@ -1,0 +1,114 @@
+"""The rows of a job's input, whatever files they lie in: scanned once, then read as often as needed."""
+import array
+import hashlib
+import importlib.util
+from collections.abc import Callable, Generator, Iterator, Sequence
+from typing import Protocol
+
+import numpy as np
+
+from tpllm.errors import JobError
+from tpllm.jobs.sources.column_types import ColumnTypes
+from tpllm.jobs.sources.files import PARQUET, InputFile
+from tpllm.jobs.sources.find import find_files
+from tpllm.jobs.sources.jsonl import JsonlRows
+from tpllm.jobs.sources.raw_row import FileSummary, InputSummary, RawRow, custom_id_of
+
+
+class FileRows(Protocol):
+    """The rows of one file, ``file``."""
+
+    file: InputFile
+
+    def scan(self, first: int, note: Callable[[RawRow], None]) -> FileSummary:
+        """Read everything once, and call ``note`` with every row (of a Parquet row its custom_id is enough)."""
+
+    def rows(self, first: int, is_wanted: Callable[[int], bool]) -> Generator[RawRow, None, int]:
+        """The wanted rows in order, lazily; returns the number of the next file's first row."""
+
+
+class RowSource:
+    """The rows of all files in order, numbered through from 0.
+
+    Attributes:
+        kind: ``"jsonl"`` or ``"parquet"``.
+        files: what each file holds.
+    """
+
+    def __init__(self, kind: str, files: Sequence[FileRows]):
+        self.kind, self.files = kind, files
+
+    def scan(self, *, infer_columns: bool = False) -> InputSummary:
+        """Hash the files, count their rows and check their custom ids, in memory of 8 bytes a row.
+
+        Args:
+            infer_columns: also find the types of a JSONL input's columns.
+
+        Raises:
+            JobError: a custom_id that two rows have, with both rows; a file that cannot be read; columns that cannot be a table's.
+        """
+        digests, columns = array.array("Q"), ColumnTypes() if infer_columns else None
+
+        def note(row: RawRow) -> None:
+            digests.append(_digest(custom_id_of(row.data, row.index)))
+            if columns is not None:
+                columns.add(row)
+        summaries: list[FileSummary] = []
+        for file in self.files:
+            summaries.append(file.scan(len(digests), note))
+        self._refuse_twins(digests)
+        return InputSummary(len(digests), tuple(summaries), columns.result() if columns else None)
+
+    def rows(self, is_wanted: Callable[[int], bool] = lambda index: True) -> Iterator[RawRow]:
+        """The wanted rows in order, lazily.
+
+        Raises:
+            JobError: a file is not the one that was scanned.
+        """
+        first = 0
+        for file in self.files:
+            first = yield from file.rows(first, is_wanted)
+            file.file.check_unchanged()
+
+    def _refuse_twins(self, digests: array.array) -> None:
+        """Equal digests are looked up in the files again, so that a chance collision refuses nothing."""
+        ordered = np.sort(np.frombuffer(digests, np.uint64))
+        suspects = set(ordered[1:][ordered[1:] == ordered[:-1]].tolist())
+        first_rows: dict[str, RawRow] = {}
+        for row in self.rows(lambda index: digests[index] in suspects) if suspects else ():
+            custom_id = custom_id_of(row.data, row.index)
+            if (twin := first_rows.setdefault(custom_id, row)) is not row:
+                raise JobError(f"custom_id {custom_id!r} is on {twin} and on {row}; each must be unique (a row without one has its row number, "
+                               "from 0, as its custom_id)")
+
+
+def open_source(given: str | Sequence[str]) -> RowSource:
+    """The source for an ``input`` of a job file.
+
+    Args:
+        given: a path, glob or URL, or several.
+
+    Raises:
+        JobError: no such file, a kind of input that is not supported or that needs a package which is not installed, files of two kinds, or
+            Parquet files that cannot be read or have different columns.
+    """
+    files = find_files(given)
+    if files[0].kind != PARQUET:
+        return RowSource(files[0].kind, [JsonlRows(file) for file in files])
+    need_pyarrow(files[0].name)
+    from tpllm.jobs.sources.parquet import ParquetSource
+    return ParquetSource(files)
+
+
+def need_pyarrow(name: str) -> None:
+    """Make sure that Parquet can be read and written.
+
+    Raises:
+        JobError: pyarrow is not installed; ``name`` says what needs it.
+    """
+    if importlib.util.find_spec("pyarrow") is None:
+        raise JobError(f"{name}: Parquet needs a package: pip install pyarrow (or 'tpllm[parquet]')")
+
+
+def _digest(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest())

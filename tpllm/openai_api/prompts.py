@@ -1,0 +1,96 @@
+"""What an OpenAI body gives the model to read: texts or token ids of a completion, messages and tools of a chat."""
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from tpllm.engine.prompts import Prompt
+from tpllm.errors import PromptError
+from tpllm.openai_api.api_error import ApiError, shortened
+from tpllm.tokenizer.messages import checked_messages
+
+
+def completion_prompts(prompt: object) -> tuple[Prompt, ...]:
+    """The prompts of a completion: a text, a list of token ids, or a list of several of one kind.
+
+    Raises:
+        ApiError: another form.
+    """
+    if prompt is None:
+        raise ApiError("prompt is missing; give text, a list of token ids, or a list of several of them", param="prompt",
+                       code="missing_required_parameter")
+    if isinstance(prompt, str):
+        return (prompt,)
+    if _are_ids(prompt):
+        return ({"prompt_token_ids": prompt},)
+    if isinstance(prompt, list) and prompt:
+        if all(isinstance(text, str) for text in prompt):
+            return tuple(prompt)
+        if all(_are_ids(ids) for ids in prompt):
+            return tuple({"prompt_token_ids": ids} for ids in prompt)
+    raise ApiError(f"prompt is {shortened(prompt)}; it must be text, a list of token ids, a list of texts, or a list of lists of token ids",
+                   param="prompt", code="invalid_type")
+
+
+def chat_prompt(given: Mapping[str, Any]) -> Prompt:
+    """The prompt of a chat: its messages, and the template's variables ``chat_template_kwargs``, ``add_generation_prompt`` and ``tools``.
+
+    Arguments of earlier tool calls, which OpenAI writes as JSON text, become objects, which is what templates expect.
+
+    Raises:
+        ApiError: messages that are no chat, parts other than text, tools or a choice of tool that cannot be served.
+    """
+    if "messages" not in given:
+        raise ApiError('messages is missing; give a list such as [{"role": "user", "content": "..."}]', param="messages",
+                       code="missing_required_parameter")
+    try:
+        messages = checked_messages(given["messages"])
+    except PromptError as error:
+        raise ApiError(str(error), param="messages", code="invalid_value") from None
+    variables = given.get("chat_template_kwargs", {})
+    if not isinstance(variables, Mapping):
+        raise ApiError(f"chat_template_kwargs is {shortened(variables)}; it must be an object", param="chat_template_kwargs", code="invalid_type")
+    if "add_generation_prompt" in given:
+        if not isinstance(given["add_generation_prompt"], bool):
+            raise ApiError(f"add_generation_prompt is {shortened(given['add_generation_prompt'])}; it must be true or false",
+                           param="add_generation_prompt", code="invalid_type")
+        variables = {**variables, "add_generation_prompt": given["add_generation_prompt"]}
+    if tools := _tools(given):
+        variables = {**variables, "tools": tools}
+    prompt = {"messages": [_with_parsed_arguments(message, f"messages[{index}]") for index, message in enumerate(messages)]}
+    return {**prompt, "template_kwargs": variables} if variables else prompt
+
+
+def _tools(given: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    tools, choice = given.get("tools", []), given.get("tool_choice", "auto")
+    if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
+        raise ApiError(f"tools is {shortened(tools)}; it must be a list of objects", param="tools", code="invalid_type")
+    for index, tool in enumerate(tools):
+        if tool.get("type") != "function":
+            raise ApiError(f"tools[{index}] is of the type {shortened(tool.get('type'))}; only functions are supported", param="tools",
+                           code="unsupported_value")
+    if choice not in ("auto", "none"):
+        raise ApiError(f"tool_choice is {shortened(choice)}; only \"auto\" and \"none\" are supported: nothing forces a call yet",
+                       param="tool_choice", code="unsupported_value")
+    return [] if choice == "none" else tools
+
+
+def _with_parsed_arguments(message: dict[str, Any], where: str) -> dict[str, Any]:
+    calls = message.get("tool_calls")
+    if not isinstance(calls, list):
+        return message
+    parsed = []
+    for index, call in enumerate(calls):
+        function = call.get("function") if isinstance(call, dict) else None
+        if isinstance(function, dict) and isinstance(function.get("arguments"), str):
+            try:
+                arguments = json.loads(function["arguments"] or "{}")
+            except (ValueError, RecursionError):
+                raise ApiError(f"{where}['tool_calls'][{index}]['function']['arguments'] is {shortened(function['arguments'])}; it must be JSON",
+                               param="messages", code="invalid_value") from None
+            call = {**call, "function": {**function, "arguments": arguments}}
+        parsed.append(call)
+    return {**message, "tool_calls": parsed}
+
+
+def _are_ids(value: object) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(token, int) and not isinstance(token, bool) for token in value)

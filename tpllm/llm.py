@@ -122,13 +122,14 @@ class LLM:
             PromptError, SamplingError: a prompt or parameter that cannot be used; nothing is generated then.
         """
         prompts = [prompts] if isinstance(prompts, str | Mapping) else list(prompts)
-        if sampling_params is not None and not isinstance(sampling_params, SamplingParams):
-            sampling_params = list(sampling_params)
-            if len(sampling_params) != len(prompts):
-                raise ConfigError(f"{len(prompts)} prompts but {len(sampling_params)} sampling_params; give one for all, or one each")
         prompts = [encode_prompt(prompt, self._tokenizer) for prompt in prompts]
-        for prompt in prompts:
-            self._live_engine.check_prompt(prompt["prompt_token_ids"])
+        if sampling_params is None or isinstance(sampling_params, SamplingParams):
+            sampling_params = [sampling_params or self._default_params()] * len(prompts)
+        sampling_params = list(sampling_params)
+        if len(sampling_params) != len(prompts):
+            raise ConfigError(f"{len(prompts)} prompts but {len(sampling_params)} sampling_params; give one for all, or one each")
+        for prompt, params in zip(prompts, sampling_params, strict=True):
+            self._live_engine.check_request(prompt["prompt_token_ids"], params)
         outputs: list[RequestOutput | None] = [None] * len(prompts)
         with progress_bar(len(prompts), is_shown=show_progress) as advance:
             for output in self.generate_iter(prompts, sampling_params):
@@ -207,17 +208,21 @@ class LLM:
                 self._engine.abort(request)
 
     def chat(self, messages: Messages | list[Messages], sampling_params: SamplingParams | None = None, *,
-             template_kwargs: Mapping[str, Any] | None = None, show_progress: bool | None = None) -> list[RequestOutput]:
+             template_kwargs: Mapping[str, Any] | None = None, tools: list[dict[str, Any]] | None = None, add_generation_prompt: bool = True,
+             show_progress: bool | None = None) -> list[RequestOutput]:
         """Answer one conversation or several, through the model's own chat template.
 
         Args:
             messages: a list of ``{"role": ..., "content": ...}``, or a list of such lists.
             sampling_params: as for :meth:`generate`.
             template_kwargs: more variables for the template, such as ``enable_thinking``.
+            tools: JSON schemas of the functions that the model may call; its template must know of them.
+            add_generation_prompt: end the prompt with the header of the answer; False goes on with the last message.
             show_progress: as for :meth:`generate`.
         """
         many = messages if messages and isinstance(messages[0], list) else [messages]
-        prompts = [{"messages": one, "template_kwargs": template_kwargs} for one in many]
+        options = {"template_kwargs": template_kwargs, "tools": tools, "add_generation_prompt": add_generation_prompt}
+        prompts = [{"messages": one, **options} for one in many]
         return self.generate(prompts, sampling_params, show_progress=show_progress)
 
     def warm_up(self, *, has_prompt_logprobs: bool = False) -> None:

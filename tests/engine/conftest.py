@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 
 from sharding_rules import DATA_TENSOR, make_mesh
+from tests.tokenizer import tokenizer_folders
 from tpllm.llm import LLM
 from tpllm.model.config import ModelConfig
 from tpllm.model.params import init_params
 from tpllm.model.partition import fit_to_mesh
+from tpllm.tokenizer import Tokenizer
 
 CONFIG = ModelConfig(vocab_size=96, hidden_size=64, num_layers=2, num_heads=8, num_kv_heads=8, head_dim=16, intermediate_size=128,
                      max_position=160, ties_embeddings=True)
@@ -35,3 +37,12 @@ def random_prompts(*lengths: int, seed: int = 0) -> list[dict[str, list[int]]]:
 def llm() -> LLM:
     """One engine on one device; every test leaves it idle."""
     return make_llm()
+
+
+@pytest.fixture(scope="session")
+def text_llm(tmp_path_factory) -> LLM:
+    """The same with a small byte-level tokenizer of Llama 3's kind, so that outputs have text; every test leaves it idle."""
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<|begin_of_text|>", "eos_token": "<|end_of_text|>"}
+    folder = tokenizer_folders.write_folder(tmp_path_factory.mktemp("tokenizer"), tokenizer_folders.llama3_like(), tokenizer_config=settings)
+    tokenizer = Tokenizer.from_folder(folder)
+    return make_llm(config=dataclasses.replace(CONFIG, vocab_size=tokenizer.vocab_size), tokenizer=tokenizer)

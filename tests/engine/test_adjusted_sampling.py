@@ -1,13 +1,12 @@
 """What a request may ask of its logits, through the whole engine."""
-import collections
 import dataclasses
 
-import jax
-import numpy as np
 import pytest
 
 from tests.engine.conftest import CONFIG, make_llm, random_prompts
-from tpllm import LLM, SamplingParams, forward
+from tests.engine.plain_loop import plain_tokens
+from tpllm import LLM, SamplingParams
+from tpllm.engine.bad_words import find_bad_words
 from tpllm.errors import SamplingError
 
 GREEDY = SamplingParams(temperature=0, max_tokens=24)
@@ -17,30 +16,11 @@ def tokens_of(llm, prompt, params):
     return llm.generate(prompt, params)[0].outputs[0].token_ids
 
 
-def naive(llm, prompt: list[int], num_steps: int, *, repetition=1.0, frequency=0.0, presence=0.0) -> list[int]:
-    """Greedy decoding by whole forward passes, the penalties in numpy."""
-    row = list(prompt)
-    step = jax.jit(forward, static_argnums=4)
-    for _ in range(num_steps):
-        padded = np.array([row + [0] * (80 - len(row))], np.int32)
-        positions = np.where(np.arange(80) < len(row), np.arange(80), -1).astype(np.int32)[None]
-        logits = np.asarray(step(llm.params, padded, positions, None, llm.config)[0])[0, len(row) - 1].astype(np.float64)
-        counts = collections.Counter(row[len(prompt):])
-        for token in set(row):
-            logits[token] = logits[token] / repetition if logits[token] > 0 else logits[token] * repetition
-        for token, count in counts.items():
-            logits[token] -= frequency * count + presence
-        row.append(int(logits.argmax()))
-    return row[len(prompt):]
-
-
-@pytest.mark.parametrize("penalties", [{"repetition": 1.8}, {"frequency": 1.1}, {"presence": 1.9},
-                                       {"repetition": 1.2, "frequency": 0.7, "presence": -0.6}], ids=str)
-def test_penalties_give_the_tokens_of_a_plain_loop(llm, penalties):
+def test_penalties_together_give_the_tokens_of_a_plain_loop_after_a_prompt_of_two_chunks(llm):
     prompt = random_prompts(40, seed=3)[0]
-    params = dataclasses.replace(GREEDY, **{f"{name}_penalty": value for name, value in penalties.items()})
+    params = dataclasses.replace(GREEDY, repetition_penalty=1.2, frequency_penalty=0.7, presence_penalty=-0.6)
     drawn = tokens_of(llm, prompt, params)
-    assert drawn == naive(llm, prompt["prompt_token_ids"], 24, **penalties)
+    assert drawn == plain_tokens(llm, prompt["prompt_token_ids"], params)
     assert drawn != tokens_of(llm, prompt, GREEDY)
 
 
@@ -101,9 +81,11 @@ def test_bad_words_do_not_appear():
     ({"presence_penalty": 2.5}, "presence_penalty is 2.5"), ({"frequency_penalty": -3}, "frequency_penalty is -3"),
     ({"repetition_penalty": 0}, "repetition_penalty is 0"), ({"logit_bias": [1]}, "mapping"), ({"logit_bias": {"x": 1}}, "'x'"),
     ({"logit_bias": {3: 101}}, "token 3 is 101"), ({"allowed_token_ids": []}, "at least one token id"), ({"allowed_token_ids": [-1]}, "-1"),
-    ({"bad_words": "one"}, "list of texts"), ({"bad_words": [" "]}, "none of them empty"),
+    ({"bad_words": "one"}, "list of texts"), ({"bad_words": [" "]}, "none of them empty"), ({"bad_words": 3}, "list of texts"),
+    ({"repetition_penalty": float("inf")}, "inf"), ({"ignore_eos": "no"}, "ignore_eos is 'no'"), ({"skip_special_tokens": None}, "True or False"),
+    ({"top_p": 10**400}, "at most 1"),
 ])
-def test_an_adjustment_out_of_range_is_named(values, words):
+def test_a_value_out_of_range_is_named(values, words):
     with pytest.raises(SamplingError, match=words):
         SamplingParams(**values)
 
@@ -115,3 +97,55 @@ def test_an_adjustment_out_of_range_is_named(values, words):
 def test_an_adjustment_that_the_model_cannot_take_is_named(llm, values, words):
     with pytest.raises(SamplingError, match=words):
         llm.generate(random_prompts(3), dataclasses.replace(GREEDY, **values))
+
+
+@pytest.mark.parametrize("values", [{"min_tokens": 2, "stop_token_ids": [7], "allowed_token_ids": [7]}, {"temperature": 1.0, "min_tokens": 1,
+                                    "stop_token_ids": [7, 8], "allowed_token_ids": [8, 7]}], ids=str)
+def test_a_row_with_no_token_left_to_draw_ends_with_an_error_and_its_neighbours_go_on(llm, values):
+    prompts = random_prompts(5, 6, 7)
+    blocked, *others = (output.outputs[0] for output in llm.generate(prompts, [dataclasses.replace(GREEDY, **values), GREEDY, GREEDY]))
+    assert (blocked.token_ids, blocked.finish_reason) == ([], "error")
+    assert "leave no token to draw" in blocked.error
+    assert [len(completion.token_ids) for completion in others] == [24, 24]
+
+
+def test_no_token_may_be_left_in_the_middle_of_a_row(text_llm):
+    only = text_llm.get_tokenizer().encode("x", add_special_tokens=False)
+    completion = text_llm.generate({"prompt_token_ids": [5]}, dataclasses.replace(GREEDY, allowed_token_ids=only, bad_words=["xxx"]))[0].outputs[0]
+    assert completion.token_ids == only * 2
+    assert completion.finish_reason == "error"
+    assert completion.text == "xx"
+
+
+def test_a_least_number_of_tokens_near_the_end_of_32_bits_fills_the_context(llm):
+    params = SamplingParams(temperature=0, min_tokens=2**31 - 1, stop_token_ids=range(50))
+    completion = llm.generate(random_prompts(100), params)[0].outputs[0]
+    assert len(completion.token_ids) == llm.shapes.max_model_len - 100
+    assert set(completion.token_ids).isdisjoint(range(50))
+
+
+@pytest.mark.parametrize(("word", "words"), [("\ud800", "cannot be encoded"), ("x" * 60, "the most is 8")])
+def test_a_bad_word_that_cannot_be_one_is_named(text_llm, word, words):
+    with pytest.raises(SamplingError, match=words):
+        text_llm.generate({"prompt_token_ids": [5]}, dataclasses.replace(GREEDY, bad_words=[word]))
+
+
+def test_bad_words_need_tokens_of_the_model():
+    class NothingButX:
+        def encode(self, text, *, add_special_tokens):
+            return [7] * text.count("x")
+    assert find_bad_words(["x", "xx"], NothingButX(), vocab_size=8) == [[7], [7, 7]]
+    assert find_bad_words(["x"], NothingButX(), vocab_size=7) == []
+    with pytest.raises(SamplingError, match="the bad word 'y' has no tokens"):
+        find_bad_words(["x", "y"], NothingButX(), vocab_size=8)
+
+
+def test_none_is_the_same_as_nothing_where_vllm_has_none_by_default():
+    assert SamplingParams(logit_bias=None, bad_words=None, stop=None, stop_token_ids=None) == SamplingParams()
+
+
+@pytest.mark.parametrize("params", [{"temperature": 0}, 3, "greedy"])
+def test_other_objects_than_sampling_parameters_are_refused(llm, params):
+    with pytest.raises(SamplingError, match=r"give SamplingParams\(\.\.\.\)"):
+        llm.generate(random_prompts(3), [params])
+    assert not llm._engine.has_work

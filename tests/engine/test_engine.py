@@ -172,7 +172,10 @@ def test_stream_gives_the_same_tokens_as_generate(llm):
     ({"prompt_token_ids": [3] * 120}, ["120 tokens", "context holds 120", "119"]),
     ({"prompt_token_ids": [3, 96]}, ["96", "0 to 95"]),
     ({"prompt_token_ids": [3, "x"]}, ["'x'"]),
+    ({"prompt_token_ids": [3, True]}, ["True", "whole numbers"]),
     ({"prompt_token_ids": 5}, ["5", "list of token ids"]),
+    ({"prompt_token_ids": b"ab"}, ["b'ab'", "list of token ids"]),
+    ({"prompt_token_ids": np.ones((2, 1), int)}, ["list of token ids"]),
     ({"nothing": 5}, ["no tokenizer"]),
     (7, ["7", "prompt_token_ids"]),
 ])
@@ -234,12 +237,11 @@ def test_the_compile_guard_raises_on_a_compile_after_warm_up(monkeypatch):
 
 
 def test_a_closed_llm_gives_its_memory_back_and_says_that_it_is_closed():
-    before = {id(array) for array in jax.live_arrays()}
+    before = len(jax.live_arrays())
     with make_llm() as llm:
         llm.generate(random_prompts(4), GREEDY)
-        held = [array for array in jax.live_arrays() if id(array) not in before]
-        assert held
-    assert all(array.is_deleted() for array in held)
+        assert len(jax.live_arrays()) > before
+    assert len(jax.live_arrays()) <= before
     with pytest.raises(ConfigError, match="closed"):
         llm.generate(random_prompts(4), GREEDY)
     llm.close()

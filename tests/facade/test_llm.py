@@ -115,6 +115,21 @@ def test_without_parameters_the_models_own_defaults_are_used(llm):
     output = llm.chat(messages, SamplingParams(**llm.default_sampling, seed=1, max_tokens=5))[0]
     assert output.prompt_token_ids == llm.get_tokenizer().encode_chat(messages)
     assert len(llm.chat([messages, messages], GREEDY)) == 2
+    unfinished = llm.chat(messages, GREEDY, add_generation_prompt=False)[0]
+    assert unfinished.prompt_token_ids == llm.get_tokenizer().encode_chat(messages, add_generation_prompt=False) != output.prompt_token_ids
+
+
+def test_tools_go_to_the_template_which_may_not_know_of_them(llm):
+    tools = [{"type": "function", "function": {"name": "now", "parameters": {}}}]
+    with pytest.raises(TpllmError, match="tools"):
+        llm.chat([{"role": "user", "content": "What time is it?"}], GREEDY, tools=tools)
+
+
+def test_generate_refuses_a_bad_parameter_of_a_late_prompt_before_it_begins(llm):
+    before = llm._engine._num_requests
+    with pytest.raises(SamplingError, match="logit_bias names token id 4096"):
+        llm.generate(["x ="] * 3, [GREEDY, GREEDY, SamplingParams(logit_bias={4096: 1.0})])
+    assert llm._engine._num_requests == before
 
 
 @pytest.mark.parametrize("mesh", ["tp=4", {"dp": 2, "tp": 2}, "auto"], ids=str)

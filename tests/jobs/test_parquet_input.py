@@ -1,10 +1,12 @@
 """Rows from Parquet files."""
 import dataclasses
+import http.server
 import json
 import os
 import pathlib
 import re
 import sys
+import threading
 
 import fsspec
 import pyarrow as pa
@@ -237,6 +239,44 @@ def test_a_file_in_memory_runs_like_a_local_one(write):
     run_job(job("a.parquet"), make_llm=FakeLLM)
     run_job(job(url, output="far"), make_llm=FakeLLM)
     assert contents(pathlib.Path("far")) == contents(pathlib.Path("out"))
+
+
+class Ranges(http.server.BaseHTTPRequestHandler):
+    """A web server for one file, ``a.parquet``, that gives the ranges that are asked for, and notes them."""
+
+    asked: list[int]
+
+    def do_HEAD(self):
+        data = pathlib.Path("a.parquet").read_bytes()
+        start, _, stop = self.headers.get("Range", f"bytes=0-{len(data) - 1}").removeprefix("bytes=").partition("-")
+        piece = data[int(start):int(stop) + 1]
+        self.send_response(206 if "Range" in self.headers else 200)
+        self.send_header("Content-Length", str(len(piece)))
+        self.send_header("Content-Range", f"bytes {start}-{stop}/{len(data)}")
+        self.end_headers()
+        return piece
+
+    def do_GET(self):
+        piece = self.do_HEAD()
+        self.asked.append(len(piece))
+        self.wfile.write(piece)
+
+    def log_message(self, *_):
+        pass
+
+
+def test_a_file_behind_a_web_address_is_read_in_ranges_and_not_over_and_over(write, monkeypatch):
+    write("a.parquet", {"prompt": [os.urandom(500).hex() for _ in range(4000)], "more": [os.urandom(500).hex() for _ in range(4000)]},
+          row_group_size=1000)
+    monkeypatch.setattr(Ranges, "asked", [], raising=False)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Ranges) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        far = open_source(f"http://127.0.0.1:{server.server_port}/a.parquet")
+        assert [row.data for row in far.rows()] == [row.data for row in open_source("a.parquet").rows()]
+        server.shutdown()
+        thread.join()
+    assert sum(Ranges.asked) < 1.5 * os.path.getsize("a.parquet")
 
 
 @pytest.mark.parametrize("kept_bytes", [0, 200, 1 << 20])

@@ -3,6 +3,8 @@ import jax
 import numpy as np
 import pytest
 
+from tests.numpy_sampler import adjusted_logits
+from tpllm import SamplingParams
 from tpllm.model.logit_adjustments import adjust, empty_history, no_adjustments, remember
 
 VOCAB, ROWS = 24, 3
@@ -18,16 +20,6 @@ def history_of(*rows: list[int]):
 
 def logits_of(seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).normal(0, 3, (ROWS, VOCAB)).astype(np.float32)
-
-
-def expected(logits_V, *, prompt=(), completion=(), repetition=1.0, frequency=0.0, presence=0.0):
-    """vLLM's documented penalties, one token at a time."""
-    out = logits_V.astype(np.float64).copy()
-    for token in set(prompt) | set(completion):
-        out[token] = out[token] / repetition if out[token] > 0 else out[token] * repetition
-    for token in set(completion):
-        out[token] -= frequency * completion.count(token) + presence
-    return out
 
 
 def test_rows_without_adjustments_keep_their_logits_to_the_bit():
@@ -48,11 +40,12 @@ def test_penalties_are_those_of_the_definition(penalties):
     for row, prompt in enumerate(prompts):
         in_prompt[row, prompt] = True
     changed = {name: np.full(ROWS, value, np.float32) for name, value in penalties.items()}
+    params = SamplingParams(**{f"{name}_penalty": value for name, value in penalties.items()})
     adjustments = adjustments.replace(is_used=np.ones(ROWS, bool), in_prompt=in_prompt, **changed)
     out = adjust(logits, adjustments, history_of(*completions))
     for row in range(ROWS):
-        np.testing.assert_allclose(out[row], expected(logits[row], prompt=prompts[row], completion=completions[row], **penalties), rtol=1e-5,
-                                   atol=1e-5)
+        expected = adjusted_logits(logits[row], params, prompt=prompts[row], completion=completions[row])
+        np.testing.assert_allclose(out[row], expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(("completion", "is_banned"), [([4, 5], True), ([5, 4], False), ([4, 5, 5], False), ([9, 9, 4, 5], True), ([5], False)])
@@ -65,14 +58,10 @@ def test_a_bad_word_of_several_tokens_cannot_be_completed(completion, is_banned)
     np.testing.assert_array_equal(np.delete(out, 6), np.delete(logits[0], 6))
 
 
-@pytest.mark.oracle
-@pytest.mark.parametrize("repetition", [0.7, 1.4])
-def test_the_repetition_penalty_is_transformers(repetition):
-    torch = pytest.importorskip("torch", reason="the oracle extra brings torch")
-    processors = pytest.importorskip("transformers", reason="the oracle extra brings transformers")
-    logits, prompt, completion = logits_of(4)[:1], [3, 3, 8], [1, 8, 2]
-    oracle = processors.RepetitionPenaltyLogitsProcessor(repetition)(torch.tensor([prompt + completion]), torch.tensor(logits))
-    in_prompt = np.zeros((1, VOCAB), bool)
-    in_prompt[0, prompt] = True
-    adjustments = no_adjustments(1, VOCAB).replace(is_used=np.ones(1, bool), in_prompt=in_prompt, repetition=np.full(1, repetition, np.float32))
-    np.testing.assert_allclose(adjust(logits, adjustments, history_of(completion)), oracle.numpy(), rtol=1e-6)
+@pytest.mark.parametrize("repetition", [1e-30, 1e30])
+def test_a_penalty_that_overflows_makes_neither_nan_nor_a_ban_and_lifts_none(repetition):
+    logits, in_prompt = np.array([[3e38, -3e38, 0.0, -np.inf, 1.0]], np.float32), np.array([[True, True, True, True, False]])
+    adjustments = no_adjustments(1, 5).replace(is_used=np.ones(1, bool), in_prompt=in_prompt, repetition=np.full(1, repetition, np.float32))
+    out = np.asarray(adjust(logits, adjustments, empty_history(1, 5)))[0]
+    assert np.isfinite(out).tolist() == [True, True, True, False, True]
+    assert out[3] == -np.inf

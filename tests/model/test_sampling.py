@@ -9,6 +9,8 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from sharding_rules import TENSOR, Partition, make_mesh
+from tests.numpy_sampler import probabilities
+from tpllm import SamplingParams
 from tpllm.model.sampling import SamplingRows, gumbel_noise, sample
 
 VOCAB = 96
@@ -32,20 +34,6 @@ def logits_of(batch: int, seed: int = 0, scale: float = 2.0) -> np.ndarray:
     return np.random.default_rng(seed).normal(0, scale, (batch, VOCAB)).astype(np.float32)
 
 
-def kept_ids(logits_V: np.ndarray, *, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0) -> np.ndarray:
-    """The tokens vLLM's filters keep, by sorting."""
-    probs = np.exp(logits_V.astype(np.float64) / temperature)
-    probs /= probs.sum()
-    probs[probs < min_p * probs.max()] = 0
-    order = np.argsort(-probs, kind="stable")
-    if top_k > 0:
-        probs[order[top_k:]] = 0
-    if top_p < 1:
-        before = np.cumsum(probs[order]) - probs[order]
-        probs[order[before >= top_p * probs.sum()]] = 0
-    return probs / probs.sum()
-
-
 FILTERS = [
     {}, {"temperature": 0.5}, {"temperature": 3.0}, {"top_k": 1}, {"top_k": 7}, {"top_p": 0.5}, {"top_p": 1e-6}, {"min_p": 0.2},
     {"top_k": 9, "top_p": 0.7, "temperature": 1.5}, {"top_k": 5, "min_p": 0.3}, {"top_p": 0.9, "min_p": 0.05, "temperature": 0.8},
@@ -59,7 +47,7 @@ def test_the_drawn_distribution_is_the_filtered_softmax(filters):
     sampling = jax.tree.map(lambda leaf: np.repeat(leaf, num_draws, axis=0), sampling)
     drawn = draw(np.tile(logits_V, (num_draws, 1)), sampling, np.arange(num_draws, dtype=np.int32))
     counts = np.bincount(np.asarray(drawn.token), minlength=VOCAB)
-    expected = kept_ids(logits_V, **filters) * num_draws
+    expected = probabilities(logits_V, SamplingParams(**filters)) * num_draws
     assert set(np.flatnonzero(counts)) <= set(np.flatnonzero(expected))
     is_frequent = expected >= 5
     statistic = np.sum((counts - expected)[is_frequent] ** 2 / expected[is_frequent])

@@ -86,7 +86,7 @@ def test_messages_become_a_chat_prompt_with_the_templates_variables():
     parts = [{"role": "user", "content": [{"type": "text", "text": "a"}]}]
     tools = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
     prompt, = chat(messages=parts, chat_template_kwargs={"enable_thinking": False}, add_generation_prompt=False, tools=tools).prompts
-    assert prompt == {"messages": parts, "template_kwargs": {"enable_thinking": False, "add_generation_prompt": False, "tools": tools}}
+    assert prompt == {"messages": parts, "template_kwargs": {"enable_thinking": False}, "add_generation_prompt": False, "tools": tools}
     assert chat(tools=tools, tool_choice="none").prompts == chat().prompts
 
 

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.kv_append import as_bits, from_bits, kv_append_reference
+from pallas_kernels.kv_append import as_bits, from_bits, kv_append_reference, scatter_entries
 
 P, K, S, H = 4, 2, 24, 3
 append = jax.jit(kv_append_reference)
@@ -40,6 +40,9 @@ def test_new_entries_are_written_to_their_rows_and_nothing_else_changes(position
     assert out.dtype == cache.dtype
     wanted = expected(cache, new.astype(dtype), positions, range(len(positions)) if rows is None else rows)
     assert np.asarray(out).tobytes() == wanted.tobytes()
+    by_entries = scatter_entries(cache, new.astype(dtype), jnp.arange(len(positions)) if rows is None else jnp.array(rows),
+                                 jnp.array(positions, jnp.int32))
+    assert np.asarray(by_entries).tobytes() == wanted.tobytes()
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "float8_e4m3fn", "int8", "int32"])

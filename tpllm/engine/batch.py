@@ -9,6 +9,8 @@ from tpllm.engine.scheduler import PrefillPlan
 from tpllm.model.logit_adjustments import MAX_BAD_WORD_TOKENS, MAX_BAD_WORDS, Adjustments
 from tpllm.model.sampling import SamplingRows
 
+SMALLEST, LARGEST = 1e-30, 1e30  # a positive parameter beyond these acts like them in float32, and would overflow there
+
 
 def pack_prefill(plan: PrefillPlan, *, num_slots: int, num_groups: int, eos_ids: Iterable[int], num_stop_ids: int,
                  vocab_size: int) -> PrefillChunk:
@@ -49,13 +51,18 @@ def _pack_sampling(sequences: Sequence[RowSequence | None], eos_ids: Iterable[in
         ids = sorted({*params.stop_token_ids, *(() if params.ignore_eos else eos_ids)})
         return ids + [-1] * (num_stop_ids - len(ids))
     return SamplingRows(
-        temperature=pack(lambda _, p: p.temperature, 0, np.float32), top_k=pack(lambda _, p: max(p.top_k, 0), 0, np.int32),
-        top_p=pack(lambda _, p: p.top_p, 1, np.float32), min_p=pack(lambda _, p: p.min_p, 0, np.float32),
+        temperature=pack(lambda _, p: _within_float32(p.temperature), 0, np.float32), top_k=pack(lambda _, p: max(p.top_k, 0), 0, np.int32),
+        top_p=pack(lambda _, p: _within_float32(p.top_p), 1, np.float32), min_p=pack(lambda _, p: _within_float32(p.min_p), 0, np.float32),
         seed=pack(lambda s, _: (s.request.seed >> 32, s.request.seed & 0xFFFFFFFF), (0, 0), np.uint32),
         sample_index=pack(lambda s, _: s.completion.index, 0, np.uint32), stop_ids=pack(stops, [-1] * num_stop_ids, np.int32),
-        stop_from=pack(lambda s, p: s.prompt_len + p.min_tokens, 0, np.int32),
+        stop_from=pack(lambda s, p: s.prompt_len + min(p.min_tokens, s.max_new_tokens), 0, np.int32),
         num_logprobs=pack(lambda _, p: -1 if p.logprobs is None else p.logprobs, -1, np.int32),
         adjustments=_pack_adjustments(sequences, vocab_size))
+
+
+def _within_float32(value: float) -> float:
+    """0 stays 0."""
+    return value and min(max(value, SMALLEST), LARGEST)
 
 
 def _pack_adjustments(sequences: Sequence[RowSequence | None], vocab_size: int) -> Adjustments:
@@ -70,7 +77,7 @@ def _pack_adjustments(sequences: Sequence[RowSequence | None], vocab_size: int) 
         params = sequence.request.params
         packed.is_used[row] = True
         packed.presence[row], packed.frequency[row] = params.presence_penalty, params.frequency_penalty
-        packed.repetition[row] = params.repetition_penalty
+        packed.repetition[row] = _within_float32(params.repetition_penalty)
         packed.in_prompt[row, sequence.request.output.prompt_token_ids] = True
         if params.allowed_token_ids is not None:
             packed.bias[row] = -np.inf

@@ -9,7 +9,7 @@ import numpy as np
 
 from tpllm.engine.bad_words import check_vocabulary, find_bad_words
 from tpllm.engine.outputs import Logprob
-from tpllm.engine.programs import FULL, NO_TOKEN, NOT_FINITE, RUNNING, StepOutput
+from tpllm.engine.programs import FULL, NO_CHOICE, NO_TOKEN, NOT_FINITE, RUNNING, StepOutput
 from tpllm.engine.request import Request, Sequence, new_request
 from tpllm.engine.runner import MAX_STEPS, Dispatched, Runner
 from tpllm.engine.sampling_params import SamplingParams
@@ -21,6 +21,10 @@ from tpllm.tokenizer import Tokenizer
 MAX_IN_FLIGHT = 2  # programs dispatched and not yet read: one runs while the next is queued
 CHUNK_SECONDS = 0.25  # about how long the device decodes before the host looks, when nobody watches the tokens come
 STREAM_SECONDS = 0.04
+ERRORS = {
+    NOT_FINITE: "the model's logits are not finite (NaN or infinity); check the weights and the dtype",
+    NO_CHOICE: "allowed_token_ids, bad_words and min_tokens together leave no token to draw; allow more tokens",
+}
 
 
 class Engine:
@@ -57,17 +61,8 @@ class Engine:
         return self._commit(self._in_flight.popleft())
 
     def add_request(self, request_id: str, prompt: str | None, prompt_token_ids: list[int], params: SamplingParams) -> Request:
-        """Queue a request.
-
-        Raises:
-            PromptError: an empty prompt, one that leaves no room in the context, or an id outside the vocabulary.
-            SamplingError: stop strings where there is no tokenizer to make text.
-        """
-        self.check_prompt(prompt_token_ids)
-        if params.stop and self.tokenizer is None:
-            raise SamplingError(f"stop is {params.stop!r}, but this model has no tokenizer to make text; use stop_token_ids")
-        bad_words = find_bad_words(params.bad_words, self.tokenizer)
-        check_vocabulary(params, self.runner.config.vocab_size)
+        """Queue a request; raises what :meth:`check_request` raises."""
+        bad_words = self.check_request(prompt_token_ids, params)
         seed = self._choose_seed() if params.seed is None else params.seed % 2**64
         self._num_requests += 1
         request = new_request(request_id, prompt, list(prompt_token_ids), params=params, seed=seed,
@@ -78,6 +73,21 @@ class Engine:
         for sequence in request.sequences:
             self.scheduler.add(sequence)
         return request
+
+    def check_request(self, prompt_token_ids: list[int], params: SamplingParams) -> list[list[int]]:
+        """Check what only the engine can; returns the token sequences of ``params.bad_words``.
+
+        Raises:
+            PromptError: an empty prompt, one that leaves no room in the context, or an id outside the vocabulary.
+            SamplingError: no :class:`SamplingParams`, ids that the model does not have, stop strings or bad words without a tokenizer.
+        """
+        if not isinstance(params, SamplingParams):
+            raise SamplingError(f"the sampling parameters are {params!r}; give SamplingParams(...)")
+        self.check_prompt(prompt_token_ids)
+        if params.stop and self.tokenizer is None:
+            raise SamplingError(f"stop is {params.stop!r}, but this model has no tokenizer to make text; use stop_token_ids")
+        check_vocabulary(params, self.runner.config.vocab_size)
+        return find_bad_words(params.bad_words, self.tokenizer, vocab_size=self.runner.config.vocab_size)
 
     def check_prompt(self, token_ids: list[int]) -> None:
         """Raise ``PromptError`` for an empty prompt, one that leaves no room in the context, or an id outside the vocabulary."""
@@ -127,12 +137,13 @@ class Engine:
             if token == NO_TOKEN or sequence.is_finished:
                 return
             status = int(output.status[step, column])
-            if status == NOT_FINITE:
-                self._finish(sequence, "error", error="the model's logits are not finite (NaN or infinity); check the weights and the dtype")
+            if status in ERRORS:
+                self._finish(sequence, "error", error=ERRORS[status])
                 return
             top = self._logprobs(token, output.scores, (step, column), count=sequence.request.params.logprobs)
             sequence.push(token, float(output.scores.logprob[step, column]), top)
-            stop = sequence.show(token) if status in (RUNNING, FULL) else None
+            is_shown = status in (RUNNING, FULL) or sequence.request.params.include_stop_str_in_output
+            stop = sequence.show(token) if is_shown else None
             if stop is not None:
                 self._finish(sequence, "stop", stop_reason=stop)
             elif status != RUNNING:

@@ -3,6 +3,8 @@
 Rows live in slots. The state of every slot stays on the device between programs, so the next one is dispatched before the last one's tokens
 are read.
 """
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import struct
@@ -16,7 +18,7 @@ from tpllm.model.logit_adjustments import Adjustments, History, empty_history, n
 from tpllm.model.params import DecoderParams
 from tpllm.model.sampling import MAX_TOP_LOGPROBS, Sampled, SamplingRows, TokenScores, sample, score
 
-RUNNING, STOPPED, FULL, NOT_FINITE = range(4)
+RUNNING, STOPPED, FULL, NOT_FINITE, NO_CHOICE = range(5)
 NO_TOKEN = -1
 
 
@@ -77,7 +79,7 @@ class StepOutput:
 
     Attributes:
         token: int32 [T, R]; -1 where a row was not alive.
-        status: int32 [T, R]: after the token the row is RUNNING, STOPPED, FULL, or NOT_FINITE (then the token means nothing).
+        status: int32 [T, R]: after the token the row is RUNNING, STOPPED, FULL, or NOT_FINITE or NO_CHOICE (then the token means nothing).
         scores: :class:`TokenScores` of [T, R, ...].
     """
 
@@ -160,6 +162,22 @@ def decode(params: DecoderParams, cache: KVCache, state: SlotState, is_kept_B: j
     return cache, state, out
 
 
+def jit_programs(config: ModelConfig, cache: KVCache, state: SlotState, *, max_steps: int) -> tuple[jax.stages.Wrapped, jax.stages.Wrapped]:
+    """(:func:`prefill`, :func:`decode`) jitted: cache and state are donated and come back where they lay.
+
+    Args:
+        config: the model, fitted to its mesh.
+        cache, state: arrays, or shapes with shardings; only their shardings are read.
+        max_steps: see :func:`decode`.
+    """
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, (cache, state))
+    replicated = config.partition.sharding(())
+    return (jax.jit(functools.partial(prefill, config=config), static_argnames="has_prompt_logprobs", donate_argnums=(1, 2),
+                    out_shardings=(*shardings, replicated, replicated)),
+            jax.jit(functools.partial(decode, config=config, max_steps=max_steps), static_argnames="num_rows", donate_argnums=(1, 2),
+                    out_shardings=(*shardings, replicated)))
+
+
 def _decode_one(params: DecoderParams, cache: KVCache, rows: SlotState, config: ModelConfig) -> tuple[KVCache, SlotState, StepOutput]:
     positions_B1 = jnp.where(rows.is_alive, rows.position, -1)[:, None]
     hidden_B1D, cache = forward(params, _by_rows(rows.token[:, None], config), _by_rows(positions_B1, config), cache, config,
@@ -178,7 +196,7 @@ def _advance(sampled: Sampled, remaining_B: jax.Array) -> tuple[jax.Array, jax.A
     """(tokens still allowed, status) after one more token."""
     remaining_B = remaining_B - 1
     status_B = jnp.where(sampled.is_stop, STOPPED, jnp.where(remaining_B <= 0, FULL, RUNNING))
-    return remaining_B, jnp.where(sampled.is_finite, status_B, NOT_FINITE)
+    return remaining_B, jnp.where(sampled.is_finite, jnp.where(sampled.has_choice, status_B, NO_CHOICE), NOT_FINITE)
 
 
 def _score_prompt(params: DecoderParams, hidden_GCD: jax.Array, chunk: PrefillChunk, config: ModelConfig) -> TokenScores:

@@ -1,4 +1,5 @@
 """The forms a prompt may have, and their token ids."""
+import operator
 from collections.abc import Mapping
 from typing import Any
 
@@ -7,13 +8,15 @@ from tpllm.tokenizer import Tokenizer
 
 Prompt = str | Mapping[str, Any]
 Messages = list[dict[str, Any]]
+CHAT_OPTIONS = ("template_kwargs", "tools", "add_generation_prompt")
 
 
 def encode_prompt(prompt: Prompt, tokenizer: Tokenizer | None) -> dict[str, Any]:
     """A prompt's text, where it has one, and its token ids.
 
     Args:
-        prompt: text, ``{"prompt": text}``, ``{"prompt_token_ids": [...]}`` or ``{"messages": [...], "template_kwargs": {...}}``.
+        prompt: text, ``{"prompt": text}``, ``{"prompt_token_ids": [...]}`` or ``{"messages": [...]}``; beside messages there may be
+            ``template_kwargs``, ``tools`` and ``add_generation_prompt``, as :meth:`tpllm.tokenizer.Tokenizer.encode_chat` takes them.
         tokenizer: None serves token ids only.
 
     Returns:
@@ -31,7 +34,8 @@ def encode_prompt(prompt: Prompt, tokenizer: Tokenizer | None) -> dict[str, Any]
     if tokenizer is None:
         raise TokenizerError("this model has no tokenizer; give the prompt as {'prompt_token_ids': [...]}")
     if "messages" in prompt:
-        return {"prompt": None, "prompt_token_ids": tokenizer.encode_chat(prompt["messages"], template_kwargs=prompt.get("template_kwargs"))}
+        options = {name: prompt[name] for name in CHAT_OPTIONS if prompt.get(name) is not None}
+        return {"prompt": None, "prompt_token_ids": tokenizer.encode_chat(prompt["messages"], **options)}
     text = prompt.get("prompt")
     if not isinstance(text, str):
         raise PromptError(f"a prompt is {text!r}; it must be text")
@@ -42,6 +46,9 @@ def encode_prompt(prompt: Prompt, tokenizer: Tokenizer | None) -> dict[str, Any]
 
 def _ids(ids: Any) -> list[int]:
     try:
-        return [int(token) if hasattr(token, "__index__") else token for token in ids]
+        if isinstance(ids, str | bytes | Mapping):
+            raise TypeError
+        # What is no whole number, True and False included, is left for the check of every id, which names it.
+        return [operator.index(token) if hasattr(token, "__index__") and not isinstance(token, bool) else token for token in ids]
     except TypeError:
         raise PromptError(f"prompt_token_ids is {ids!r}; give a list of token ids") from None

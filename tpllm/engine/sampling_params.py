@@ -12,7 +12,7 @@ MAX_STOP_TOKEN_IDS = 64
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SamplingParams:
-    """Parameters of one request.
+    """Parameters of one request. ``None`` for ``logit_bias``, ``bad_words``, ``stop`` or ``stop_token_ids`` is the same as none of them.
 
     Attributes:
         n: completions to draw, 1 to 128.
@@ -29,7 +29,7 @@ class SamplingParams:
             other tokens is not seen. At most 32 sequences of at most 8 tokens.
         seed: of this request's randomness, any whole number of 64 bits; None lets the engine choose one per request from its own seed.
         stop: a string, or several, that end a completion when they appear in its text; they need not begin or end with a token.
-        include_stop_str_in_output: keep the string that ended the completion in its text.
+        include_stop_str_in_output: keep what ended the completion in its text: the string, or the text of the stop id.
         stop_token_ids: ids that end a completion besides the model's end-of-sequence ids; at most 64.
         ignore_eos: go on after the model's end-of-sequence ids.
         max_tokens: most tokens to generate; None for as many as the context holds (vLLM's default is 16).
@@ -51,13 +51,13 @@ class SamplingParams:
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     repetition_penalty: float = 1.0
-    logit_bias: Mapping[int, float] = dataclasses.field(default_factory=dict)
+    logit_bias: Mapping[int, float] | None = dataclasses.field(default_factory=dict)
     allowed_token_ids: Sequence[int] | None = None
-    bad_words: Sequence[str] = ()
+    bad_words: Sequence[str] | None = ()
     seed: int | None = None
-    stop: str | Sequence[str] = ()
+    stop: str | Sequence[str] | None = ()
     include_stop_str_in_output: bool = False
-    stop_token_ids: Sequence[int] = ()
+    stop_token_ids: Sequence[int] | None = ()
     ignore_eos: bool = False
     max_tokens: int | None = None
     min_tokens: int = 0
@@ -66,6 +66,9 @@ class SamplingParams:
     skip_special_tokens: bool = True
 
     def __post_init__(self):
+        for name in ("logit_bias", "bad_words", "stop", "stop_token_ids"):
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, {} if name == "logit_bias" else ())
         _whole("n", self.n, 1, MAX_N)
         _number("temperature", self.temperature, 0, math.inf, fix="use 0 for greedy decoding")
         _number("top_p", self.top_p, 0, 1, fix="use 1 to keep every token", is_low_open=True)
@@ -81,6 +84,9 @@ class SamplingParams:
         for name in ("logprobs", "prompt_logprobs"):
             if getattr(self, name) is not None:
                 _whole(name, getattr(self, name), 0, MAX_LOGPROBS)
+        for name in ("include_stop_str_in_output", "ignore_eos", "skip_special_tokens"):
+            if not isinstance(getattr(self, name), bool):
+                raise SamplingError(f"{name} is {getattr(self, name)!r}; it must be True or False")
         self._check_stop()
         self._check_stop_token_ids()
         self._check_adjustments()
@@ -117,7 +123,8 @@ class SamplingParams:
             for token in self.allowed_token_ids:
                 _whole("allowed_token_ids", token, 0, 2**31 - 1)
             object.__setattr__(self, "allowed_token_ids", tuple(self.allowed_token_ids))
-        if isinstance(self.bad_words, str) or not all(isinstance(word, str) and word.strip() for word in self.bad_words):
+        is_list = isinstance(self.bad_words, Sequence) and not isinstance(self.bad_words, str)
+        if not is_list or not all(isinstance(word, str) and word.strip() for word in self.bad_words):
             raise SamplingError(f"bad_words is {self.bad_words!r}; give a list of texts, none of them empty")
         object.__setattr__(self, "bad_words", tuple(self.bad_words))
 
@@ -139,8 +146,9 @@ def _whole(name: str, value: object, low: int, high: int, *, fix: str = "") -> N
 
 
 def _number(name: str, value: object, low: float, high: float, *, fix: str = "", is_low_open: bool = False) -> None:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    if not is_number or not low <= value <= high or (is_low_open and value == low):
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    is_finite = isinstance(value, int) or (is_number and math.isfinite(value))  # isfinite itself fails on whole numbers of over 308 digits
+    if not is_number or not is_finite or not low <= value <= high or (is_low_open and value == low):
         upper = "" if high == math.inf else f" and at most {high}"
         raise SamplingError(f"{name} is {value!r}; it must be a finite number {'above' if is_low_open else 'of at least'} {low}{upper}"
                             + (f"; {fix}" if fix else ""))

@@ -75,8 +75,10 @@ def adjust(logits_BV: jax.Array, adjustments: Adjustments, history: History) -> 
     adjusted_BV = _ban_bad_words(logits_BV + adjustments.bias, adjustments.bad_words, history.recent)
     is_seen_BV = adjustments.in_prompt | (history.counts > 0)
     repetition_B1 = adjustments.repetition[:, None]
+    is_banned_BV = jnp.isneginf(adjusted_BV)
     repeated_BV = jnp.where(adjusted_BV > 0, adjusted_BV / repetition_B1, adjusted_BV * repetition_B1)
-    adjusted_BV = jnp.where(is_seen_BV, repeated_BV, adjusted_BV)
+    repeated_BV = jnp.clip(repeated_BV, jnp.finfo(jnp.float32).min, jnp.finfo(jnp.float32).max)  # an overflow is neither NaN nor a ban
+    adjusted_BV = jnp.where(is_seen_BV & ~is_banned_BV, repeated_BV, adjusted_BV)
     adjusted_BV -= adjustments.frequency[:, None] * history.counts.astype(jnp.float32)
     adjusted_BV -= adjustments.presence[:, None] * (history.counts > 0).astype(jnp.float32)
     return jnp.where(adjustments.is_used[:, None], adjusted_BV, logits_BV)

@@ -53,12 +53,14 @@ class Sampled:
         token: int32 [B].
         is_stop: bool [B], the token is one of the row's stop ids.
         is_finite: bool [B], False where the row's logits hold NaN or infinity.
+        has_choice: bool [B], False where every token is banned; the token means nothing then.
         scores: log probabilities, of the model's own logits.
     """
 
     token: jax.Array
     is_stop: jax.Array
     is_finite: jax.Array
+    has_choice: jax.Array
     scores: "TokenScores"
 
 
@@ -94,14 +96,19 @@ def sample(logits_BV: jax.Array, rows: SamplingRows, positions_B: jax.Array, his
     ids_V = jnp.arange(logits_BV.shape[1], dtype=jnp.int32)
     is_finite_B = ~jnp.any(~jnp.isfinite(logits_BV) & (ids_V < vocab_size), axis=-1)
     bans_stop_B = positions_B < rows.stop_from
+
+    def only_if(is_needed, function, logits_BV, *operands):
+        changed_BV = jax.lax.cond(is_needed, function, lambda logits, *_: logits, logits_BV, *operands)
+        return changed_BV if partition is None else partition.constrain(changed_BV, (BATCH, VOCAB))  # or XLA:GPU gathers what a branch gives
+
     adjusted_BV = logits_BV
     if rows.adjustments is not None:
-        adjusted_BV = jax.lax.cond(jnp.any(rows.adjustments.is_used), adjust, lambda logits, *_: logits, logits_BV, rows.adjustments, history)
-    allowed_BV = jax.lax.cond(jnp.any(bans_stop_B), _ban_stop_ids, lambda logits, *_: logits, adjusted_BV, rows.stop_ids, bans_stop_B)
+        adjusted_BV = only_if(jnp.any(rows.adjustments.is_used), adjust, logits_BV, rows.adjustments, history)
+    allowed_BV = only_if(jnp.any(bans_stop_B), _ban_stop_ids, adjusted_BV, rows.stop_ids, bans_stop_B)
     is_random_B = rows.temperature > 0
-    noisy_BV = jax.lax.cond(jnp.any(is_random_B), lambda x: _noisy(x, rows, positions_B, partition), lambda x: x, allowed_BV)
-    token_B = _argmax(jnp.where(is_random_B[:, None], noisy_BV, allowed_BV), vocab_size)
-    return Sampled(token=token_B, is_stop=jnp.any(rows.stop_ids == token_B[:, None], axis=-1), is_finite=is_finite_B,
+    noisy_BV = only_if(jnp.any(is_random_B), lambda x: _noisy(x, rows, positions_B, partition), allowed_BV)
+    token_B, best_B = _argmax(jnp.where(is_random_B[:, None], noisy_BV, allowed_BV), vocab_size)
+    return Sampled(token=token_B, is_stop=jnp.any(rows.stop_ids == token_B[:, None], axis=-1), is_finite=is_finite_B, has_choice=best_B > -jnp.inf,
                    scores=score(logits_BV, token_B, rows.num_logprobs))
 
 
@@ -186,12 +193,12 @@ def _threshold(keys_BV: jax.Array, weights_BV: jax.Array, target_B: jax.Array, *
     return jax.lax.fori_loop(0, 32 // bits_a_round, refine, jnp.zeros(keys_BV.shape[0], jnp.uint32))
 
 
-def _argmax(x_BV: jax.Array, vocab_size: int) -> jax.Array:
-    """The first id of the largest value, by two reductions; 0 where a row holds only NaN."""
+def _argmax(x_BV: jax.Array, vocab_size: int) -> tuple[jax.Array, jax.Array]:
+    """The first id of the largest value, and that value, by two reductions; the id is 0 where a row holds only NaN."""
     best_B1 = jnp.max(x_BV, axis=-1, keepdims=True)
     ids_V = jnp.arange(x_BV.shape[1], dtype=jnp.int32)
     first_B = jnp.min(jnp.where(x_BV == best_B1, ids_V, vocab_size), axis=-1)
-    return jnp.where(first_B < vocab_size, first_B, 0)
+    return jnp.where(first_B < vocab_size, first_B, 0), best_B1[:, 0]
 
 
 def _ban_stop_ids(logits_BV: jax.Array, stop_ids_BN: jax.Array, bans_stop_B: jax.Array) -> jax.Array:

@@ -32,7 +32,7 @@ def completion_prompts(prompt: object) -> tuple[Prompt, ...]:
 
 
 def chat_prompt(given: Mapping[str, Any]) -> Prompt:
-    """The prompt of a chat: its messages, and the template's variables ``chat_template_kwargs``, ``add_generation_prompt`` and ``tools``.
+    """The prompt of a chat: its messages, and ``chat_template_kwargs``, ``add_generation_prompt`` and ``tools``.
 
     Arguments of earlier tool calls, which OpenAI writes as JSON text, become objects, which is what templates expect.
 
@@ -53,11 +53,9 @@ def chat_prompt(given: Mapping[str, Any]) -> Prompt:
         if not isinstance(given["add_generation_prompt"], bool):
             raise ApiError(f"add_generation_prompt is {shortened(given['add_generation_prompt'])}; it must be true or false",
                            param="add_generation_prompt", code="invalid_type")
-        variables = {**variables, "add_generation_prompt": given["add_generation_prompt"]}
-    if tools := _tools(given):
-        variables = {**variables, "tools": tools}
     prompt = {"messages": [_with_parsed_arguments(message, f"messages[{index}]") for index, message in enumerate(messages)]}
-    return {**prompt, "template_kwargs": variables} if variables else prompt
+    options = {"template_kwargs": variables, "tools": _tools(given), "add_generation_prompt": given.get("add_generation_prompt")}
+    return {**prompt, **{name: value for name, value in options.items() if value not in (None, {}, [])}}
 
 
 def _tools(given: Mapping[str, Any]) -> list[Mapping[str, Any]]:

@@ -1,18 +1,18 @@
 """Chat templates: Jinja as Hugging Face writes it, in a sandbox."""
-import datetime
 import functools
-import json
 from collections.abc import Mapping
 
 import jinja2
-import jinja2.ext
-import jinja2.sandbox
 
 from tpllm.errors import TokenizerError
 from tpllm.tokenizer.folder import DEFAULT_TEMPLATE
 from tpllm.tokenizer.messages import joined_parts
+from tpllm.tokenizer.template_filters import BUDGET
+from tpllm.tokenizer.template_limits import MAX_BYTES, Budget, TemplateLimitError
+from tpllm.tokenizer.template_sandbox import compile_template, sandbox
 
 TOOL_TEMPLATE = "tool_use"
+MAX_SOURCE_CHARS = 1_000_000
 
 
 class ChatTemplate:
@@ -21,10 +21,11 @@ class ChatTemplate:
     Args:
         source: Jinja text.
         label: what errors call it.
+        is_for_tools: whether it is there for chats with tools, even if it does not read them.
     """
 
-    def __init__(self, source: str, label: str):
-        self.source, self.label = source, label
+    def __init__(self, source: str, label: str, *, is_for_tools: bool = False):
+        self.source, self.label, self.is_for_tools = source, label, is_for_tools
 
     def render(self, messages: list[dict], context: Mapping) -> str:
         """The prompt's text; the template's own variables come from ``context``.
@@ -32,13 +33,19 @@ class ChatTemplate:
         Message parts are passed on as a list where the template loops over them, else joined by newlines.
 
         Raises:
-            TokenizerError: the template is wrong, or refuses the messages; it holds the template's own message.
+            TokenizerError: the template is wrong, refuses the messages (it holds the template's own message), or comes to a limit of
+            :mod:`tpllm.tokenizer.template_limits`.
         """
-        template, reads_parts = self._compiled
+        template, reads_parts, takes_tools = self._compiled
+        if context.get("tools") and not takes_tools:
+            raise TokenizerError(f"the {self.label} takes no tools; leave them out, or tell of them in a message")
         if not reads_parts:
             messages = [joined_parts(message) for message in messages]
         try:
-            return template.render({**context, "messages": messages})
+            text = template.render({**context, "messages": messages, BUDGET: Budget(messages)})
+        except TemplateLimitError as error:
+            raise TokenizerError(f"the {self.label} {error} on these messages and is stopped; shorten the messages, or correct the template in the "
+                                 "model's folder") from error
         except jinja2.TemplateError as error:
             raise TokenizerError(f"the {self.label} refuses these messages: {error.message}; "
                                  "change the messages, or the template in the model's folder") from error
@@ -46,14 +53,27 @@ class ChatTemplate:
             raise TokenizerError(f"the {self.label} fails on these messages: {type(error).__name__}: {error}; "
                                  "change the messages, or the template in the model's folder") from error
 
+        if len(text) > MAX_BYTES or (not text.isascii() and len(text.encode("utf-8", "surrogatepass")) > MAX_BYTES):
+            raise TokenizerError(f"the {self.label} makes a prompt of over {MAX_BYTES // 1_000_000} MB; shorten the messages")
+        return text
+
     @functools.cached_property
-    def _compiled(self) -> tuple[jinja2.Template, bool]:
-        environment = _environment()
+    def _compiled(self) -> tuple[jinja2.Template, bool, bool]:
+        """The template; whether it loops over parts; whether it reads ``tools``, or is there for them."""
+        if len(self.source) > MAX_SOURCE_CHARS:
+            raise TokenizerError(f"the {self.label} has {len(self.source)} characters and may have {MAX_SOURCE_CHARS}; "
+                                 "shorten it in the model's folder")
+        environment = sandbox()
         try:
-            return environment.from_string(self.source), _loops_over_content(environment.parse(self.source))
+            tree = environment.parse(self.source)
+            takes_tools = self.is_for_tools or any(name.name == "tools" for name in tree.find_all(jinja2.nodes.Name))
+            reads_parts = _loops_over_content(tree)
+            return compile_template(environment, tree), reads_parts, takes_tools
         except jinja2.TemplateSyntaxError as error:
             raise TokenizerError(f"the {self.label} has a syntax error in line {error.lineno}: {error.message}; "
                                  "correct it in the model's folder") from error
+        except Exception as error:  # nested too deeply for Jinja or for Python
+            raise TokenizerError(f"the {self.label} cannot be compiled: {type(error).__name__}: {error}; correct it in the model's folder") from error
 
 
 def choose_template(templates: Mapping[str, str], *, has_tools: bool) -> ChatTemplate:
@@ -64,44 +84,12 @@ def choose_template(templates: Mapping[str, str], *, has_tools: bool) -> ChatTem
     """
     name = TOOL_TEMPLATE if has_tools and TOOL_TEMPLATE in templates else DEFAULT_TEMPLATE
     if name in templates:
-        return ChatTemplate(templates[name], "chat template" if name == DEFAULT_TEMPLATE else f"chat template {name!r}")
+        label = "chat template" if name == DEFAULT_TEMPLATE else f"chat template {name!r}"
+        return ChatTemplate(templates[name], label, is_for_tools=name == TOOL_TEMPLATE)
     if templates:
         raise TokenizerError(f"the model has the chat templates {sorted(templates)} and none of the name {DEFAULT_TEMPLATE!r}; "
                              "save the one to use as chat_template.jinja in the model's folder")
     raise TokenizerError("the model has no chat template; put one into its folder as chat_template.jinja, or give prompts instead of messages")
-
-
-class _GenerationTag(jinja2.ext.Extension):
-    """``{% generation %}`` marks what the model said, for training; here its body is just rendered, in a scope of its own."""
-
-    tags = {"generation"}
-
-    def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
-        line = next(parser.stream).lineno
-        return jinja2.nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True)).set_lineno(line)
-
-
-def _environment() -> jinja2.Environment:
-    """The settings, functions and filters that Hugging Face's templates count on."""
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
-                                                               extensions=[_GenerationTag, jinja2.ext.loopcontrols])
-    environment.filters["tojson"] = _tojson
-    environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = _strftime_now
-    return environment
-
-
-def _tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
-    # Jinja's own filter escapes < > & ' for HTML, which no model was trained on.
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-
-def _raise_exception(message):
-    raise jinja2.TemplateError(str(message))
-
-
-def _strftime_now(format):  # noqa: A002  (templates may name it)
-    return datetime.datetime.now().strftime(format)
 
 
 def _loops_over_content(tree: jinja2.nodes.Template) -> bool:

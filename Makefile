@@ -3,9 +3,13 @@ PYTHON ?= python3
 VENV ?= .venv
 PIP = $(VENV)/bin/pip --disable-pip-version-check
 PYTEST = $(VENV)/bin/python -m pytest -n 2
+# The compilers of NVIDIA GPUs and TPUs, which need no device: a virtual environment for each version of jax. The newer jax needs Python 3.12.
+AOT_PYTEST = -m pytest -n 2 --dist loadgroup -m aot tests/aot
+PYTHON312 ?= $(shell for python in python3.12 $${PYENV_ROOT:-$$HOME/.pyenv}/versions/3.12*/bin/python; do \
+	"$$python" -c "" 2>/dev/null && echo "$$python" && break; done)
 TORCH ?= torch==2.13.0 # a build without CUDA serves: torch is only an oracle here
 
-.PHONY: setup quickstart lint test test-slow test-oracle notebooks clean
+.PHONY: setup quickstart lint test test-slow test-oracle test-aot notebooks docs docs-commands clean
 
 setup: $(VENV)/.installed
 
@@ -17,19 +21,29 @@ lint: $(VENV)/.test
 	$(VENV)/bin/lint-imports
 
 test: $(VENV)/.test
-	$(PYTEST) -m "not slow and not oracle"
+	$(PYTEST) -m "not slow and not oracle and not aot"
 
 test-slow: $(VENV)/.test
-	$(PYTEST) -m "slow and not oracle"
+	$(PYTEST) -m "slow and not oracle and not aot"
 
 test-oracle: $(VENV)/.oracle
 	$(PYTEST) -m oracle
 
+test-aot: .venv-aot-0.10/.installed $(if $(PYTHON312),.venv-aot-0.11/.installed)
+	.venv-aot-0.10/bin/python $(AOT_PYTEST)
+	$(if $(PYTHON312),.venv-aot-0.11/bin/python $(AOT_PYTEST),@echo "test-aot: no Python 3.12 found, so jax 0.11 was not tried")
+
 notebooks: $(VENV)/.notebooks
 	$(VENV)/bin/python tools/run_notebooks.py
 
+docs: $(VENV)/.docs
+	$(VENV)/bin/python -m sphinx -q -n -W --keep-going docs build/docs
+
+docs-commands: $(VENV)/.docs
+	$(VENV)/bin/python tools/run_docs.py
+
 clean:
-	rm -rf $(VENV) build out *.egg-info .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) .venv-aot-0.10 .venv-aot-0.11 build out *.egg-info .pytest_cache .ruff_cache .import_linter_cache .hypothesis
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -45,6 +59,23 @@ $(VENV)/.oracle: $(VENV)/.test
 	$(PIP) install -q -e ".[test,oracle]"
 	touch $@
 
+.venv-aot-0.10/.installed: AOT_PYTHON = $(PYTHON)
+.venv-aot-0.10/.installed: JAX_VERSION = 0.10.2
+.venv-aot-0.10/.installed: LIBTPU_VERSION = 0.0.42
+.venv-aot-0.11/.installed: AOT_PYTHON = $(PYTHON312)
+.venv-aot-0.11/.installed: JAX_VERSION = 0.11.2
+.venv-aot-0.11/.installed: LIBTPU_VERSION = 0.0.48
+.venv-aot-%/.installed: pyproject.toml
+	$(AOT_PYTHON) -m venv .venv-aot-$*
+	.venv-aot-$*/bin/pip --disable-pip-version-check install -q -e . "pytest>=8" "pytest-xdist>=3.6" "jax==$(JAX_VERSION)" "libtpu==$(LIBTPU_VERSION).*"
+	.venv-aot-$*/bin/pip --disable-pip-version-check install -q --no-deps "jax-cuda13-pjrt==$(JAX_VERSION)" "jax-cuda13-plugin==$(JAX_VERSION)" \
+		nvidia-cuda-nvcc nvidia-nvvm
+	touch $@
+
 $(VENV)/.notebooks: $(VENV)/.test
 	$(PIP) install -q -e ".[test,notebooks]"
+	touch $@
+
+$(VENV)/.docs: $(VENV)/.test
+	$(PIP) install -q -e ".[test,docs]"
 	touch $@

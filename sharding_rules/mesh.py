@@ -52,7 +52,7 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
     shape = tuple(sizes.get(axis, 1) for axis in MESH_AXES)
     needed = math.prod(shape)
     if needed > len(devices):
-        hint = (f"; on a CPU, XLA_FLAGS=--xla_force_host_platform_device_count={needed} gives that many virtual ones"
+        hint = (f"; on a CPU, JAX_NUM_CPU_DEVICES={needed} in the environment gives that many virtual ones"
                 if devices[0].platform == "cpu" else "")
         raise MeshError(f"mesh {_sizes_text(sizes)} needs {needed} devices but {len(devices)} "
                         f"{'is' if len(devices) == 1 else 'are'} available ({devices[0].platform}); ask for a smaller mesh{hint}")

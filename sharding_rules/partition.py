@@ -19,7 +19,7 @@ class Partition:
 
     @property
     def platform(self) -> str:
-        """The platform of the mesh's devices: ``"cpu"``, ``"gpu"``, ``"tpu"``."""
+        """The platform of the mesh's devices, one of ``"cpu"``, ``"gpu"``, ``"tpu"``."""
         return self.mesh.devices.flat[0].platform
 
     def size(self, logical: str) -> int:

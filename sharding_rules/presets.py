@@ -6,7 +6,10 @@ REPLICATED = Rules()
 """Every device holds everything."""
 
 TENSOR = Rules(((VOCAB, "tp"), (HEADS, "tp"), (KV_HEADS, "tp"), (MLP, "tp")))
-"""Megatron's split (Shoeybi et al. 2019, arXiv:1909.08053): attention by heads, MLP by its inner dim, both embeddings by vocabulary."""
+"""Megatron's split of attention by heads, the MLP by its inner dim, and both embeddings by vocabulary.
+
+Shoeybi et al. 2019, arXiv:1909.08053.
+"""
 
 DATA_TENSOR = Rules((*TENSOR.entries, (BATCH, "dp")))
 """The tensor split inside each data group; the rows of a batch and their KV cache over the groups."""

@@ -54,8 +54,10 @@ def sampling_of(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def load_llm(args: argparse.Namespace, make_llm: Callable[..., Any] | None) -> Any:
-    """The model the options name, for one row at a time."""
+    """The model the options name, for one row at a time: as many slots as the mesh has data groups."""
+    from sharding_rules import parse_mesh
     if make_llm is None:
         import tpllm.llm  # loads jax
         make_llm = tpllm.llm.LLM
-    return make_llm(args.model, mesh=args.mesh, dtype=args.dtype, max_model_len=args.max_model_len, max_num_seqs=1, revision=args.revision)
+    num_seqs = 1 if args.mesh == "auto" else parse_mesh(args.mesh).get("dp", 1)
+    return make_llm(args.model, mesh=args.mesh, dtype=args.dtype, max_model_len=args.max_model_len, max_num_seqs=num_seqs, revision=args.revision)

@@ -15,7 +15,6 @@ from tpllm.engine.programs import PrefillChunk, StepOutput, decode, empty_slots,
 from tpllm.engine.sampling_params import MAX_STOP_TOKEN_IDS
 from tpllm.engine.scheduler import DecodePlan, PrefillPlan
 from tpllm.engine.shapes import EngineShapes
-from tpllm.errors import ConfigError
 from tpllm.model.config import ModelConfig
 from tpllm.model.kv_cache import init_cache
 from tpllm.model.params import DecoderParams
@@ -47,9 +46,6 @@ class Runner:
     def __init__(self, config: ModelConfig, params: DecoderParams, *, shapes: EngineShapes, eos_ids: frozenset[int], cache_dtype):
         self.config, self.params, self.shapes, self.eos_ids = config, params, shapes, eos_ids
         self.num_groups = config.partition.size(BATCH)
-        if shapes.max_num_seqs % self.num_groups:
-            raise ConfigError(f"max_num_seqs {shapes.max_num_seqs} is no multiple of the mesh's dp size {self.num_groups}; "
-                              f"use {-(-shapes.max_num_seqs // self.num_groups) * self.num_groups}")
         self.num_stop_ids = MAX_STOP_TOKEN_IDS + len(eos_ids)
         self.cache = init_cache(config, shapes.max_num_seqs, shapes.cache_len, cache_dtype)
         replicated = NamedSharding(config.partition.mesh, P())

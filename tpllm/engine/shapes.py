@@ -2,6 +2,7 @@
 import dataclasses
 import logging
 
+from sharding_rules.axes import BATCH
 from tpllm.errors import ConfigError
 from tpllm.model.config import ModelConfig
 
@@ -60,15 +61,19 @@ def choose_shapes(config: ModelConfig, *, max_model_len: int | None, max_num_seq
     that a job resumes under the sizes it began with.
 
     Raises:
-        ConfigError: a context beyond the model's, or a size that cannot be.
+        ConfigError: a context beyond the model's, a size that cannot be, or a number of rows that the mesh's data axis does not divide.
     """
-    is_cpu = config.partition.platform == "cpu"
+    is_cpu, num_groups = config.partition.platform == "cpu", config.partition.size(BATCH)
+    if max_num_seqs is not None and max_num_seqs % num_groups:
+        raise ConfigError(f"max_num_seqs {max_num_seqs} is no multiple of the mesh's dp size {num_groups}; "
+                          f"use {-(-max_num_seqs // num_groups) * num_groups}")
+    default_seqs = DEFAULT_SEQS_CPU if is_cpu else DEFAULT_SEQS
     if max_model_len is not None and max_model_len > config.max_position:
         raise ConfigError(f"max_model_len is {max_model_len}; the model's context is {config.max_position}; use at most that")
     if max_model_len is None and config.max_position > DEFAULT_CONTEXT:
         log.info("max_model_len is %d of the model's %d; raise it for longer rows", DEFAULT_CONTEXT, config.max_position)
     return EngineShapes(
-        max_num_seqs=(DEFAULT_SEQS_CPU if is_cpu else DEFAULT_SEQS) if max_num_seqs is None else max_num_seqs,
+        max_num_seqs=-(-default_seqs // num_groups) * num_groups if max_num_seqs is None else max_num_seqs,
         max_model_len=min(config.max_position, DEFAULT_CONTEXT) if max_model_len is None else max_model_len,
         prefill_chunk=(DEFAULT_CHUNK_CPU if is_cpu else DEFAULT_CHUNK) if prefill_chunk_size is None else prefill_chunk_size,
         is_batch_invariant=batch_invariant)

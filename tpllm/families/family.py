@@ -13,7 +13,7 @@ class Family:
     Attributes:
         name: as in docs and errors.
         architectures: the ``architectures`` values of config.json that it covers.
-        config_from_hf: config.json, as a dict, to a :class:`ModelConfig`.
+        config_from_hf: config.json, as a dict, to a :class:`.ModelConfig`.
         weight_names: our parameter name -> the checkpoint's, ``{i}`` standing for the layer.
     """
 

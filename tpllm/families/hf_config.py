@@ -11,11 +11,11 @@ ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_new": "gel
 
 
 def decoder_config(hf: Mapping[str, Any], **features) -> ModelConfig:
-    """The :class:`ModelConfig` of a Llama-like config.json.
+    """The :class:`.ModelConfig` of a Llama-like config.json.
 
     Args:
         hf: config.json.
-        **features: fields of :class:`ModelConfig` that the family decides.
+        **features: fields of :class:`.ModelConfig` that the family decides.
 
     Raises:
         ConfigError: a missing or impossible field, or an unknown activation or rope kind; it names the field.

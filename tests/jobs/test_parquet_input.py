@@ -266,8 +266,7 @@ class Ranges(http.server.BaseHTTPRequestHandler):
 
 
 def test_a_file_behind_a_web_address_is_read_in_ranges_and_not_over_and_over(write, monkeypatch):
-    write("a.parquet", {"prompt": [os.urandom(500).hex() for _ in range(4000)], "more": [os.urandom(500).hex() for _ in range(4000)]},
-          row_group_size=1000)
+    write("a.parquet", {"prompt": [os.urandom(1500).hex() for _ in range(4000)], "more": [os.urandom(1500).hex() for _ in range(4000)]})
     monkeypatch.setattr(Ranges, "asked", [], raising=False)
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Ranges) as server:
         thread = threading.Thread(target=server.serve_forever)

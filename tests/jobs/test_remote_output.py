@@ -174,11 +174,11 @@ def _die():
 
 def test_a_download_that_is_cut_off_is_begun_again(make_remote, begin, wanted):
     begin(make_remote())
-    for number in range(3, 30, 3):
+    for number in range(3, 24):
         job = make_remote(work=f"work-{number}")
         with pytest.raises(Death):
             run_job(job, make_llm=FakeLLM, disk=FaultyDisk(number, "before", _die))
-        assert not any(name.startswith("part") and name.endswith(".jsonl") and name not in wanted for name in near(job))
+        assert "part-00000.errors.jsonl" in near(job) or "part-00000.jsonl" not in near(job), number
     assert run_job(job, make_llm=FakeLLM).is_complete
     assert far(job.output) == near(job) == wanted
 

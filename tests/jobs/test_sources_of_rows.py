@@ -159,6 +159,13 @@ def test_the_hash_of_a_compressed_file_is_of_the_bytes_that_are_stored(in_folder
     assert (file.sha256, file.num_bytes, file.num_rows) == (hashlib.sha256(data).hexdigest(), len(data), 50)
 
 
+def test_the_hash_covers_what_a_decompressor_leaves_unread(in_folder):
+    data = bz2.compress(row("x").encode()) + b"something else" * 500_000  # which bzip2 ignores
+    in_folder("rows.jsonl.bz2", data)
+    file, = open_source("rows.jsonl.bz2").scan().files
+    assert (file.sha256, file.num_bytes, file.num_rows) == (hashlib.sha256(data).hexdigest(), len(data), 1)
+
+
 @pytest.mark.parametrize("suffix", COMPRESS)
 @pytest.mark.parametrize("damage", [lambda data: data[:-5], lambda data: b"not compressed at all"])
 def test_a_damaged_compressed_file_is_refused_before_anything_is_run(in_folder, suffix, damage):

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO
 
 import fsspec
+from fsspec.asyn import AsyncFileSystem
 
 from tpllm.errors import JobError, TpllmError
 
@@ -56,7 +57,9 @@ class InputFile:
         """The bytes as they are stored."""
         if self._filesystem is None:
             return open(self._path, "rb")
-        return self._filesystem.open(self._path, "rb")
+        # Parquet is read in ranges of its own; to read ahead of each would fetch most of the file several times.
+        is_ranged = self.kind == PARQUET and isinstance(self._filesystem, AsyncFileSystem)
+        return self._filesystem.open(self._path, "rb", **({"cache_type": "none"} if is_ranged else {}))
 
     @property
     def location(self) -> str:

@@ -18,7 +18,7 @@ from tpllm.jobs.sources.raw_row import FileSummary, RawRow
 from tpllm.jobs.sources.row_source import RowSource
 
 BATCH_BYTES, MAX_BATCH_ROWS = 8 << 20, 1024
-KEPT_BYTES = 32 << 20
+KEPT_BYTES = 16 << 20
 
 
 class ParquetRows:

@@ -8,13 +8,13 @@ import pathlib
 import shutil
 import sys
 
-import tpllm.jobs.parquet_parts  # or each child would import it again
+import tpllm.jobs.outputs.parquet_parts  # or each child would import it again
 import tpllm.jobs.sources.parquet  # noqa: F401
 from tests.jobs.fake_llm import FakeLLM
 from tests.jobs.faulty_disk import MOMENTS, FaultyDisk, QuickDisk
 from tests.jobs.small_job import contents
 from tpllm.jobs.config import JobConfig
-from tpllm.jobs.durable import Disk
+from tpllm.jobs.outputs.durable import Disk
 from tpllm.jobs.runner import run_job
 
 DIED = 77

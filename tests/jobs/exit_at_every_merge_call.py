@@ -13,8 +13,8 @@ from tests.jobs.fake_llm import FakeLLM
 from tests.jobs.faulty_disk import MOMENTS, FaultyDisk, QuickDisk
 from tests.jobs.small_job import contents
 from tpllm.jobs.config import JobConfig
-from tpllm.jobs.durable import Disk
 from tpllm.jobs.merge import merge_shards
+from tpllm.jobs.outputs.durable import Disk
 from tpllm.jobs.runner import run_job
 
 

@@ -2,7 +2,7 @@
 import os
 import pathlib
 
-from tpllm.jobs.durable import Disk
+from tpllm.jobs.outputs.durable import Disk
 
 MOMENTS = ("before", "half", "after")
 

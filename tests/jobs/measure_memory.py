@@ -16,8 +16,8 @@ import pyarrow.parquet as pq
 
 from tests.jobs.fake_llm import FakeLLM
 from tests.jobs.faulty_disk import QuickDisk
-from tpllm.jobs import parquet_parts  # noqa: F401  (what is imported later would count as growth)
 from tpllm.jobs.config import JobConfig
+from tpllm.jobs.outputs import parquet_parts  # noqa: F401  (what is imported later would count as growth)
 from tpllm.jobs.runner import run_job
 from tpllm.jobs.sources.row_source import open_source
 

@@ -12,7 +12,7 @@ from tests.jobs.fake_llm import FakeLLM
 from tests.jobs.faulty_disk import MOMENTS, Death, FaultyDisk, PowerLossDisk, QuickDisk
 from tests.jobs.small_job import all_errors, all_rows, contents, rows_text
 from tpllm.errors import JobError
-from tpllm.jobs.part_files import PART_NAME
+from tpllm.jobs.outputs.part_files import PART_NAME
 from tpllm.jobs.runner import run_job
 
 REPOSITORY = pathlib.Path(__file__).parents[2]

@@ -13,9 +13,9 @@ from tpllm.cli.main import main
 from tpllm.engine.outputs import CompletionOutput, RequestMetrics, RequestOutput
 from tpllm.errors import JobError, TokenizerError
 from tpllm.jobs.config import JobConfig
-from tpllm.jobs.dry_run import check_writable, dry_run
-from tpllm.jobs.dry_run_text import describe
-from tpllm.jobs.lock import held_for_writing
+from tpllm.jobs.dry_run.run import check_writable, dry_run
+from tpllm.jobs.dry_run.text import describe
+from tpllm.jobs.outputs.lock import held_for_writing
 from tpllm.jobs.runner import run_job
 
 REPOSITORY = pathlib.Path(__file__).parents[2]

@@ -5,8 +5,8 @@ import zlib
 
 import pytest
 
-from tpllm.jobs.durable import Disk
-from tpllm.jobs.journal import FinishedRow, Journal, decode, encode, opened_journal
+from tpllm.jobs.outputs.durable import Disk
+from tpllm.jobs.outputs.journal import FinishedRow, Journal, decode, encode, opened_journal
 from tpllm.jobs.runner import run_job
 
 ROWS = [FinishedRow(4, False, b'{"a": "\xc3\xa9"}'), FinishedRow(3, True, b'{"error": 1}'), FinishedRow(5, False, b"{}")]

@@ -7,7 +7,7 @@ import pytest
 
 from tests.jobs.fake_job_process import NoSleepLLM, end, kill, start
 from tests.jobs.small_job import contents, rows_text
-from tpllm.jobs.part_files import PART_NAME
+from tpllm.jobs.outputs.part_files import PART_NAME
 from tpllm.jobs.runner import run_job
 
 NUM_ROWS, ROWS_PER_PART, MAX_NUM_SEQS = 60, 4, 4

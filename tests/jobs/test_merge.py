@@ -18,8 +18,8 @@ from tests.jobs.faulty_disk import MOMENTS, Death, FaultyDisk, PowerLossDisk, Qu
 from tests.jobs.small_job import contents, rows_text
 from tpllm.cli.main import main
 from tpllm.errors import JobError
-from tpllm.jobs.lock import held_for_writing
 from tpllm.jobs.merge import merge_shards
+from tpllm.jobs.outputs.lock import held_for_writing
 from tpllm.jobs.runner import run_job
 from tpllm.jobs.status import job_status
 

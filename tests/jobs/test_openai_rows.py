@@ -14,7 +14,7 @@ from tpllm.engine.outputs import failed_output
 from tpllm.engine.prompts import encode_prompt
 from tpllm.errors import TpllmError
 from tpllm.jobs.config import JobConfig
-from tpllm.jobs.durable import Disk
+from tpllm.jobs.outputs.durable import Disk
 from tpllm.jobs.rows import row_seed
 from tpllm.jobs.runner import run_job
 from tpllm.tokenizer import Tokenizer

@@ -20,9 +20,9 @@ from tests.jobs.small_job import all_errors, all_rows, contents, rows_text
 from tests.jobs.test_parquet_as_json import CASES
 from tpllm.engine.outputs import Logprob
 from tpllm.errors import JobError
-from tpllm.jobs import parquet_parts
 from tpllm.jobs.config import JobConfig, load_job
-from tpllm.jobs.part_files import num_rows_of, part_files
+from tpllm.jobs.outputs import parquet_parts
+from tpllm.jobs.outputs.part_files import num_rows_of, part_files
 from tpllm.jobs.runner import run_job
 from tpllm.jobs.sources import column_types, parquet
 

@@ -18,7 +18,7 @@ from tests.jobs.faulty_disk import Death, FaultyDisk
 from tests.jobs.small_job import contents, rows_text
 from tpllm.errors import JobError
 from tpllm.jobs.config import load_job
-from tpllm.jobs.remote import RemoteFolder, output_place
+from tpllm.jobs.outputs.remote import RemoteFolder, output_place
 from tpllm.jobs.runner import run_job
 
 TEXT = rows_text(11, bad=(1, 7))

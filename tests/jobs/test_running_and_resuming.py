@@ -10,8 +10,8 @@ from tests.jobs import fake_llm
 from tests.jobs.fake_llm import FakeLLM
 from tests.jobs.small_job import all_rows, contents, rows_text
 from tpllm.errors import JobError
-from tpllm.jobs.durable import Disk
-from tpllm.jobs.output import opened_output
+from tpllm.jobs.outputs.durable import Disk
+from tpllm.jobs.outputs.folder import opened_output
 from tpllm.jobs.runner import run_job
 
 TEXT = rows_text(11)

@@ -10,8 +10,8 @@ from tests.jobs.fake_llm import FakeLLM
 from tests.jobs.small_job import all_rows, rows_text
 from tpllm.cli.main import main
 from tpllm.errors import JobError
-from tpllm.jobs.lock import held_for_reading, held_for_writing, writer_of
 from tpllm.jobs.merge import merge_shards
+from tpllm.jobs.outputs.lock import held_for_reading, held_for_writing, writer_of
 from tpllm.jobs.runner import run_job
 from tpllm.jobs.status import job_status
 

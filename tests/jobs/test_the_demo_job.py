@@ -10,7 +10,7 @@ import pytest
 
 from tests.jobs.small_job import all_errors, all_rows, contents
 from tpllm.jobs.config import load_job
-from tpllm.jobs.durable import Disk
+from tpllm.jobs.outputs.durable import Disk
 from tpllm.jobs.rows import read_row, row_request
 from tpllm.jobs.runner import run_job
 from tpllm.jobs.sources.row_source import open_source

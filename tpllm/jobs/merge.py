@@ -11,12 +11,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from tpllm.errors import JobError
-from tpllm.jobs.durable import Disk, writing_to
-from tpllm.jobs.journal import JOURNAL_NAME
-from tpllm.jobs.lock import held_for_reading
 from tpllm.jobs.manifest import as_json, describe, differences, is_environment, parts_of, refuse_changes
-from tpllm.jobs.output import OutputFolder, opened_output, read_manifest
-from tpllm.jobs.part_files import PartFiles, num_rows_of, part_files
+from tpllm.jobs.outputs.durable import Disk, writing_to
+from tpllm.jobs.outputs.folder import OutputFolder, opened_output, read_manifest
+from tpllm.jobs.outputs.journal import JOURNAL_NAME
+from tpllm.jobs.outputs.lock import held_for_reading
+from tpllm.jobs.outputs.part_files import PartFiles, num_rows_of, part_files
 from tpllm.jobs.shard import Parts, Shard
 from tpllm.jobs.shard_folders import find_shard_folders, local_folder
 

@@ -4,9 +4,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from tpllm.engine.outputs import CompletionOutput, RequestOutput
-from tpllm.jobs.journal import FinishedRow
 from tpllm.jobs.json_line import to_line
 from tpllm.jobs.openai_rows import BATCH_KEYS, batch_output, is_batch_row, response_head
+from tpllm.jobs.outputs.journal import FinishedRow
 from tpllm.jobs.rows import Row, RowError, RowRequest
 from tpllm.jobs.sources.raw_row import RawRow, custom_id_of
 from tpllm.openai_api import ApiError, ResponseHead, finite, logprobs_by_id, response_body

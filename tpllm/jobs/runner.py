@@ -13,16 +13,16 @@ from tpllm.engine.prompts import Prompt
 from tpllm.engine.sampling_params import SamplingParams
 from tpllm.errors import JobError
 from tpllm.jobs.config import JOB_KEYS, JobConfig, check_keys
-from tpllm.jobs.durable import Disk
-from tpllm.jobs.journal import Journal, opened_journal
-from tpllm.jobs.ledger import Ledger
 from tpllm.jobs.manifest import job_section, model_section, refuse_changes
 from tpllm.jobs.openai_rows import system_fingerprint
-from tpllm.jobs.output import OutputFolder, opened_output
-from tpllm.jobs.output_format import needs_columns, open_part_format, refuse_batch_row, resolve_output_format
+from tpllm.jobs.outputs.durable import Disk
+from tpllm.jobs.outputs.folder import OutputFolder, opened_output
+from tpllm.jobs.outputs.formats import needs_columns, open_part_format, refuse_batch_row, resolve_output_format
+from tpllm.jobs.outputs.journal import Journal, opened_journal
+from tpllm.jobs.outputs.ledger import Ledger
+from tpllm.jobs.outputs.remote import output_place
 from tpllm.jobs.progress import Progress
 from tpllm.jobs.records import Records
-from tpllm.jobs.remote import output_place
 from tpllm.jobs.rows import RowError, RowRequest, read_row, row_request
 from tpllm.jobs.shard import Parts
 from tpllm.jobs.shard_folders import describe_idle_shard, refuse_mixture

@@ -3,7 +3,7 @@ import pathlib
 
 from tpllm.errors import JobError
 from tpllm.jobs.config import JobConfig
-from tpllm.jobs.output import MANIFEST
+from tpllm.jobs.outputs.folder import MANIFEST
 from tpllm.jobs.shard import SHARD_NAME, Parts
 
 

@@ -7,11 +7,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from tpllm.errors import JobError
-from tpllm.jobs.journal import JOURNAL_NAME, journal_rows
-from tpllm.jobs.lock import writer_of
 from tpllm.jobs.manifest import parts_of
-from tpllm.jobs.output import MANIFEST, read_manifest
-from tpllm.jobs.part_files import PartFiles, num_rows_of, part_files
+from tpllm.jobs.outputs.folder import MANIFEST, read_manifest
+from tpllm.jobs.outputs.journal import JOURNAL_NAME, journal_rows
+from tpllm.jobs.outputs.lock import writer_of
+from tpllm.jobs.outputs.part_files import PartFiles, num_rows_of, part_files
 from tpllm.jobs.shard import WHOLE, Parts, Shard
 from tpllm.jobs.shard_folders import find_shard_folders, local_folder
 from tpllm.jobs.sources.row_source import need_pyarrow

@@ -15,10 +15,10 @@ from typing import Any
 from tpllm.environment import cache_folder
 from tpllm.errors import JobError
 from tpllm.jobs.config import JobConfig
-from tpllm.jobs.durable import CHUNK_BYTES, Disk, write_whole, writing_to
 from tpllm.jobs.manifest import describe, differences, is_environment
-from tpllm.jobs.output import MANIFEST, read_manifest
-from tpllm.jobs.part_files import ERRORS_NAME, PART_NAME
+from tpllm.jobs.outputs.durable import CHUNK_BYTES, Disk, write_whole, writing_to
+from tpllm.jobs.outputs.folder import MANIFEST, read_manifest
+from tpllm.jobs.outputs.part_files import ERRORS_NAME, PART_NAME
 from tpllm.jobs.sources.find import open_filesystem
 
 # Where an object is replaced at once or not at all; elsewhere it is written under another name and moved.

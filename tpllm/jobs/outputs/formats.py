@@ -3,7 +3,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from tpllm.jobs.openai_rows import BATCH_KEYS, PROMPT_KEYS, is_batch_row
-from tpllm.jobs.part_files import JSONL, PartFormat
+from tpllm.jobs.outputs.part_files import JSONL, PartFormat
 from tpllm.jobs.rows import RowError
 from tpllm.jobs.sources import files
 from tpllm.jobs.sources.raw_row import InputSummary
@@ -48,7 +48,7 @@ def open_part_format(output_format: str, source: RowSource, summary: InputSummar
     """
     if output_format == files.JSONL:
         return JSONL
-    from tpllm.jobs.parquet_parts import parts_of_jsonl_input, parts_of_parquet_input
+    from tpllm.jobs.outputs.parquet_parts import parts_of_jsonl_input, parts_of_parquet_input
     return parts_of_jsonl_input(summary.columns) if source.kind == files.JSONL else parts_of_parquet_input(source.schema, source.slice)
 
 

@@ -5,10 +5,10 @@ from typing import Any
 from tpllm.engine.prompts import Prompt, encode_prompt
 from tpllm.errors import PromptError, TpllmError
 from tpllm.jobs.config import JobConfig
-from tpllm.jobs.output_format import refuse_batch_row
+from tpllm.jobs.dry_run.speed import SampleRow
+from tpllm.jobs.outputs.formats import refuse_batch_row
 from tpllm.jobs.rows import RowError, RowRequest, read_row, row_request
 from tpllm.jobs.sources.raw_row import RawRow
-from tpllm.jobs.speed import SampleRow
 
 NUM_REASONS = 5
 

@@ -13,7 +13,7 @@ import threading
 import zlib
 from collections.abc import Iterator
 
-from tpllm.jobs.durable import Disk, writing_to
+from tpllm.jobs.outputs.durable import Disk, writing_to
 
 RECORD = re.compile(rb"(?P<checksum>[0-9a-f]{8}) (?P<index>\d+) (?P<kind>row|error) (?P<payload>[^\n]*)\n")
 JOURNAL_NAME = re.compile(r"journal-(\d{5,})\.jsonl")

@@ -1,8 +1,8 @@
 """Which rows are finished: each is journalled, and a part is committed when its last row is."""
 import threading
 
-from tpllm.jobs.journal import FinishedRow, Journal
-from tpllm.jobs.output import OutputFolder
+from tpllm.jobs.outputs.folder import OutputFolder
+from tpllm.jobs.outputs.journal import FinishedRow, Journal
 from tpllm.jobs.shard import Parts
 
 

@@ -10,19 +10,19 @@ from typing import Any
 from tpllm import __version__
 from tpllm.errors import JobError
 from tpllm.jobs.config import JobConfig
-from tpllm.jobs.journal import JOURNAL_NAME, journal_rows
-from tpllm.jobs.lock import writer_of
+from tpllm.jobs.dry_run.row_counts import RowCounting, RowCounts
+from tpllm.jobs.dry_run.speed import Speed, measure_speed
 from tpllm.jobs.manifest import job_section, model_section, refuse_changes
-from tpllm.jobs.output import MANIFEST, read_manifest
-from tpllm.jobs.output_format import needs_columns, open_part_format, resolve_output_format
-from tpllm.jobs.part_files import part_files
-from tpllm.jobs.remote import output_place
-from tpllm.jobs.row_counts import RowCounting, RowCounts
+from tpllm.jobs.outputs.folder import MANIFEST, read_manifest
+from tpllm.jobs.outputs.formats import needs_columns, open_part_format, resolve_output_format
+from tpllm.jobs.outputs.journal import JOURNAL_NAME, journal_rows
+from tpllm.jobs.outputs.lock import writer_of
+from tpllm.jobs.outputs.part_files import part_files
+from tpllm.jobs.outputs.remote import output_place
 from tpllm.jobs.runner import check_engine_options, llm_class
 from tpllm.jobs.shard import Parts
 from tpllm.jobs.shard_folders import refuse_mixture
 from tpllm.jobs.sources.row_source import open_source
-from tpllm.jobs.speed import Speed, measure_speed
 
 MAX_TOKENIZED = 10_000
 

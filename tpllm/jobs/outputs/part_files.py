@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from typing import Protocol
 
 from tpllm.errors import JobError
-from tpllm.jobs.journal import FinishedRow
+from tpllm.jobs.outputs.journal import FinishedRow
 from tpllm.jobs.sources.row_source import need_pyarrow
 
 PART_NAME = re.compile(r"part-(\d{5,})\.(?:jsonl|parquet)")

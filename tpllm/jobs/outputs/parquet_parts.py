@@ -9,8 +9,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from tpllm.jobs.journal import FinishedRow
 from tpllm.jobs.json_line import to_line
+from tpllm.jobs.outputs.journal import FinishedRow
 
 GROUP_ROWS, GROUP_BYTES = 4096, 32 << 20
 LOGPROBS = pa.list_(pa.list_(pa.struct([("token_id", pa.int32()), ("logprob", pa.float64()), ("rank", pa.int32()), ("decoded_token", pa.string())])))

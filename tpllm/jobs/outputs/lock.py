@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator
 
 from tpllm.errors import JobError
-from tpllm.jobs.durable import writing_to
+from tpllm.jobs.outputs.durable import writing_to
 
 LOCK = ".lock"
 # Whoever only asks for the holder has the lock for a moment: no reason to refuse a job that starts just then.

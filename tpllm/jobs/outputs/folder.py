@@ -10,16 +10,16 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Protocol
 
 from tpllm.errors import JobError
-from tpllm.jobs.durable import Disk, place, write_whole, writing_to
-from tpllm.jobs.journal import JOURNAL_NAME, FinishedRow
-from tpllm.jobs.lock import held_for_writing
-from tpllm.jobs.part_files import JSONL, TEMPORARY_NAME, PartFiles, PartFormat, errors_name, num_rows_of, part_files
+from tpllm.jobs.outputs.durable import Disk, place, write_whole, writing_to
+from tpllm.jobs.outputs.journal import JOURNAL_NAME, FinishedRow
+from tpllm.jobs.outputs.lock import held_for_writing
+from tpllm.jobs.outputs.part_files import JSONL, TEMPORARY_NAME, PartFiles, PartFormat, errors_name, num_rows_of, part_files
 
 MANIFEST = "manifest.json"
 
 
 class Mirror(Protocol):
-    """Another place that gets a copy of all that is committed; see :mod:`tpllm.jobs.remote`."""
+    """Another place that gets a copy of all that is committed; see :mod:`tpllm.jobs.outputs.remote`."""
 
     def agree(self, folder: pathlib.Path, disk: Disk) -> None:
         """Before anything else: copy to each side what only the other has."""

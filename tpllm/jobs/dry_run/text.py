@@ -1,7 +1,7 @@
 """A dry run as lines of text."""
 from collections.abc import Iterator
 
-from tpllm.jobs.dry_run import DryRun
+from tpllm.jobs.dry_run.run import DryRun
 from tpllm.jobs.progress import time_text
 
 INDENT = " " * 13

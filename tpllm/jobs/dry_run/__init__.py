@@ -1,0 +1,1 @@
+"""What a job would do: checked, counted and timed, with nothing written."""

@@ -32,6 +32,8 @@ def completions(script, *words: str, folder=None) -> list[str]:
     (("tpllm", "run", "job.yaml", "--sampling.max"), ["--sampling.max-tokens"]),
     (("tpllm", "run", "job.yaml", "--rows"), ["--rows-per-part"]),
     (("tpllm", "bench", "latency", "--sh"), ["--shape"]),
+    (("tpllm", "job", "sta"), ["status"]),
+    (("tpllm", "job", "merge", "--allow"), ["--allow-environment-change"]),
     (("tpllm", "completion", "ba"), ["bash"]),
 ])
 def test_bash_completes_commands_options_and_the_keys_of_a_job(script, words, wanted):
@@ -43,6 +45,7 @@ def test_bash_completes_a_job_file_and_a_model_folder(script, tmp_path):
     (tmp_path / "model-a").mkdir()
     assert completions(script, "tpllm", "run", "nigh", folder=tmp_path) == ["nightly.yaml"]
     assert completions(script, "tpllm", "inspect", "mod", folder=tmp_path) == ["model-a"]
+    assert completions(script, "tpllm", "job", "status", "mod", folder=tmp_path) == ["model-a"]
 
 
 @pytest.mark.parametrize("shell", shtab.SUPPORTED_SHELLS)

@@ -21,7 +21,7 @@ def test_a_malformed_mesh_is_refused_with_its_value(text, message):
 
 
 def test_a_mesh_larger_than_the_devices_is_refused_with_both_numbers(num_devices):
-    with pytest.raises(MeshError, match=rf"mesh dp=2,tp=8 needs 16 devices but {num_devices} are available \(cpu\).*device_count=16"):
+    with pytest.raises(MeshError, match=rf"mesh dp=2,tp=8 needs 16 devices but {num_devices} are available \(cpu\).*JAX_NUM_CPU_DEVICES=16"):
         make_mesh({"dp": 2, "tp": 8})
     with pytest.raises(MeshError, match="needs 2 devices but 1 is available"):
         make_mesh({"tp": 2}, jax.devices()[:1])

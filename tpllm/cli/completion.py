@@ -8,7 +8,7 @@ import argparse
 from collections.abc import Callable, Iterator
 from typing import Any
 
-FILES, FOLDERS = ("job", "json"), ("model", "output", "folder", "shards")
+FILES, FOLDERS = ("job",), ("model", "output", "shards")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 

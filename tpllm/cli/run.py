@@ -58,7 +58,7 @@ def _run(job: "JobConfig", make_llm: Callable[..., Any] | None) -> int:
 
 
 def _show_dry_run(job: "JobConfig", make_llm: Callable[..., Any] | None) -> int:
-    from tpllm.jobs.dry_run import dry_run
-    from tpllm.jobs.dry_run_text import describe
+    from tpllm.jobs.dry_run.run import dry_run
+    from tpllm.jobs.dry_run.text import describe
     print("\n".join(describe(dry_run(job, make_llm=make_llm))))
     return 0

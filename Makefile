@@ -3,8 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 PIP = $(VENV)/bin/pip --disable-pip-version-check
 PYTEST = $(VENV)/bin/python -m pytest -n 2
-# The compilers of NVIDIA GPUs and TPUs, which need no device: a virtual environment for each version of jax. The newer jax needs Python 3.12.
-AOT_PYTEST = -m pytest -n 2 --dist loadgroup -m aot tests/aot
+# test-aot: the compilers of NVIDIA GPUs and TPUs, which need no device, in a virtual environment for each version of jax. The newer needs Python 3.12.
 PYTHON312 ?= $(shell for python in python3.12 $${PYENV_ROOT:-$$HOME/.pyenv}/versions/3.12*/bin/python; do \
 	"$$python" -c "" 2>/dev/null && echo "$$python" && break; done)
 TORCH ?= torch==2.13.0 # a build without CUDA serves: torch is only an oracle here
@@ -30,8 +29,11 @@ test-oracle: $(VENV)/.oracle
 	$(PYTEST) -m oracle
 
 test-aot: .venv-aot-0.10/.installed $(if $(PYTHON312),.venv-aot-0.11/.installed)
-	.venv-aot-0.10/bin/python $(AOT_PYTEST)
-	$(if $(PYTHON312),.venv-aot-0.11/bin/python $(AOT_PYTEST),@echo "test-aot: no Python 3.12 found, so jax 0.11 was not tried")
+	$(if $(PYTHON312),,@echo "test-aot: no Python 3.12 found, so jax 0.11 is not tried")
+	$(MAKE) -j 2 -O test-aot-0.10 $(if $(PYTHON312),test-aot-0.11)
+
+test-aot-%: .venv-aot-%/.installed
+	.venv-aot-$*/bin/python -m pytest -m aot tests/aot
 
 notebooks: $(VENV)/.notebooks
 	$(VENV)/bin/python tools/run_notebooks.py
@@ -67,7 +69,7 @@ $(VENV)/.oracle: $(VENV)/.test
 .venv-aot-0.11/.installed: LIBTPU_VERSION = 0.0.48
 .venv-aot-%/.installed: pyproject.toml
 	$(AOT_PYTHON) -m venv .venv-aot-$*
-	.venv-aot-$*/bin/pip --disable-pip-version-check install -q -e . "pytest>=8" "pytest-xdist>=3.6" "jax==$(JAX_VERSION)" "libtpu==$(LIBTPU_VERSION).*"
+	.venv-aot-$*/bin/pip --disable-pip-version-check install -q -e . "pytest>=8" "jax==$(JAX_VERSION)" "libtpu==$(LIBTPU_VERSION).*"
 	.venv-aot-$*/bin/pip --disable-pip-version-check install -q --no-deps "jax-cuda13-pjrt==$(JAX_VERSION)" "jax-cuda13-plugin==$(JAX_VERSION)" \
 		nvidia-cuda-nvcc nvidia-nvvm
 	touch $@

@@ -24,13 +24,36 @@ def kv_append_reference(cache_PKSH: jax.Array, new_BTKH: jax.Array, positions_BT
     if B == 1 and T > 1 and not _is_narrow_float(cache_PKSH.dtype):
         return _write_slice(cache_PKSH, new_BTKH, positions_BT, rows_B)
     rows_B = jnp.arange(B) if rows_B is None else rows_B
+
+    def scatter_bits(cache_PKSH, new_BTKH):
+        return from_bits(_scatter(as_bits(cache_PKSH), as_bits(new_BTKH), rows_B, positions_BT), cache_PKSH.dtype)
+    return jax.lax.platform_dependent(cache_PKSH, new_BTKH, cpu=scatter_bits,
+                                      tpu=lambda cache, new: scatter_entries(cache, new, rows_B, positions_BT),
+                                      default=lambda cache, new: _scatter(cache, new, rows_B, positions_BT))
+
+
+def scatter_entries(cache_PKSH: jax.Array, new_BTKH: jax.Array, rows_B: jax.Array, positions_BT: jax.Array) -> jax.Array:
+    """:func:`kv_append_reference` for a TPU: the entries are rows of one matrix.
+
+    Into [P, K, S, H] its compiler would scatter in a layout of its own, and copy the whole cache there and back.
+    """
+    P, K, S, H = cache_PKSH.shape
+    entries_BTK = (rows_B[:, None, None] * K + jnp.arange(K)) * S + positions_BT[:, :, None]
+    entries_BTK = jnp.where(positions_BT[:, :, None] < 0, P * K * S, entries_BTK)
+    cache_EH = cache_PKSH.reshape(P * K * S, H).at[entries_BTK.reshape(-1)].set(new_BTKH.reshape(-1, H), mode="drop", unique_indices=True)
+    return cache_EH.reshape(P, K, S, H)
+
+
+def _scatter(cache_PKSH: jax.Array, new_BTKH: jax.Array, rows_B: jax.Array, positions_BT: jax.Array) -> jax.Array:
     positions_BT = jnp.where(positions_BT < 0, cache_PKSH.shape[2], positions_BT)
-    bits_PKSH = as_bits(cache_PKSH).at[rows_B[:, None], :, positions_BT].set(as_bits(new_BTKH), mode="drop", unique_indices=True)
-    return from_bits(bits_PKSH, cache_PKSH.dtype)
+    return cache_PKSH.at[rows_B[:, None], :, positions_BT].set(new_BTKH, mode="drop", unique_indices=True)
 
 
 def as_bits(x: jax.Array) -> jax.Array:
-    """``x``, a narrow float array seen as unsigned integers: XLA:CPU would upcast a whole 16-bit cache to read or write a slice of it."""
+    """``x``, a narrow float array seen as unsigned integers.
+
+    XLA:CPU would upcast a whole 16-bit cache to read or write a slice of it; a TPU would copy the cache for the sake of this view.
+    """
     return jax.lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}") if _is_narrow_float(x.dtype) else x
 
 

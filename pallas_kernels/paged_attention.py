@@ -7,6 +7,8 @@ The blocks are visited in order with an online softmax (Milakov & Gimelshein 201
 Only blocks that some query of the call can see are read. A block that is wholly masked for a row leaves that row's state exactly as it
 was (l + 0, acc + 0), so a row's result does not depend, to the bit, on how long its neighbours are.
 """
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -36,14 +38,13 @@ def paged_attention_reference(q_BTNH: jax.Array, k_PKSH: jax.Array, v_PKSH: jax.
     K, S = k_PKSH.shape[1:3]
     block = min(BLOCK, S)
     precision = matmul_precision(q_BTNH.dtype)
-    caches = [(as_bits(cache_PKSH), cache_PKSH.dtype) for cache_PKSH in (k_PKSH, v_PKSH)]
     q_BKMH = q_BTNH.reshape(B, T, K, N // K, H).transpose(0, 2, 1, 3, 4).reshape(B, K, T * (N // K), H)
 
-    def visit(index, state):
+    def visit(index, state, caches):
         max_BKM, sum_BKM, acc_BKMH = state
         start = jnp.minimum(index * block, S - block)  # the last block of a cache that is no multiple of it overlaps the one before
         key_positions_1s = (start + jnp.arange(block))[None]
-        k_BKsH, v_BKsH = (from_bits(_read_block(bits, rows_B, B, start, block), dtype) for bits, dtype in caches)
+        k_BKsH, v_BKsH = (from_bits(_read_block(cache, rows_B, B, start, block), k_PKSH.dtype) for cache in caches)
         scores = jnp.einsum("bkmh,bksh->bkms", q_BKMH, k_BKsH, preferred_element_type=jnp.float32, precision=precision) * scale
         is_new_1s = key_positions_1s >= index * block
         mask_BTs = attention_mask(positions_BT, jnp.where(is_new_1s, key_positions_1s, -1), window)
@@ -60,7 +61,10 @@ def paged_attention_reference(q_BTNH: jax.Array, k_PKSH: jax.Array, v_PKSH: jax.
     first, last = _visible_blocks(positions_BT, block, window)
     M = T * (N // K)
     state = (jnp.full((B, K, M), MASKED), jnp.zeros((B, K, M)), jnp.zeros((B, K, M, H)))
-    _, sum_BKM, acc_BKMH = jax.lax.fori_loop(first, last, visit, state)
+
+    def attend(*caches):
+        return jax.lax.fori_loop(first, last, functools.partial(visit, caches=caches), state)
+    _, sum_BKM, acc_BKMH = jax.lax.platform_dependent(k_PKSH, v_PKSH, cpu=lambda *caches: attend(*map(as_bits, caches)), default=attend)
     out = acc_BKMH / jnp.maximum(sum_BKM, 1e-30)[..., None]
     return out.reshape(B, K, T, N // K, H).transpose(0, 2, 1, 3, 4).reshape(B, T, N, H).astype(q_BTNH.dtype)
 

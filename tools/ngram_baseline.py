@@ -113,15 +113,16 @@ def window_histories(tokens_T: np.ndarray, length: int) -> np.ndarray:
 def evaluate(order: int, num_windows: int, seed: int) -> float:
     """Train on the training split, and print and return the mean nats a token of the held-out windows."""
     # Imported here: it loads JAX, and the model above needs only numpy.
+    from demo_training.corpus import EOS, documents, held_out_windows, token_stream
+    from demo_training.models import CONTEXT, DEMO, VOCAB_SIZE
     from tokenizers import Tokenizer
-    from train_demo import DEMO, EOS, HF_CONFIG, documents, held_out_windows, token_stream
 
-    tokenizer = Tokenizer.from_file(str(DEMO / "tokenizer.json"))
+    tokenizer = Tokenizer.from_file(str(DEMO.folder / "tokenizer.json"))
     texts = documents(is_held_out=False)
     stream = np.concatenate([token_stream(tokenizer, texts[start:start + 2000]) for start in range(0, len(texts), 2000)])
-    model = fit(stream, vocab_size=HF_CONFIG["vocab_size"], order=order)
+    model = fit(stream, vocab_size=VOCAB_SIZE, order=order)
     total, count = 0.0, 0
-    for tokens_T in held_out_windows(tokenizer, HF_CONFIG["max_position_embeddings"], num_windows, seed):
+    for tokens_T in held_out_windows(tokenizer, CONTEXT, num_windows, seed):
         p_T = model.probabilities(window_histories(tokens_T, order - 1), tokens_T)[1:]  # the first token only conditions
         is_text_T = tokens_T[1:] > EOS
         total -= float(np.log(p_T[is_text_T]).sum())

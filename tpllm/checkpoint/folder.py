@@ -59,7 +59,7 @@ def open_checkpoint(model: str | Path, *, revision: str | None = None) -> Checkp
     """Find a checkpoint, and read and check its configuration and the headers of its weights.
 
     Args:
-        model: a folder, a hub id ``owner/name``, or ``"demo"`` (a folder of that name is ``"./demo"``).
+        model: a folder, a hub id ``owner/name``, ``"demo"`` or ``"demo-draft"`` (a folder of that name is ``"./demo"``).
         revision: of a hub id: branch, tag or commit; all files come from the one commit it resolves to. The hub's cache is used as its own
             client does, also with ``HF_HUB_OFFLINE=1``.
 

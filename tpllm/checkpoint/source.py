@@ -11,8 +11,9 @@ from typing import Any
 from tpllm.checkpoint.safetensors import open_regular, parse_json, read_exactly
 from tpllm.errors import CheckpointError
 
-DEMO = "demo"
 DEMO_FOLDER = Path(__file__).parents[1] / "demo"
+BUNDLED = {"demo": DEMO_FOLDER, "demo-draft": DEMO_FOLDER.with_name("demo_draft")}
+"""The models inside the package, by the names they are given by."""
 HUB_FILES = ("*.safetensors", "*.json", "*.jinja", "tokenizer.model", "*.tiktoken", "merges.txt", "vocab.txt")
 """What is asked of the hub: data only, never code and never pickles."""
 NOT_HUB_FILES = ("*/*", "consolidated*.safetensors")
@@ -24,7 +25,7 @@ def find_folder(model: str | Path, revision: str | None) -> tuple[Path, str | No
     """The folder of a model, downloaded first where it must be.
 
     Args:
-        model: a folder, a hub id ``owner/name``, or ``"demo"`` (a folder of that name is ``"./demo"``).
+        model: a folder, a hub id ``owner/name``, ``"demo"`` or ``"demo-draft"`` (a folder of that name is ``"./demo"``).
         revision: of a hub id: branch, tag or commit.
 
     Returns:
@@ -34,13 +35,13 @@ def find_folder(model: str | Path, revision: str | None) -> tuple[Path, str | No
         CheckpointError: no such folder, nothing cached and no network, or a kind of file that is not loaded.
     """
     path = Path(os.path.expanduser(model))
-    is_hub_id = isinstance(model, str) and model != DEMO and not os.path.exists(path) and _HUB_ID.fullmatch(model) is not None
+    is_hub_id = isinstance(model, str) and model not in BUNDLED and not os.path.exists(path) and _HUB_ID.fullmatch(model) is not None
     if is_hub_id and path.suffix not in (".gguf", ".safetensors", ".bin", ".pt", ".pth", ".ckpt"):
         return _download(model, revision)
     if revision is not None:
         raise CheckpointError(f"revision {revision!r} is given for {str(model)!r}, which is not a hub id; leave it out")
-    if model == DEMO:
-        return DEMO_FOLDER, None
+    if model in BUNDLED:
+        return BUNDLED[model], None
     if path.suffix == ".gguf":
         raise CheckpointError(f"{model}: GGUF files come in a later version; give the folder of the safetensors checkpoint it was made from")
     if os.path.isfile(path):

@@ -13,7 +13,7 @@ class RopeConfig:
     """Rotary position embedding (Su et al. 2021, arXiv:2104.09864) and its extensions beyond the trained context.
 
     Attributes:
-        kind: which rule gives the frequencies; see :mod:`tpllm.model.rope`.
+        kind: which rule gives the frequencies; see ``tpllm/model/rope.py``.
         theta: the base of the geometric series of frequencies.
         factor: how many times longer the context is than the trained one.
         original_max_position: the trained context, in tokens (dynamic, llama3, yarn).

@@ -28,7 +28,7 @@ def forward(params: DecoderParams, tokens_BT: jax.Array, positions_BT: jax.Array
         config: the model; static.
         rows_B: int32 cache row of each batch row; None where they are the same.
         prompt_lens_B: int32, read by dynamic rope only; by default the last position of this call plus one.
-        output: ``"logits"``, or ``"hidden"`` for the normalized hidden states, which :func:`unembed` turns into logits.
+        output: ``"logits"``, or ``"hidden"`` for the normalized hidden states, which :func:`.unembed` turns into logits.
 
     Returns:
         ([B, T, V] float32 logits, padding of the vocabulary at -inf, or [B, T, D] hidden states; the updated cache or None).

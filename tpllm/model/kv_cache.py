@@ -25,7 +25,7 @@ class KVCache:
 
     @property
     def max_len(self) -> int:
-        """S: positions a row holds."""
+        """S, the positions a row holds."""
         return self.keys[0].shape[2]
 
 

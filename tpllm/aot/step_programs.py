@@ -1,0 +1,80 @@
+"""The engine's own programs, lowered for a mesh whose devices need not exist: every argument is a shape, a dtype and a sharding."""
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from sharding_rules.axes import BATCH
+from tpllm import ops
+from tpllm.engine.batch import pack_prefill
+from tpllm.engine.programs import SlotState, empty_slots, jit_programs, slot_shardings
+from tpllm.engine.runner import MAX_STEPS
+from tpllm.engine.sampling_params import MAX_STOP_TOKEN_IDS
+from tpllm.engine.scheduler import PrefillPlan
+from tpllm.engine.shapes import EngineShapes
+from tpllm.model.config import ModelConfig
+from tpllm.model.kv_cache import KVCache, init_cache
+from tpllm.model.params import abstract_params
+
+_PLATFORMS = {"gpu": "cuda"}  # a device's platform -> the lowering's, where they differ
+
+
+def lower_decode(config: ModelConfig, shapes: EngineShapes, *, weight_dtype: Any, cache_dtype: Any, num_eos_ids: int = 1) -> jax.stages.Lowered:
+    """The decode program at all of ``shapes``' slots, as the engine runs it.
+
+    Args:
+        config: the model, fitted to a mesh.
+        shapes: the engine's sizes.
+        weight_dtype, cache_dtype: of the parameters; of keys and values.
+        num_eos_ids: how many end-of-sequence ids the model has.
+    """
+    params, cache, state = _abstract_arguments(config, shapes, weight_dtype, cache_dtype, num_stop_ids=MAX_STOP_TOKEN_IDS + num_eos_ids)
+    _, decode = jit_programs(config, cache, state, max_steps=MAX_STEPS)
+    with jax.set_mesh(config.partition.mesh):
+        return decode.trace(params, cache, state, np.ones(shapes.max_num_seqs, bool), np.int32(1), num_rows=shapes.max_num_seqs).lower(
+            lowering_platforms=_lowering_platforms(config.partition.mesh))
+
+
+def lower_prefill(config: ModelConfig, shapes: EngineShapes, *, weight_dtype: Any, cache_dtype: Any, num_eos_ids: int = 1,
+                  has_prompt_logprobs: bool = False) -> jax.stages.Lowered:
+    """The program of a whole prefill chunk, as the engine runs it.
+
+    Args:
+        config, shapes, weight_dtype, cache_dtype, num_eos_ids: see :func:`lower_decode`.
+        has_prompt_logprobs: whether the prompt's tokens are scored too.
+    """
+    num_stop_ids = MAX_STOP_TOKEN_IDS + num_eos_ids
+    params, cache, state = _abstract_arguments(config, shapes, weight_dtype, cache_dtype, num_stop_ids=num_stop_ids)
+    prefill, _ = jit_programs(config, cache, state, max_steps=MAX_STEPS)
+    chunk = pack_prefill(PrefillPlan(rows=(), bucket=shapes.prefill_chunk), num_slots=shapes.max_num_seqs, num_groups=config.partition.size(BATCH),
+                         eos_ids=frozenset(), num_stop_ids=num_stop_ids, vocab_size=config.padded_vocab_size)
+    with jax.set_mesh(config.partition.mesh):
+        return prefill.trace(params, cache, state, chunk, has_prompt_logprobs=has_prompt_logprobs).lower(
+            lowering_platforms=_lowering_platforms(config.partition.mesh))
+
+
+def abstract_cache(config: ModelConfig, shapes: EngineShapes, dtype: Any) -> KVCache:
+    """Shapes, dtype and shardings of the cache, without its memory."""
+    cache = jax.eval_shape(lambda: init_cache(config, shapes.max_num_seqs, shapes.cache_len, dtype))
+    return jax.tree.map(lambda leaf: _placed(leaf, config.partition.sharding(ops.CACHE_AXES, shape=leaf.shape, name="kv_cache")), cache)
+
+
+def abstract_slots(config: ModelConfig, shapes: EngineShapes, *, num_stop_ids: int) -> SlotState:
+    """Shapes, dtypes and shardings of the slots' state."""
+    state = jax.eval_shape(lambda: empty_slots(shapes.max_num_seqs, num_stop_ids, config.padded_vocab_size))
+    return jax.tree.map(_placed, state, slot_shardings(config.partition))
+
+
+def _abstract_arguments(config: ModelConfig, shapes: EngineShapes, weight_dtype: Any, cache_dtype: Any, *, num_stop_ids: int):
+    return (abstract_params(config, weight_dtype), abstract_cache(config, shapes, cache_dtype),
+            abstract_slots(config, shapes, num_stop_ids=num_stop_ids))
+
+
+def _placed(leaf: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+def _lowering_platforms(mesh: Mesh) -> tuple[str]:
+    platform = mesh.devices.flat[0].platform
+    return (_PLATFORMS.get(platform, platform),)

@@ -1,17 +1,14 @@
 """The device side of the engine: the compiled programs, and the arrays they update in place."""
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 
 from sharding_rules.axes import BATCH
 from tpllm.engine.batch import pack_prefill
 from tpllm.engine.compile_guard import CompileGuard
-from tpllm.engine.programs import PrefillChunk, StepOutput, decode, empty_slots, prefill, slot_shardings
+from tpllm.engine.programs import PrefillChunk, StepOutput, empty_slots, jit_programs, slot_shardings
 from tpllm.engine.sampling_params import MAX_STOP_TOKEN_IDS
 from tpllm.engine.scheduler import DecodePlan, PrefillPlan
 from tpllm.engine.shapes import EngineShapes
@@ -48,15 +45,10 @@ class Runner:
         self.num_groups = config.partition.size(BATCH)
         self.num_stop_ids = MAX_STOP_TOKEN_IDS + len(eos_ids)
         self.cache = init_cache(config, shapes.max_num_seqs, shapes.cache_len, cache_dtype)
-        replicated = NamedSharding(config.partition.mesh, P())
         self.state = jax.jit(lambda: empty_slots(shapes.max_num_seqs, self.num_stop_ids, config.padded_vocab_size),
                              out_shardings=slot_shardings(config.partition))()
         self.guard = CompileGuard()
-        shardings = jax.tree.map(lambda leaf: leaf.sharding, (self.cache, self.state))
-        self._prefill = jax.jit(functools.partial(prefill, config=config), static_argnames="has_prompt_logprobs", donate_argnums=(1, 2),
-                                out_shardings=(*shardings, replicated, replicated))
-        self._decode = jax.jit(functools.partial(decode, config=config, max_steps=MAX_STEPS), static_argnames="num_rows", donate_argnums=(1, 2),
-                               out_shardings=(*shardings, replicated))
+        self._prefill, self._decode = jit_programs(config, self.cache, self.state, max_steps=MAX_STEPS)
 
     def dispatch(self, plan: PrefillPlan | DecodePlan, is_kept: list[bool]) -> Dispatched:
         """Start the program of a plan.

@@ -31,6 +31,26 @@ def _cpu_flags() -> list[str]:
     return sorted(next((line.partition(":")[2].split() for line in lines if line.startswith(("flags", "Features"))), []))
 
 
+def num_threads() -> int | None:
+    """``$TPLLM_NUM_THREADS``: how many threads compute on a CPU; None for one a core.
+
+    Raises:
+        ValueError: it is no whole number of at least 1.
+    """
+    text = os.environ.get("TPLLM_NUM_THREADS", "")
+    if not text:
+        return None
+    if not text.isdecimal() or int(text) < 1:
+        raise ValueError(f"TPLLM_NUM_THREADS is {text!r}; it must be a whole number of at least 1")
+    return int(text)
+
+
+def limit_threads() -> None:
+    """Make XLA's pool as large as :func:`num_threads`; it is made with the CPU client, so this must come before the first use of a device."""
+    if num_threads() is not None:
+        os.environ.setdefault("NPROC", str(num_threads()))  # what XLA asks for the size of its pool
+
+
 def cache_folder() -> pathlib.Path | None:
     """``$TPLLM_CACHE_DIR``, or ``~/.cache/tpllm`` without it; None where it is ``off``."""
     folder = os.environ.get("TPLLM_CACHE_DIR")
@@ -46,6 +66,7 @@ def enable_compile_cache() -> None:
     import jax
     import jaxlib
 
+    limit_threads()
     root = cache_folder()
     if root is None or jax.config.jax_compilation_cache_dir:
         return

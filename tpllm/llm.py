@@ -41,7 +41,10 @@ class LLM:
         mesh: ``"auto"`` (every local device on the tensor axis, as far as the heads allow), ``"tp=4"``, ``"dp=2,tp=4"``, a mapping, or a
             ``jax.sharding.Mesh``.
         rules: how logical axes map to mesh axes; by default tensor parallel over ``tp``, rows over ``dp``.
-        dtype: ``"auto"``, ``"float32"``, ``"bfloat16"``, ``"float16"``.
+        dtype: ``"auto"`` (the checkpoint's own), ``"float32"``, ``"bfloat16"``, ``"float16"``: of activations, and of weights that are not
+            quantized.
+        quantization: how matrices are quantized while they are loaded: ``"int8"`` (8 bits, one scale an output) or ``"int4"`` (4 bits, one
+            scale for 32 inputs); activations keep their dtype. None keeps what the checkpoint holds.
         kv_cache_dtype: the same choices, for keys and values; ``"auto"`` follows ``dtype``.
         max_model_len: tokens a row can hold, prompt and completion together; None for the model's context, at most 4096.
         max_num_seqs: rows computed together; None for 8 on CPU and 32 elsewhere.
@@ -61,9 +64,9 @@ class LLM:
     _owns_params = False
 
     def __init__(self, model: str, *, mesh: str | Mapping[str, int] | Mesh = "auto", rules: Rules | None = None, dtype: str = "auto",
-                 kv_cache_dtype: str = "auto", max_model_len: int | None = None, max_num_seqs: int | None = None,
+                 quantization: str | None = None, kv_cache_dtype: str = "auto", max_model_len: int | None = None, max_num_seqs: int | None = None,
                  prefill_chunk_size: int | None = None, batch_invariant: bool = True, seed: int = 0, revision: str | None = None):
-        opened = open_model(model, mesh, rules=rules, dtype=dtype, revision=revision)
+        opened = open_model(model, mesh, rules=rules, dtype=dtype, quantization=quantization, revision=revision)
         shapes = choose_shapes(opened.config, max_model_len=max_model_len, max_num_seqs=max_num_seqs, prefill_chunk_size=prefill_chunk_size,
                                batch_invariant=batch_invariant)
         cache_dtype = choose_cache_dtype(kv_cache_dtype, opened.dtype)
@@ -96,7 +99,7 @@ class LLM:
         llm._model_fingerprint = {}
         shapes = choose_shapes(config, max_model_len=max_model_len, max_num_seqs=max_num_seqs, prefill_chunk_size=prefill_chunk_size,
                                batch_invariant=batch_invariant)
-        llm._start(config, params, tokenizer, shapes=shapes, cache_dtype=choose_cache_dtype(kv_cache_dtype, params.embed.dtype), seed=seed)
+        llm._start(config, params, tokenizer, shapes=shapes, cache_dtype=choose_cache_dtype(kv_cache_dtype, params.dtype), seed=seed)
         return llm
 
     def _start(self, config: ModelConfig, params: DecoderParams, tokenizer: Tokenizer | None, *, shapes: EngineShapes, cache_dtype,
@@ -282,7 +285,7 @@ class LLM:
         device = self.config.partition.mesh.devices.flat[0]
         return {"model": self._model_fingerprint, "environment": describe_environment(device.platform, device.device_kind),
                 "mesh": mesh_text(self.config.partition.mesh), "rules": dict(self.config.partition.rules.entries),
-                "shapes": dataclasses.asdict(self.shapes), "dtype": str(self.params.embed.dtype), "kv_cache_dtype": str(runner.cache_dtype),
+                "shapes": dataclasses.asdict(self.shapes), "dtype": str(self.params.dtype), "kv_cache_dtype": str(runner.cache_dtype),
                 "kernels": "xla"}
 
     @property

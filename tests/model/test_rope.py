@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from tpllm.model.config import RopeConfig
-from tpllm.model.rope import apply_rope, rope_tables, static_inv_freq
+from pallas_kernels.rope import rope_reference
+from tpllm.model.rope import rope_tables, static_inv_freq
 
 H, THETA = 16, 10000.0
 PLAIN = np.array([THETA ** (-2 * i / H) for i in range(H // 2)])
@@ -75,7 +76,7 @@ def test_a_rotation_keeps_lengths_and_scores_depend_on_distance_only():
     x = jnp.asarray(np.random.default_rng(0).normal(size=(1, 2, 1, H)), jnp.float32)
     def scores(first, second):
         cos, sin = rope_tables(np.array([[first, second]], np.int32), np.array([1], np.int32), head_dim=H, rope=RopeConfig())
-        turned = np.asarray(apply_rope(x, cos, sin), np.float64)[0, :, 0]
+        turned = np.asarray(rope_reference(x, cos, sin), np.float64)[0, :, 0]
         np.testing.assert_allclose((turned**2).sum(-1), (np.asarray(x, np.float64)[0, :, 0]**2).sum(-1), rtol=1e-5)
         return turned[0] @ turned[1]
     assert scores(3, 10) == pytest.approx(scores(40, 47), abs=1e-4)
@@ -85,6 +86,6 @@ def test_a_rotation_keeps_lengths_and_scores_depend_on_distance_only():
 def test_rotation_in_bfloat16_is_that_of_float32_rounded_once():
     x = jnp.asarray(np.random.default_rng(1).normal(size=(1, 3, 2, H)), jnp.bfloat16)
     cos, sin = rope_tables(np.array([[0, 7, 90]], np.int32), np.array([91], np.int32), head_dim=H, rope=RopeConfig())
-    out = apply_rope(x, cos, sin)
+    out = rope_reference(x, cos, sin)
     assert out.dtype == jnp.bfloat16
-    assert (np.asarray(out) == np.asarray(apply_rope(x.astype(jnp.float32), cos, sin).astype(jnp.bfloat16))).all()
+    assert (np.asarray(out) == np.asarray(rope_reference(x.astype(jnp.float32), cos, sin).astype(jnp.bfloat16))).all()

@@ -1,11 +1,15 @@
 """Known model shapes, to measure on random weights: speed and memory depend on sizes, not on values."""
+import concurrent.futures
 import math
+import os
+import zlib
 
 import jax
 import numpy as np
 
 from sharding_rules import DATA_TENSOR
 from tpllm.checkpoint import check_memory, needed_bytes
+from tpllm.checkpoint.matrices import make_matrix
 from tpllm.checkpoint.placement import place
 from tpllm.engine.shapes import choose_shapes
 from tpllm.environment import enable_compile_cache
@@ -16,7 +20,11 @@ from tpllm.model.config import ModelConfig, RopeConfig
 from tpllm.model.kv_cache import cache_bytes_per_device
 from tpllm.model.params import DecoderParams, ParamSpec, init_params, map_specs, param_specs
 from tpllm.model.partition import fit_to_mesh
+from tpllm.ops import uses_native
+from tpllm.quant.schemes import find_scheme
+from tpllm.quant.storage import Storage
 
+ROWS_AT_ONCE = 1024
 LLAMA31_ROPE = RopeConfig(kind="llama3", theta=500000.0, factor=8.0, original_max_position=8192)
 SHAPES = {
     "tiny": ModelConfig(vocab_size=512, hidden_size=128, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=32, intermediate_size=256,
@@ -27,6 +35,8 @@ SHAPES = {
                                   intermediate_size=5632, max_position=2048),
     "mistral-7b": ModelConfig(vocab_size=32000, hidden_size=4096, num_layers=32, num_heads=32, num_kv_heads=8, head_dim=128,
                               intermediate_size=14336, max_position=32768, layer_windows=(4096,) * 32),
+    "llama-13b": ModelConfig(vocab_size=32000, hidden_size=5120, num_layers=40, num_heads=40, num_kv_heads=40, head_dim=128,
+                             intermediate_size=13824, max_position=4096),
     "llama-3.1-8b": ModelConfig(vocab_size=128256, hidden_size=4096, num_layers=32, num_heads=32, num_kv_heads=8, head_dim=128,
                                 intermediate_size=14336, max_position=131072, rope=LLAMA31_ROPE),
     "llama-3.1-70b": ModelConfig(vocab_size=128256, hidden_size=8192, num_layers=80, num_heads=64, num_kv_heads=8, head_dim=128,
@@ -45,39 +55,53 @@ def find_shape(name: str) -> ModelConfig:
     return SHAPES[name]
 
 
-def llm_of_shape(name: str, *, mesh: str = "auto", dtype: str = "auto", max_model_len: int, max_num_seqs: int) -> LLM:
+def llm_of_shape(name: str, *, mesh: str = "auto", dtype: str = "auto", quantization: str | None = None, max_model_len: int,
+                 max_num_seqs: int, prefill_chunk_size: int | None = None) -> LLM:
     """An engine over random weights of a known shape; without a tokenizer.
 
     Args:
         name: a key of ``SHAPES``.
-        mesh, dtype, max_model_len, max_num_seqs: as for :class:`tpllm.llm.LLM`. ``dtype="auto"`` is float32 on CPU, bfloat16 elsewhere.
+        mesh, dtype, quantization, max_model_len, max_num_seqs, prefill_chunk_size: as for :class:`tpllm.llm.LLM`. ``dtype="auto"`` is bfloat16,
+            and float32 on a CPU without native kernels.
 
     Raises:
         ConfigError: an unknown shape, or a context beyond its own.
         MemoryNeedError: weights and cache do not fit; nothing has been made then.
     """
-    config = find_shape(name)
+    config, scheme = find_shape(name), find_scheme(quantization)
     enable_compile_cache()
     fitted = fit_to_mesh(config, choose_mesh(mesh, config), DATA_TENSOR)
-    weight_dtype = choose_dtype(dtype, {}, fitted.partition.platform)
-    sizes = choose_shapes(fitted, max_model_len=max_model_len, max_num_seqs=max_num_seqs, prefill_chunk_size=None, batch_invariant=True)
+    weight_dtype = choose_dtype(dtype, {}, fitted.partition)
+    storage = Storage(weight_dtype, scheme, is_packed=uses_native(fitted.partition))
+    sizes = choose_shapes(fitted, max_model_len=max_model_len, max_num_seqs=max_num_seqs, prefill_chunk_size=prefill_chunk_size, batch_invariant=True)
     cache_bytes = cache_bytes_per_device(fitted, max_num_seqs, sizes.cache_len, weight_dtype)
-    needed, staging = needed_bytes(fitted, dtype=weight_dtype, cache_bytes_per_device=cache_bytes)
+    needed, staging = needed_bytes(fitted, dtype=weight_dtype, cache_bytes_per_device=cache_bytes, storage=storage)
     check_memory(needed, staging_bytes=staging)
-    params = random_params(fitted, weight_dtype)
-    return LLM.from_params(fitted, params, max_model_len=max_model_len, max_num_seqs=max_num_seqs)
+    params = random_params(fitted, storage)
+    return LLM.from_params(fitted, params, max_model_len=max_model_len, max_num_seqs=max_num_seqs, prefill_chunk_size=prefill_chunk_size)
 
 
-def random_params(config: ModelConfig, dtype: np.dtype) -> DecoderParams:
-    """Random weights, in memory of the same kind as a checkpoint's: the kind decides how fast a CPU reads it."""
-    if config.partition.platform != "cpu":
-        return jax.block_until_ready(init_params(config, 0, dtype))
-    rng = np.random.default_rng(0)
+def random_params(config: ModelConfig, storage: Storage) -> DecoderParams:
+    """Random weights, kept as ``storage`` says, in memory of the same kind as a checkpoint's: the kind decides how fast a CPU reads it."""
+    if config.partition.platform != "cpu" and storage.scheme is None:
+        return jax.block_until_ready(init_params(config, 0, storage.dtype))
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        return map_specs(lambda name, spec: _random_param(config, storage, name, spec, pool), param_specs(config))
 
-    def make(name: str, spec: ParamSpec):
-        def fill(buffers):
-            for buffer in buffers.values():
-                for row in buffer.reshape(-1, buffer.shape[-1]):
-                    row[:] = rng.standard_normal(row.shape, np.float32) * (1 / math.sqrt(spec.shape[-1])) if spec.init != "ones" else 1
-        return place(spec.shape, config.partition.sharding(spec.axes, shape=spec.shape, name=name), dtype=dtype, fill=fill)
-    return map_specs(make, param_specs(config))
+
+def _random_param(config: ModelConfig, storage: Storage, name: str, spec: ParamSpec, pool: concurrent.futures.Executor):
+    def rows(first: int, last: int, dtype: np.dtype) -> np.ndarray:
+        rng = np.random.default_rng([zlib.crc32(name.encode()), first])
+        shape = (last - first, *spec.shape[1:])
+        return np.ones(shape, dtype) if spec.init == "ones" else (rng.standard_normal(shape, np.float32) / math.sqrt(spec.shape[-1])).astype(dtype)
+    layout = storage.layout(spec.shape, spec.axes, config.partition, name=name)
+    if layout is not None:
+        return make_matrix(layout, lambda first, last: rows(first, last, layout.source_dtype), pool)
+
+    def fill(buffers):
+        for (bounds, *others), buffer in buffers.items():
+            columns = tuple(slice(*other) for other in others)
+            for first in range(*bounds, ROWS_AT_ONCE):
+                last = min(first + ROWS_AT_ONCE, bounds[1])
+                buffer[first - bounds[0]:last - bounds[0]] = rows(first, last, storage.dtype)[(slice(None), *columns)]
+    return place(spec.shape, config.partition.sharding(spec.axes, shape=spec.shape, name=name), dtype=storage.dtype, fill=fill)

@@ -10,12 +10,15 @@ import numpy as np
 from sharding_rules.axes import KV_HEADS
 from tpllm.checkpoint.convert import TARGETS
 from tpllm.checkpoint.folder import Checkpoint
+from tpllm.checkpoint.matrices import make_matrix
 from tpllm.checkpoint.placement import Bounds, place
 from tpllm.checkpoint.read import Piece, TensorReader
 from tpllm.checkpoint.safetensors import TensorEntry
 from tpllm.errors import CheckpointError
 from tpllm.model.config import ModelConfig
 from tpllm.model.params import DecoderParams, ParamSpec, map_specs, named_leaves, param_specs
+from tpllm.quant.quantized_tensor import QuantizedLayout, QuantizedTensor
+from tpllm.quant.storage import PackedMatrix, PackedWeight, Storage
 
 HARMLESS = ("rotary_emb.inv_freq",)
 QUANTIZED = (".qweight", ".weight_scale", ".weight_scale_inv", ".weight_packed")
@@ -24,7 +27,7 @@ NUM_NAMED = 5
 log = logging.getLogger("tpllm")
 
 
-def load_params(checkpoint: Checkpoint, config: ModelConfig, *, dtype: Any) -> DecoderParams:
+def load_params(checkpoint: Checkpoint, config: ModelConfig, *, dtype: Any, storage: Storage | None = None) -> DecoderParams:
     """The parameters of a checkpoint, on the devices and in the layout that ``config`` asks for.
 
     One tensor is read at a time, by several threads. On CPU the arrays are the buffers that were read into, and replicas share one; so the
@@ -34,6 +37,7 @@ def load_params(checkpoint: Checkpoint, config: ModelConfig, *, dtype: Any) -> D
         checkpoint: an open checkpoint.
         config: its ``config`` fitted to a mesh, or as it is for the default device.
         dtype: of every parameter: float32, bfloat16 or float16.
+        storage: how matrices are kept, in that dtype where they are not quantized; None for plain arrays.
 
     Raises:
         CheckpointError: a tensor missing, of the wrong shape or dtype (named, before anything is read), quantized weights, or a failed read.
@@ -45,7 +49,12 @@ def load_params(checkpoint: Checkpoint, config: ModelConfig, *, dtype: Any) -> D
     entries = find_entries(checkpoint, config)
     _warn_unused(checkpoint, entries)
     with TensorReader() as reader:
-        return map_specs(lambda name, spec: _load_one(reader, entries[name], spec, config=config, name=name, dtype=dtype), param_specs(config))
+        def load(name: str, spec: ParamSpec) -> Any:
+            layout = storage and storage.layout(spec.shape, spec.axes, config.partition, name=name)
+            if layout is None:
+                return _load_one(reader, entries[name], spec, config=config, name=name, dtype=dtype)
+            return _load_matrix(reader, entries[name], spec, layout, config)
+        return map_specs(load, param_specs(config))
 
 
 def refuse_quantized(checkpoint: Checkpoint) -> None:
@@ -97,6 +106,17 @@ def _load_one(reader: TensorReader, entry: TensorEntry, spec: ParamSpec, *, conf
     def fill(buffers: Mapping[Bounds, np.ndarray]) -> None:
         reader.read(entry, [piece for bounds, buffer in buffers.items() for piece in _pieces(bounds, buffer, entry=entry, spec=spec, config=config)])
     return place(spec.shape, sharding, dtype=dtype, fill=fill)
+
+
+def _load_matrix(reader: TensorReader, entry: TensorEntry, spec: ParamSpec, layout: PackedMatrix | QuantizedLayout,
+                 config: ModelConfig) -> PackedWeight | QuantizedTensor:
+    """One matrix that is quantized or packed on the way; its rows are read whole, once."""
+    def read_rows(first: int, last: int) -> np.ndarray:
+        bounds = ((first, last), (0, spec.shape[1]))
+        rows = np.empty((last - first, spec.shape[1]), layout.source_dtype)
+        reader.read_here(entry, _pieces(bounds, rows, entry=entry, spec=spec, config=config))
+        return rows
+    return make_matrix(layout, read_rows, reader.pool)
 
 
 def _pieces(bounds: Bounds, buffer: np.ndarray, *, entry: TensorEntry, spec: ParamSpec,

@@ -11,19 +11,21 @@ import psutil
 from tpllm.errors import MemoryNeedError
 from tpllm.model.config import ModelConfig
 from tpllm.model.params import abstract_params, named_leaves
+from tpllm.quant.storage import Storage
 
 GIB = 2**30
 _UNLIMITED = 2**60  # version 1 of cgroups writes "no limit" as a number near 2^63
 _FIX = "Lower max_model_len or max_num_seqs, take a smaller dtype or model, or"
 
 
-def needed_bytes(config: ModelConfig, *, dtype: Any, cache_bytes_per_device: int) -> tuple[dict[jax.Device, int], int]:
+def needed_bytes(config: ModelConfig, *, dtype: Any, cache_bytes_per_device: int, storage: Storage | None = None) -> tuple[dict[jax.Device, int], int]:
     """What a model takes once it is loaded.
 
     Args:
         config: fitted to a mesh, or as it is for the default device.
         dtype: of the weights.
         cache_bytes_per_device: of the KV cache, bytes on each device.
+        storage: how matrices are kept; None for plain arrays.
 
     Returns:
         (bytes on each local device; bytes of the largest tensor, which a load may hold beside them on the host). On CPU, where replicas share
@@ -31,9 +33,9 @@ def needed_bytes(config: ModelConfig, *, dtype: Any, cache_bytes_per_device: int
     """
     needed: dict[jax.Device, int] = {}
     largest = 0
-    for _, leaf in named_leaves(abstract_params(config, dtype)):
+    for _, leaf in named_leaves(abstract_params(config, dtype, storage)):
         sharding = leaf.sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        item_bytes = np.dtype(dtype).itemsize
+        item_bytes = np.dtype(leaf.dtype).itemsize
         largest = max(largest, math.prod(leaf.shape) * item_bytes)
         slice_bytes, seen = math.prod(sharding.shard_shape(leaf.shape)) * item_bytes, set()
         for device, index in sharding.addressable_devices_indices_map(leaf.shape).items():

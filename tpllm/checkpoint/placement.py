@@ -23,16 +23,54 @@ def place(shape: tuple[int, ...], sharding: jax.sharding.Sharding, *, dtype: Any
         shape, sharding, dtype: of the array.
         fill: writes the values: it is given an empty buffer for every different slice that the local devices hold.
     """
-    def bounds_of(index: tuple[slice, ...]) -> Bounds:
-        return tuple(part.indices(size)[:2] for part, size in zip(index, shape, strict=True))
+    buffers = _buffers(shape, sharding, np.dtype(dtype))
+    fill(buffers)
+    return _assemble(shape, sharding, buffers)
 
+
+def place_all(arrays: Mapping[str, tuple[tuple[int, ...], np.dtype, jax.sharding.Sharding]],
+              fill: Callable[[Mapping[tuple[int, int], dict[str, np.ndarray]]], None], *, num_shards: tuple[int, int]) -> dict[str, jax.Array]:
+    """Several arrays that make one matrix together, cut alike in their first two dims.
+
+    Args:
+        arrays: (shape, dtype, sharding) by name.
+        fill: writes the values: for each shard of the matrix that the local devices hold it is given the empty buffer of each array. An array
+            that is not cut like the others has one buffer for several shards.
+        num_shards: into how many parts the matrix is cut.
+    """
+    buffers = {name: _buffers(shape, sharding, dtype) for name, (shape, dtype, sharding) in arrays.items()}
+    shards: dict[tuple[int, int], dict[str, np.ndarray]] = {}
+    for name, (shape, _, sharding) in arrays.items():
+        for device, index in sharding.addressable_devices_indices_map(shape).items():
+            bounds = _bounds(index, shape)
+            held = {other: _shard_of(_bounds(places.addressable_devices_indices_map(size)[device], size), size, num_shards)
+                    for other, (size, _, places) in arrays.items()}
+            shard = tuple(map(max, zip(*held.values(), strict=True)))  # 0 where an array is not cut
+            shards.setdefault(shard, {})[name] = buffers[name][bounds]
+    fill(shards)
+    return {name: _assemble(shape, sharding, buffers[name]) for name, (shape, _, sharding) in arrays.items()}
+
+
+def _shard_of(bounds: Bounds, shape: tuple[int, ...], num_shards: tuple[int, int]) -> tuple[int, int]:
+    return tuple(first * parts // size if size else 0 for (first, _), size, parts in zip(bounds, shape, num_shards, strict=False))
+
+
+def _bounds(index: tuple[slice, ...], shape: tuple[int, ...]) -> Bounds:
+    return tuple(part.indices(size)[:2] for part, size in zip(index, shape, strict=True))
+
+
+def _buffers(shape: tuple[int, ...], sharding: jax.sharding.Sharding, dtype: np.dtype) -> dict[Bounds, np.ndarray]:
+    """An empty buffer for every different slice that the local devices hold."""
     buffers: dict[Bounds, np.ndarray] = {}
     for index in sharding.addressable_devices_indices_map(shape).values():
-        bounds = bounds_of(index)
+        bounds = _bounds(index, shape)
         if bounds not in buffers:
-            buffers[bounds] = _aligned_empty(tuple(stop - start for start, stop in bounds), np.dtype(dtype))
-    fill(buffers)
-    array = jax.make_array_from_callback(shape, sharding, lambda index: buffers[bounds_of(index)])
+            buffers[bounds] = _aligned_empty(tuple(stop - start for start, stop in bounds), dtype)
+    return buffers
+
+
+def _assemble(shape: tuple[int, ...], sharding: jax.sharding.Sharding, buffers: Mapping[Bounds, np.ndarray]) -> jax.Array:
+    array = jax.make_array_from_callback(shape, sharding, lambda index: buffers[_bounds(index, shape)])
     return jax.block_until_ready(array)  # so that the next tensor's buffers do not join this one's
 
 

@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import math
 import os
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -41,13 +42,14 @@ class TensorReader:
     def __init__(self, num_threads: int | None = None):
         self._num_threads = num_threads or min(MAX_THREADS, os.cpu_count() or 1)
         self._files: dict[Path, int] = {}
+        self._lock = threading.Lock()
 
     def __enter__(self) -> "TensorReader":
-        self._pool = concurrent.futures.ThreadPoolExecutor(self._num_threads, thread_name_prefix="tpllm-load")
+        self.pool = concurrent.futures.ThreadPoolExecutor(self._num_threads, thread_name_prefix="tpllm-load")
         return self
 
     def __exit__(self, *_) -> None:
-        self._pool.shutdown(cancel_futures=True)
+        self.pool.shutdown(cancel_futures=True)
         for fd in self._files.values():
             with contextlib.suppress(OSError):
                 os.close(fd)
@@ -59,24 +61,43 @@ class TensorReader:
         Raises:
             CheckpointError: a dtype that holds no weights, a value out of the wanted dtype's range, or a file that cannot be read.
         """
-        if entry.dtype not in STORED:
-            raise CheckpointError(f"{entry.path}: tensor {entry.name!r} is {entry.dtype}; weights are read from {', '.join(STORED)}")
-        if entry.path not in self._files:
-            self._files[entry.path] = open_regular(entry.path)
+        fd = self._open(entry)
         groups: dict[tuple[int, int], list[Piece]] = {}
         for piece in pieces:
             groups.setdefault(piece.rows, []).append(piece)
-        tasks = [self._pool.submit(_read_block, self._files[entry.path], entry, block, group)
+        tasks = [self.pool.submit(_read_block, fd, entry, block, group)
                  for rows, group in groups.items() for block in _blocks(entry, rows)]
+        with self._refusing_overflow(entry, next(iter(groups.values()))[0].out.dtype if groups else None):
+            try:
+                for task in tasks:
+                    task.result()
+            finally:
+                for task in tasks:
+                    task.cancel()
+
+    def read_here(self, entry: TensorEntry, pieces: Iterable[Piece]) -> None:
+        """As :meth:`read`, by the calling thread; many may call it."""
+        fd = self._open(entry)
+        for piece in pieces:
+            with self._refusing_overflow(entry, piece.out.dtype):
+                for block in _blocks(entry, piece.rows):
+                    _read_block(fd, entry, block, [piece])
+
+    def _open(self, entry: TensorEntry) -> int:
+        if entry.dtype not in STORED:
+            raise CheckpointError(f"{entry.path}: tensor {entry.name!r} is {entry.dtype}; weights are read from {', '.join(STORED)}")
+        with self._lock:
+            if entry.path not in self._files:
+                self._files[entry.path] = open_regular(entry.path)
+            return self._files[entry.path]
+
+    @contextlib.contextmanager
+    def _refusing_overflow(self, entry: TensorEntry, dtype: np.dtype | None) -> Iterator[None]:
         try:
-            for task in tasks:
-                task.result()
+            yield
         except FloatingPointError:
-            raise CheckpointError(f"{entry.path}: tensor {entry.name!r} ({entry.dtype}) holds values beyond the range of "
-                                  f"{next(iter(groups.values()))[0].out.dtype}; load it as bfloat16 or float32") from None
-        finally:
-            for task in tasks:
-                task.cancel()
+            raise CheckpointError(f"{entry.path}: tensor {entry.name!r} ({entry.dtype}) holds values beyond the range of {dtype}; "
+                                  "load it as bfloat16 or float32") from None
 
 
 def _num_columns(entry: TensorEntry) -> int:

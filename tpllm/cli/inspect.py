@@ -50,7 +50,7 @@ def inspect_model(model: str, *, mesh: str = "auto", dtype: str = "auto", revisi
     from tpllm.model.partition import fit_to_mesh
     checkpoint = open_checkpoint(model, revision=revision)
     config = fit_to_mesh(checkpoint.config, choose_mesh(mesh, checkpoint.config), DATA_TENSOR)
-    weight_dtype = choose_dtype(dtype, checkpoint.hf_config, config.partition.platform)
+    weight_dtype = choose_dtype(dtype, checkpoint.hf_config, config.partition)
     entries = find_entries(checkpoint, config)
     parameters = [_parameter(name, spec, config.partition, stored=entries[name].dtype, itemsize=weight_dtype.itemsize)
                   for name, spec in named_leaves(param_specs(config))]

@@ -77,7 +77,7 @@ def describe(config: ModelConfig, params: DecoderParams, *, shapes: EngineShapes
     """
     mesh, leaves = config.partition.mesh, jax.tree.leaves(params)
     return Description(
-        model=model, family=family, num_parameters=_num_parameters(config), dtype=str(params.embed.dtype), kv_cache_dtype=str(cache_dtype),
+        model=model, family=family, num_parameters=_num_parameters(config), dtype=str(params.dtype), kv_cache_dtype=str(cache_dtype),
         mesh=mesh_text(mesh), devices=f"{mesh.devices.size} {config.partition.platform} device{'s' * (mesh.devices.size > 1)}",
         weight_bytes=sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves),
         cache_bytes=cache_bytes_per_device(config, shapes.max_num_seqs, shapes.cache_len, cache_dtype),

@@ -1,4 +1,5 @@
 """The attention layer: projections, biases, query and key norms, rope, and attention with or without a cache."""
+import functools
 import math
 
 import jax
@@ -7,8 +8,7 @@ from sharding_rules.axes import BATCH, HEADS, KV_HEADS
 from tpllm import ops
 from tpllm.model.config import ModelConfig
 from tpllm.model.params import AttentionParams
-from tpllm.model.rope import apply_rope
-from tpllm.quant.linear import linear
+from tpllm.quant.linear import linear, linears
 
 
 def attention(x_BTD: jax.Array, params: AttentionParams, config: ModelConfig, rope_BTH: tuple[jax.Array, jax.Array], *,
@@ -28,10 +28,9 @@ def attention(x_BTD: jax.Array, params: AttentionParams, config: ModelConfig, ro
     """
     q_BTNH, k_BTKH, v_BTKH = _project(x_BTD, params, config)
     if config.has_qk_norm:
-        q_BTNH = ops.rms_norm(q_BTNH, params.q_norm, eps=config.norm_eps)
-        k_BTKH = ops.rms_norm(k_BTKH, params.k_norm, eps=config.norm_eps)
-    q_BTNH, k_BTKH = apply_rope(q_BTNH, *rope_BTH), apply_rope(k_BTKH, *rope_BTH)
-    options = {"scale": 1 / math.sqrt(config.head_dim), "window": window, "partition": config.partition}
+        norm = functools.partial(ops.rms_norm, eps=config.norm_eps, partition=config.partition)
+        q_BTNH, k_BTKH = norm(q_BTNH, params.q_norm, axes=ops.QUERY_AXES), norm(k_BTKH, params.k_norm, axes=ops.NEW_KV_AXES)
+    options = {"rope": rope_BTH, "scale": 1 / math.sqrt(config.head_dim), "window": window, "partition": config.partition}
     if cache_kv is None:
         out_BTNH = ops.self_attention(q_BTNH, k_BTKH, v_BTKH, positions_BT, **options)
     else:
@@ -43,7 +42,8 @@ def attention(x_BTD: jax.Array, params: AttentionParams, config: ModelConfig, ro
 
 def _project(x_BTD: jax.Array, params: AttentionParams, config: ModelConfig) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Queries, keys and values, split into heads and cut between them."""
-    def heads(weight, bias, axis):
-        y = linear(x_BTD, weight, bias).reshape(*x_BTD.shape[:2], -1, config.head_dim)
+    def heads(y, axis):
+        y = y.reshape(*x_BTD.shape[:2], -1, config.head_dim)
         return y if config.partition is None else config.partition.constrain(y, (BATCH, None, axis, None))
-    return (heads(params.q, params.q_bias, HEADS), heads(params.k, params.k_bias, KV_HEADS), heads(params.v, params.v_bias, KV_HEADS))
+    q, k, v = linears(x_BTD, (params.q, params.k, params.v), (params.q_bias, params.k_bias, params.v_bias))
+    return heads(q, HEADS), heads(k, KV_HEADS), heads(v, KV_HEADS)

@@ -12,6 +12,7 @@ from flax import struct
 
 from sharding_rules.axes import EMBED, HEAD_DIM, HEADS, KV_HEADS, MLP, VOCAB
 from tpllm.model.config import ModelConfig
+from tpllm.quant.storage import Storage
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +77,11 @@ class DecoderParams:
     final_norm: Any  # [D]
     head: Any = None  # [V, D]; None where it is the embedding
 
+    @property
+    def dtype(self) -> Any:
+        """Of activations, and of what is neither quantized nor packed."""
+        return self.final_norm.dtype
+
 
 def param_specs(config: ModelConfig) -> DecoderParams:
     """The declaration of every parameter of ``config``'s model, as a tree of :class:`ParamSpec`."""
@@ -133,11 +139,22 @@ def param_shardings(config: ModelConfig) -> DecoderParams:
     return map_specs(lambda name, spec: config.partition.sharding(spec.axes, shape=spec.shape, name=name), param_specs(config))
 
 
-def abstract_params(config: ModelConfig, dtype: Any) -> DecoderParams:
-    """Shapes, dtype and shardings of the parameters without their values, for ``jit(...).lower``."""
+def abstract_params(config: ModelConfig, dtype: Any, storage: Storage | None = None) -> DecoderParams:
+    """Shapes, dtypes and shardings of the parameters without their values, for ``jit(...).lower``.
+
+    Args:
+        config: the model.
+        dtype: of every parameter, or of those that ``storage`` keeps as plain arrays.
+        storage: how matrices are kept; None for plain arrays.
+    """
+    def one(shape, dtype, axes, name):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=config.partition and config.partition.sharding(axes, shape=shape, name=name))
+
     def abstract(name, spec):
-        sharding = config.partition and config.partition.sharding(spec.axes, shape=spec.shape, name=name)
-        return jax.ShapeDtypeStruct(spec.shape, dtype, sharding=sharding)
+        layout = storage and storage.layout(spec.shape, spec.axes, config.partition, name=name)
+        if layout is None:
+            return one(spec.shape, dtype, spec.axes, name)
+        return layout.build({array: one(shape, array_dtype, axes, name) for array, (shape, array_dtype, axes) in layout.arrays().items()})
     return map_specs(abstract, param_specs(config))
 
 

@@ -36,14 +36,6 @@ def rope_tables(positions_BT: jax.Array, prompt_lens_B: jax.Array, *, head_dim: 
     return jnp.cos(angles_BTH) * scale, jnp.sin(angles_BTH) * scale
 
 
-def apply_rope(x_BTNH: jax.Array, cos_BTH: jax.Array, sin_BTH: jax.Array) -> jax.Array:
-    """Rotate every head; computed in float32, returned in ``x_BTNH``'s dtype."""
-    x32 = x_BTNH.astype(jnp.float32)
-    first, second = jnp.split(x32, 2, axis=-1)
-    rotated = jnp.concatenate([-second, first], axis=-1)
-    return (x32 * cos_BTH[:, :, None] + rotated * sin_BTH[:, :, None]).astype(x_BTNH.dtype)
-
-
 def static_inv_freq(head_dim: int, rope: RopeConfig) -> tuple[np.ndarray, float]:
     """(inverse frequencies [H/2] float32, factor on cos and sin) of every kind but ``dynamic``."""
     inv_freq = 1.0 / rope.theta ** (np.arange(0, head_dim, 2) / head_dim)

@@ -1,0 +1,56 @@
+"""tpllm's side: an engine over random weights of a shape, and its turns, through the public ``generate``."""
+import time
+from collections.abc import Callable
+
+import numpy as np
+
+from llama_cpp_peer.cells import PAUSE_S, Cell
+from tpllm import LLM, SamplingParams
+from tpllm.bench.shapes import llm_of_shape
+from tpllm.bench.timing import Workload
+from tpllm.bench.traffic import decode_traffic
+from tpllm.errors import ConfigError, TpllmError
+
+
+def open_ours(shape: str, quantization: str | None, *, context_len: int, num_seqs: int) -> LLM:
+    """Our side on one CPU device: random weights of a shape, computed in bfloat16.
+
+    Args:
+        shape, quantization: as for ``llm_of_shape``; None leaves the weights in bfloat16.
+        context_len: tokens of a row, prompt and completion.
+        num_seqs: rows.
+    """
+    options = {"quantization": quantization} if quantization else {}
+    return llm_of_shape(shape, mesh="tp=1", dtype="bfloat16", max_model_len=context_len, max_num_seqs=num_seqs, **options)
+
+
+def our_turns(cell: Cell, llm: LLM, rng: np.random.Generator) -> Callable[[], dict[str, float]]:
+    """A function that takes one turn of ours. All is compiled, and a short prompt has shown the engine how long a step takes."""
+    lengths = {"batch_size": cell.num_rows, "prompt_len": cell.prompt_len, "output_len": cell.num_steps + 1}
+    llm.warm_up()
+    workload = Workload(llm.config.vocab_size, **lengths)
+    Workload(llm.config.vocab_size, **{**lengths, "prompt_len": min(16, cell.prompt_len)}).time_run(llm)
+    if not cell.num_steps:
+        return lambda: _time_prefill(llm, cell.prompt_len, rng)
+    traffic = decode_traffic(llm.config, llm.params, kv_dtype=llm.fingerprint()["kv_cache_dtype"], **lengths)
+
+    def run_ours() -> dict[str, float]:
+        time.sleep(PAUSE_S)
+        run = workload.time_run(llm)
+        speed = workload.speeds([run]).decode_tokens_per_s
+        if speed is None:
+            raise ConfigError(f"{cell.num_steps} decode steps are too short to measure; raise --decode-steps")
+        return {"prefill_s": run.short, "tokens_per_s": speed, "decode_bytes_per_s": traffic.bytes_per_token * speed}
+    return run_ours
+
+
+def _time_prefill(llm: LLM, prompt_len: int, rng: np.random.Generator) -> dict[str, float]:
+    prompt = {"prompt_token_ids": rng.integers(0, llm.config.vocab_size, prompt_len).tolist()}
+    params = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True)
+    time.sleep(PAUSE_S)
+    start = time.perf_counter()
+    [output] = llm.generate([prompt], params, show_progress=False)
+    seconds = time.perf_counter() - start
+    if len(output.outputs[0].token_ids) != 1:
+        raise TpllmError(f"the prefill gave no token: {output.outputs[0].error or output.outputs[0].finish_reason}")
+    return {"prefill_s": seconds, "tokens_per_s": prompt_len / seconds}

@@ -1,0 +1,52 @@
+"""Making a matrix in the form it is kept in: rows come as they are, are quantized and packed some at a time, and lie where they stay."""
+import concurrent.futures
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from tpllm.checkpoint.placement import place_all
+from tpllm.quant.quantized_tensor import QuantizedLayout, QuantizedTensor
+from tpllm.quant.storage import PackedMatrix, PackedWeight
+
+CHUNK_BYTES = 2**22
+"""Of the rows that one thread reads, quantizes and packs at a time."""
+ROW_MULTIPLE = 32
+
+
+def make_matrix(layout: PackedMatrix | QuantizedLayout, read_rows: Callable[[int, int], np.ndarray],
+                pool: concurrent.futures.Executor) -> PackedWeight | QuantizedTensor:
+    """One matrix on its devices; the peak of host memory is its own size and a chunk a thread.
+
+    Args:
+        layout: how it is kept.
+        read_rows: gives stored rows [first, last) of the whole matrix, [last - first, K] in ``layout.source_dtype``; called by several threads.
+        pool: the threads.
+    """
+    rows_a_shard = layout.shape[0] // layout.num_shards[0]
+
+    def fill(shards: Mapping[tuple[int, int], dict[str, np.ndarray]]) -> None:
+        def store(shard: int, first: int, last: int) -> None:
+            rows = read_rows(shard * rows_a_shard + first, shard * rows_a_shard + last)
+            for (n_shard, k_shard), arrays in shards.items():
+                if n_shard == shard:
+                    layout.write(rows, first, k_shard, arrays)
+        step = max(1, CHUNK_BYTES // max(1, layout.shape[1] * layout.source_dtype.itemsize) // ROW_MULTIPLE) * ROW_MULTIPLE
+        tasks = [pool.submit(store, shard, first, min(first + step, rows_a_shard))
+                 for shard in sorted({n_shard for n_shard, _ in shards}) for first in range(0, rows_a_shard, step)]
+        try:
+            for task in tasks:
+                task.result()
+        finally:
+            for task in tasks:
+                task.cancel()
+    return layout.build(place_all(_described(layout), fill, num_shards=layout.num_shards))
+
+
+def _described(layout: PackedMatrix | QuantizedLayout) -> dict[str, tuple[tuple[int, ...], np.dtype, jax.sharding.Sharding]]:
+    def sharding(shape: tuple[int, ...], axes: tuple[str | None, ...], name: str) -> Any:
+        if layout.partition is None:
+            return jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        return layout.partition.sharding(axes, shape=shape, name=name)
+    return {name: (shape, dtype, sharding(shape, axes, name)) for name, (shape, dtype, axes) in layout.arrays().items()}

@@ -1,0 +1,49 @@
+"""Attention to a KV cache, and the norm, for one shard of heads."""
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tpllm.native.library import call
+
+CACHE_DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16, jnp.int8)
+
+
+def attention(q_BTNH: jax.Array, new_kv: tuple[jax.Array, jax.Array], cache: tuple[jax.Array, ...], positions_BT: jax.Array, *,
+              rope: tuple[jax.Array, jax.Array], rows_B: jax.Array | None, scale: float, window: int | None,
+              softcap: float | None) -> tuple[jax.Array, ...]:
+    """Rotate queries and keys, append keys and values to the cache, attend to it.
+
+    Args:
+        q_BTNH: queries.
+        new_kv: (k_BTKH, v_BTKH) of the same tokens.
+        cache: (k_PKSH, v_PKSH), and of int8 ones their float32 scales (k_PKS, v_PKS), one a head and token. It is updated in place.
+        positions_BT: int32; negative marks padding, whose output is zeros.
+        rope: (cos_BTR, sin_BTR), float32; R is at most H.
+        rows_B: int32 cache row of each batch row; None where they are the same.
+        scale, window, softcap: as in ``cached_attention_reference``.
+
+    Returns:
+        (out_BTNH in the queries' dtype, the cache's arrays ...).
+    """
+    B, T, N, H = q_BTNH.shape
+    K = cache[0].shape[1]
+    if cache[0].dtype not in CACHE_DTYPES or (cache[0].dtype == jnp.int8) != (len(cache) == 4):
+        raise TypeError(f"a cache of {len(cache)} arrays of {cache[0].dtype}; it holds float32, bfloat16, float16, or int8 with scales")
+    if N % K or new_kv[0].shape != (B, T, K, H) or new_kv[1].shape != (B, T, K, H) or positions_BT.shape != (B, T):
+        raise ValueError(f"queries {q_BTNH.shape}, keys {new_kv[0].shape}, values {new_kv[1].shape}, positions {positions_BT.shape} and a cache "
+                         f"{cache[0].shape} do not belong together")
+    arguments = (q_BTNH, *(x.astype(q_BTNH.dtype) for x in new_kv), *rope, positions_BT, jnp.zeros(0, jnp.int32) if rows_B is None else rows_B)
+    results = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q_BTNH, *cache)]
+    aliases = {len(arguments) + i: 1 + i for i in range(len(cache))}
+    return tuple(call("attention", results, *arguments, *cache, aliases=aliases, scale=np.float32(scale), softcap=np.float32(softcap or 0),
+                      window=np.int64(window or 0)))
+
+
+def rms_norm(x_D: jax.Array, weight_D: jax.Array, delta_D: jax.Array | None, *, eps: float) -> tuple[jax.Array, ...]:
+    """``(norm(x),)``, or, with a delta of x's shape and dtype, ``(norm(x + delta), x + delta)``; see ``rms_norm_reference``."""
+    if weight_D.shape != x_D.shape[-1:] or (delta_D is not None and (delta_D.shape, delta_D.dtype) != (x_D.shape, x_D.dtype)):
+        raise ValueError(f"a norm of {x_D.dtype} {x_D.shape} takes a weight of its last dim and a delta of its own shape and dtype")
+    rows = [x.reshape(-1, x.shape[-1]) for x in (x_D, delta_D) if x is not None]
+    results = [jax.ShapeDtypeStruct(rows[0].shape, x_D.dtype)] * len(rows)
+    outs = call("rms_norm", results, rows[0], weight_D, *rows[1:], eps=np.float32(eps))
+    return tuple(out.reshape(x_D.shape) for out in outs)

@@ -1,0 +1,163 @@
+// How the codes of each format become floats (for every instruction set) or pairs of bfloat16 (where products of those exist). Both are
+// exact: what is multiplied is the code itself, and scales are applied to sums. See kernels.h for the layouts.
+//
+// A step is 8 inputs. load() reads what a step of a unit needs for vector v of the 32 outputs; f32(raw, i) gives input i of it, pair(raw, j)
+// inputs 2j and 2j + 1 as the two halves of each lane.
+
+struct Tables {
+  float zero;  // f32(): what is taken from each code
+#if defined(__AVX512BF16__)
+  __m512i low, high, more;  // pair(): the value of each code; of 8-bit codes the low and high bytes of each magnitude's, in two registers each
+  __m512i more_high;
+#endif
+};
+
+struct DenseF32 {
+  static constexpr int kUnit = 4096;
+  struct Raw { const uint8_t* at; };
+  static TPLLM_INLINE Raw load(const uint8_t* unit, int step, int v) { return {unit + step * 1024 + v * W * 4}; }
+  static TPLLM_INLINE vf f32(const Raw& raw, int i, const Tables&) { return ::tpllm::TPLLM_ISA::load<vf>(raw.at + i * 128); }
+};
+struct DenseF16 {
+  static constexpr int kUnit = 2048;
+  struct Raw { const uint8_t* at; };
+  static TPLLM_INLINE Raw load(const uint8_t* unit, int step, int v) { return {unit + step * 512 + v * W * 2}; }
+  static TPLLM_INLINE vf f32(const Raw& raw, int i, const Tables&) { return widen_f16(::tpllm::TPLLM_ISA::load<vh>(raw.at + i * 64)); }
+};
+struct DenseBF16 {
+  static constexpr int kUnit = 2048;
+  struct Raw { const uint8_t* at; };
+  static TPLLM_INLINE Raw load(const uint8_t* unit, int step, int v) { return {unit + step * 512 + v * W * 4}; }
+  static TPLLM_INLINE vf f32(const Raw& raw, int i, const Tables&) {
+    const vu both = ::tpllm::TPLLM_ISA::load<vu>(raw.at + (i / 2) * 128);
+    return as_float(i % 2 ? both & 0xFFFF0000u : both << 16);
+  }
+#if defined(__AVX512BF16__)
+  static TPLLM_INLINE __m512i pair(const Raw& raw, int j, const Tables&) { return _mm512_loadu_si512(raw.at + j * 128); }
+#endif
+};
+
+// The byte of input i among the four of a word: k order 0 2 1 3.
+static constexpr int kByteOf[4] = {0, 2, 1, 3};
+
+struct Bytes {
+  static constexpr int kUnit = 1024;
+  struct Raw { vu quads[2]; };
+  static TPLLM_INLINE Raw load(const uint8_t* unit, int step, int v) {
+    const uint8_t* at = unit + step * 256 + v * W * 4;
+    return {{::tpllm::TPLLM_ISA::load<vu>(at), ::tpllm::TPLLM_ISA::load<vu>(at + 128)}};
+  }
+  static TPLLM_INLINE vi signed_byte(const Raw& raw, int i) { return (vi)(raw.quads[i / 4] << (24 - 8 * kByteOf[i % 4])) >> 24; }
+};
+
+struct I8 : Bytes {
+  static constexpr bool kIsInteger = true;
+  static TPLLM_INLINE vf f32(const Raw& raw, int i, const Tables&) { return __builtin_convertvector(signed_byte(raw, i), vf); }
+};
+// fp8 (Micikevicius et al. 2022, arXiv:2209.05433): the bits of a float with fewer of them; subnormals lose their implicit one.
+template <int kMantissa, int kBias>
+struct Fp8 : Bytes {
+  static constexpr bool kIsInteger = false;
+  static TPLLM_INLINE vf f32(const Raw& raw, int i, const Tables&) {
+    const vi code = signed_byte(raw, i);
+    const vu magnitude = (vu)code & 0x7F;
+    const vu is_small = (vu)((vi)magnitude < (1 << kMantissa));
+    const vu exponent = ((127u - kBias) << 23) + (is_small & (1u << 23));
+    const vf value = as_float((magnitude << (23 - kMantissa)) + exponent) - as_float(is_small & ((128u - kBias) << 23));
+    return as_float(as_bits(value) | ((vu)code & 0x80000000u));
+  }
+};
+using E4M3 = Fp8<3, 7>;
+using E5M2 = Fp8<2, 15>;
+
+#if defined(__AVX512BF16__)
+// Eight bits to bfloat16 by tables of 128 magnitudes, one for each byte of the result.
+template <class F>
+struct BytesToPairs : F {
+  using Raw = typename F::Raw;
+  static TPLLM_INLINE __m512i pair(const Raw& raw, int j, const Tables& tables) {
+    const __m512i codes = (__m512i)raw.quads[j / 2];
+    const __m512i index = F::kIsInteger ? _mm512_abs_epi8(codes) : codes;
+    const __m512i low = _mm512_permutex2var_epi8(tables.low, index, tables.more);
+    __m512i high = _mm512_permutex2var_epi8(tables.high, index, tables.more_high);
+    if (F::kIsInteger) high = _mm512_mask_mov_epi8(high, _mm512_cmpeq_epi8_mask(codes, _mm512_set1_epi8(-128)), _mm512_set1_epi8(0x43));
+    high = _mm512_ternarylogic_epi32(high, codes, _mm512_set1_epi8(-128), 0xF8);  // high | (codes & 0x80)
+    const __m512i mask = _mm512_set1_epi16(0x00FF);
+    return j % 2 == 0 ? _mm512_ternarylogic_epi32(mask, low, _mm512_slli_epi16(high, 8), 0xCA)  // mask ? low : high
+                      : _mm512_ternarylogic_epi32(mask, _mm512_srli_epi16(low, 8), high, 0xCA);
+  }
+};
+#else
+template <class F>
+struct BytesToPairs : F {};
+#endif
+
+// Four low bits of each code, and the rest of Q5 and Q6 in planes behind them.
+template <int kBits>
+struct Nibbles {
+  static constexpr int kUnit = kBits == 4 ? 512 : kBits == 5 ? 640 : 768;
+  struct Raw { vu low, high; int field; };
+  static TPLLM_INLINE Raw load(const uint8_t* unit, int step, int v) {
+    Raw raw{::tpllm::TPLLM_ISA::load<vu>(unit + step * 128 + v * W * 4), vu{}, 0};
+    if constexpr (kBits == 5) raw.high = ::tpllm::TPLLM_ISA::load<vu>(unit + 512 + v * W * 4), raw.field = step * 4;
+    if constexpr (kBits == 6) raw.high = ::tpllm::TPLLM_ISA::load<vu>(unit + 512 + (step / 2) * 128 + v * W * 4), raw.field = step % 2 * 4;
+    return raw;
+  }
+  static TPLLM_INLINE vf f32(const Raw& raw, int i, const Tables& tables) {
+    const int j = i / 2, half = i % 2 * 16;
+    vu code = (raw.low >> (4 * j + half)) & 0xF;
+    if constexpr (kBits == 5) code |= ((raw.high >> (raw.field + j + half)) & 1) << 4;
+    if constexpr (kBits == 6) code |= ((raw.high >> (2 * (raw.field + j) + half)) & 3) << 4;
+    return __builtin_convertvector((vi)code, vf) - splat(tables.zero);
+  }
+#if defined(__AVX512BF16__)
+  static TPLLM_INLINE __m512i shift(__m512i words, int right) {
+    return right >= 0 ? _mm512_srli_epi16(words, right) : _mm512_slli_epi16(words, -right);
+  }
+  static TPLLM_INLINE __m512i pair(const Raw& raw, int j, const Tables& tables) {
+    const __m512i low = shift((__m512i)raw.low, 4 * j);
+    // Words are looked up by their low 5 bits: the table of 4-bit codes stands there twice, so that the fifth bit does not matter.
+    if constexpr (kBits == 4) return _mm512_permutexvar_epi16(low, tables.low);
+    const __m512i mask = _mm512_set1_epi16(0x000F);
+    const int place = kBits == 5 ? raw.field + j - 4 : 2 * (raw.field + j) - 4;
+    const __m512i index = _mm512_ternarylogic_epi32(mask, low, shift((__m512i)raw.high, place), 0xCA);
+    if constexpr (kBits == 5) return _mm512_permutexvar_epi16(index, tables.low);
+    return _mm512_permutex2var_epi16(tables.low, index, tables.more);
+  }
+#endif
+};
+
+#if defined(__AVX512BF16__)
+static inline uint16_t to_bf16(float x) {
+  uint32_t bits;
+  __builtin_memcpy(&bits, &x, 4);
+  return bits >> 16;  // every code's value is exact
+}
+static inline float fp8_value(int magnitude, int mantissa, int bias) {
+  const int exponent = magnitude >> mantissa, rest = magnitude & ((1 << mantissa) - 1);
+  return exponent ? __builtin_ldexpf(1.0f + rest / float(1 << mantissa), exponent - bias) : __builtin_ldexpf(rest / float(1 << mantissa), 1 - bias);
+}
+#endif
+
+static inline Tables make_tables(const Weight& weight) {
+  Tables tables{};
+  tables.zero = weight.zero;
+#if defined(__AVX512BF16__)
+  const bool is_integer = weight.format == Format::kI8, is_e4m3 = weight.format == Format::kE4M3;
+  if (is_integer || is_e4m3 || weight.format == Format::kE5M2) {
+    alignas(64) uint8_t low[128], high[128];
+    for (int i = 0; i < 128; ++i) {
+      const uint16_t bits = to_bf16(is_integer ? i : is_e4m3 ? fp8_value(i, 3, 7) : fp8_value(i, 2, 15));
+      low[i] = bits & 0xFF, high[i] = bits >> 8;
+    }
+    tables.low = _mm512_load_si512(low), tables.more = _mm512_load_si512(low + 64);
+    tables.high = _mm512_load_si512(high), tables.more_high = _mm512_load_si512(high + 64);
+  } else {
+    alignas(64) uint16_t values[64];
+    const int num_codes = weight.format == Format::kQ6 ? 64 : weight.format == Format::kQ5 ? 32 : 16;
+    for (int i = 0; i < 64; ++i) values[i] = to_bf16(float(i % num_codes - weight.zero));
+    tables.low = _mm512_load_si512(values), tables.more = _mm512_load_si512(values + 32);
+  }
+#endif
+  return tables;
+}

@@ -1,0 +1,356 @@
+// Products of a few or many rows with packed weights.
+//
+// Every output of every row is one chain of sums over its inputs in order, the same for any number of rows: of a group's codes times
+// activations, folded with the group's scale into the sum of the groups before it. So results do not depend on how rows are batched.
+
+enum Fold { kNoGroups = 0, kWholeUnits = 1, kHalfUnits = 2 };
+
+// The scales of one block's groups.
+struct Scaler {
+  const Weight* weight;
+  int64_t block;
+
+  static TPLLM_INLINE vf at(const void* base, Dtype dtype, int64_t index) { return load_as_f32(item_at(base, dtype, index), dtype); }
+  TPLLM_INLINE int64_t index(int64_t group, int v) const {
+    return (block * (weight->padded_k / weight->group) + group) * kBlock + v * W;
+  }
+  TPLLM_INLINE int64_t super_index(int64_t group, int v) const {
+    const int64_t count = (weight->padded_k + weight->super_group - 1) / weight->super_group;
+    return (block * count + group * weight->group / weight->super_group) * kBlock + v * W;
+  }
+  TPLLM_INLINE vf scale(int64_t group, int v) const {
+    const vf own = at(weight->scales, weight->scale_dtype, index(group, v));
+    return weight->super_scales ? own * at(weight->super_scales, Dtype::kF16, super_index(group, v)) : own;
+  }
+  TPLLM_INLINE vf min(int64_t group, int v) const {
+    const vf own = at(weight->mins, weight->scale_dtype, index(group, v));
+    return weight->super_mins ? -(own * at(weight->super_mins, Dtype::kF16, super_index(group, v))) : own;
+  }
+};
+
+struct TileArgs {
+  const uint8_t* codes;  // of the first unit
+  const uint32_t* x;     // of the first unit: [dwords][M]
+  const float* sums;     // of the first unit: [units][M]
+  float* acc;            // [M][32]
+  int64_t first_unit, num_units;
+  const Scaler* scaler;
+  const Tables* tables;
+};
+
+template <int M>
+static TPLLM_INLINE void fold_group(const TileArgs& a, int64_t group, int64_t units_a_group, const float* sums, vf (&partial)[M][V]) {
+  TPLLM_UNROLL for (int v = 0; v < V; ++v) {
+    const vf scale = a.scaler->scale(group, v);
+    TPLLM_UNROLL for (int m = 0; m < M; ++m) {
+      float* at = a.acc + m * kBlock + v * W;
+      store(at, fma(scale, partial[m][v], load<vf>(at)));
+      partial[m][v] = vf{};
+    }
+  }
+  if (!a.scaler->weight->mins) return;
+  for (int m = 0; m < M; ++m) {
+    float sum = 0;
+    for (int64_t unit = 0; unit < units_a_group; ++unit) sum += sums[unit * M + m];
+    for (int v = 0; v < V; ++v) {
+      float* at = a.acc + m * kBlock + v * W;
+      store(at, fma(a.scaler->min(group, v), splat(sum), load<vf>(at)));
+    }
+  }
+}
+
+constexpr int kPrefetchBytes = 4096;  // ahead of what is read; the processor's own prefetching stops at a page
+
+template <class F, int M>
+static TPLLM_INLINE void prefetch_step(const uint8_t* unit, int step) {
+  if constexpr (M <= 2)
+    for (int at = step * (F::kUnit / 4); at < (step + 1) * (F::kUnit / 4); at += 64) __builtin_prefetch(unit + at + kPrefetchBytes, 0, 2);
+}
+
+template <class F, int M>
+struct FloatMath {
+  static TPLLM_INLINE void step(const uint8_t* unit, int step, const uint32_t* x, const Tables& tables, vf (&partial)[M][V]) {
+    typename F::Raw raw[V];
+    TPLLM_UNROLL for (int v = 0; v < V; ++v) raw[v] = F::load(unit, step, v);
+    TPLLM_UNROLL for (int i = 0; i < 8; ++i) {
+      vf w[V];
+      TPLLM_UNROLL for (int v = 0; v < V; ++v) w[v] = F::f32(raw[v], i, tables);
+      TPLLM_UNROLL for (int m = 0; m < M; ++m) {
+        const vf xm = splat(load<float>(x + (step * 8 + i) * M + m));
+        TPLLM_UNROLL for (int v = 0; v < V; ++v) partial[m][v] = fma(w[v], xm, partial[m][v]);
+      }
+    }
+  }
+  static constexpr int kDwords = 32;
+};
+
+#if defined(__AVX512BF16__)
+template <class F, int M>
+struct PairMath {
+  static TPLLM_INLINE void step(const uint8_t* unit, int step, const uint32_t* x, const Tables& tables, vf (&partial)[M][V]) {
+    typename F::Raw raw[V];
+    TPLLM_UNROLL for (int v = 0; v < V; ++v) raw[v] = F::load(unit, step, v);
+    TPLLM_UNROLL for (int j = 0; j < 4; ++j) {
+      __m512i w[V];
+      TPLLM_UNROLL for (int v = 0; v < V; ++v) w[v] = F::pair(raw[v], j, tables);
+      TPLLM_UNROLL for (int m = 0; m < M; ++m) {
+        const __m512i xm = _mm512_set1_epi32(load<int32_t>(x + (step * 4 + j) * M + m));
+        TPLLM_UNROLL for (int v = 0; v < V; ++v)
+          partial[m][v] = (vf)_mm512_dpbf16_ps((__m512)partial[m][v], (__m512bh)w[v], (__m512bh)xm);
+      }
+    }
+  }
+  static constexpr int kDwords = 16;
+};
+#endif
+
+// Adds the products of some units to acc.
+template <class F, int FOLD, int M, template <class, int> class MATH>
+static void run_tile(const TileArgs& a) {
+  const Tables tables = *a.tables;
+  vf partial[M][V];
+  TPLLM_UNROLL for (int m = 0; m < M; ++m)
+    TPLLM_UNROLL for (int v = 0; v < V; ++v) partial[m][v] = FOLD == kNoGroups ? load<vf>(a.acc + m * kBlock + v * W) : vf{};
+  const int64_t units_a_group = FOLD == kWholeUnits ? a.scaler->weight->group / kBlock : 1;
+  int64_t in_group = 0;
+  for (int64_t u = 0; u < a.num_units; ++u) {
+    const uint8_t* unit = a.codes + u * F::kUnit;
+    const uint32_t* x = a.x + u * MATH<F, M>::kDwords * M;
+    TPLLM_UNROLL for (int step = 0; step < 4; ++step) {
+      prefetch_step<F, M>(unit, step);
+      MATH<F, M>::step(unit, step, x, tables, partial);
+      if constexpr (FOLD == kHalfUnits)
+        if (step % 2) fold_group<M>(a, (a.first_unit + u) * 2 + step / 2, 0, a.sums, partial);
+    }
+    if constexpr (FOLD == kWholeUnits)
+      if (++in_group == units_a_group) {
+        fold_group<M>(a, (a.first_unit + u) / units_a_group, units_a_group, a.sums + (u - units_a_group + 1) * M, partial);
+        in_group = 0;
+      }
+  }
+  if constexpr (FOLD == kNoGroups)
+    TPLLM_UNROLL for (int m = 0; m < M; ++m)
+      TPLLM_UNROLL for (int v = 0; v < V; ++v) store(a.acc + m * kBlock + v * W, partial[m][v]);
+}
+
+// int8 activations times 8-bit codes with one scale an output: acc holds whole numbers, and sums are exact in any order.
+template <int M>
+static void run_byte_tile(const TileArgs& a) {
+  vi sums[M][V];
+  TPLLM_UNROLL for (int m = 0; m < M; ++m)
+    TPLLM_UNROLL for (int v = 0; v < V; ++v) sums[m][v] = load<vi>(a.acc + m * kBlock + v * W);
+  for (int64_t u = 0; u < a.num_units; ++u)
+    for (int quad = 0; quad < 8; ++quad) {
+      const uint8_t* at = a.codes + u * Bytes::kUnit + quad * 128;
+      if constexpr (M <= 2) __builtin_prefetch(at + kPrefetchBytes, 0, 2), __builtin_prefetch(at + kPrefetchBytes + 64, 0, 2);
+      const uint32_t* x = a.x + (u * 8 + quad) * M;
+#if defined(__AVX512VNNI__)
+      __m512i w[V];
+      TPLLM_UNROLL for (int v = 0; v < V; ++v) w[v] = _mm512_xor_si512(_mm512_loadu_si512(at + v * 64), _mm512_set1_epi8(-128));
+      TPLLM_UNROLL for (int m = 0; m < M; ++m) {
+        const __m512i xm = _mm512_set1_epi32(load<int32_t>(x + m));
+        TPLLM_UNROLL for (int v = 0; v < V; ++v) sums[m][v] = (vi)_mm512_dpbusd_epi32((__m512i)sums[m][v], w[v], xm);  // (code + 128) * x
+      }
+#else
+      TPLLM_UNROLL for (int i = 0; i < 4; ++i)
+        TPLLM_UNROLL for (int v = 0; v < V; ++v) {
+          const vi w = ((vi)(load<vu>(at + v * W * 4) << (24 - 8 * i)) >> 24) + 128;
+          TPLLM_UNROLL for (int m = 0; m < M; ++m) sums[m][v] += w * (static_cast<int32_t>(load<uint32_t>(x + m) << (24 - 8 * i)) >> 24);
+        }
+#endif
+    }
+  TPLLM_UNROLL for (int m = 0; m < M; ++m)
+    TPLLM_UNROLL for (int v = 0; v < V; ++v) store(a.acc + m * kBlock + v * W, sums[m][v]);
+}
+
+// Decodes units into a panel of the dense format, to be used for many tiles.
+template <class F>
+static void fill_float_panel(const uint8_t* codes, int64_t num_units, const Tables& given, uint8_t* panel) {
+  const Tables tables = given;
+  for (int64_t u = 0; u < num_units; ++u)
+    TPLLM_UNROLL for (int step = 0; step < 4; ++step)
+      TPLLM_UNROLL for (int v = 0; v < V; ++v) {
+        const auto raw = F::load(codes + u * F::kUnit, step, v);
+        TPLLM_UNROLL for (int i = 0; i < 8; ++i) store(panel + u * 4096 + (step * 8 + i) * 128 + v * W * 4, F::f32(raw, i, tables));
+      }
+}
+#if defined(__AVX512BF16__)
+template <class F>
+static void fill_pair_panel(const uint8_t* codes, int64_t num_units, const Tables& given, uint8_t* panel) {
+  const Tables tables = given;
+  for (int64_t u = 0; u < num_units; ++u)
+    TPLLM_UNROLL for (int step = 0; step < 4; ++step)
+      TPLLM_UNROLL for (int v = 0; v < V; ++v) {
+        const auto raw = F::load(codes + u * F::kUnit, step, v);
+        TPLLM_UNROLL for (int j = 0; j < 4; ++j) _mm512_storeu_si512(panel + u * 2048 + (step * 4 + j) * 128 + v * 64, F::pair(raw, j, tables));
+      }
+}
+#endif
+
+using TileFunction = void (*)(const TileArgs&);
+using PanelFunction = void (*)(const uint8_t*, int64_t, const Tables&, uint8_t*);
+
+// What multiplies one format: tiles straight from the codes, or tiles from a panel.
+struct Method {
+  TileFunction direct[kNumTileSizes], from_panel[kNumTileSizes];
+  PanelFunction fill_panel;  // nullptr: the codes are the panel
+  int64_t panel_unit_bytes;
+};
+
+template <class F, int FOLD, template <class, int> class MATH, int... I>
+static void set_tiles(TileFunction* tiles, std::integer_sequence<int, I...>) {
+  ((tiles[I] = run_tile<F, FOLD, kTileSizes[I], MATH>), ...);
+}
+
+template <class F, int FOLD, template <class, int> class MATH, class PANEL>
+static Method make_method(PanelFunction fill, int64_t panel_unit_bytes) {
+  Method method{{}, {}, fill, panel_unit_bytes};
+  set_tiles<F, FOLD, MATH>(method.direct, std::make_integer_sequence<int, kNumTileSizes>());
+  set_tiles<PANEL, FOLD, MATH>(method.from_panel, std::make_integer_sequence<int, kNumTileSizes>());
+  return method;
+}
+
+template <class F>
+static Method float_method(int fold) {
+  const PanelFunction fill = std::is_same_v<F, DenseF32> ? nullptr : fill_float_panel<F>;
+  if constexpr (std::is_same_v<F, DenseF32> || std::is_same_v<F, DenseF16> || std::is_same_v<F, DenseBF16>)
+    return make_method<F, kNoGroups, FloatMath, DenseF32>(fill, 4096);
+  else if constexpr (std::is_same_v<F, Nibbles<6>>)
+    return fold == kHalfUnits ? make_method<F, kHalfUnits, FloatMath, DenseF32>(fill, 4096) : make_method<F, kWholeUnits, FloatMath, DenseF32>(fill, 4096);
+  else if constexpr (std::is_same_v<F, Nibbles<5>>)
+    return make_method<F, kWholeUnits, FloatMath, DenseF32>(fill, 4096);
+  else
+    return fold == kNoGroups ? make_method<F, kNoGroups, FloatMath, DenseF32>(fill, 4096) : make_method<F, kWholeUnits, FloatMath, DenseF32>(fill, 4096);
+}
+
+#if defined(__AVX512BF16__)
+template <class F>
+static Method pair_method(int fold) {
+  const PanelFunction fill = std::is_same_v<F, DenseBF16> ? nullptr : fill_pair_panel<F>;
+  if constexpr (std::is_same_v<F, DenseBF16>)
+    return make_method<F, kNoGroups, PairMath, DenseBF16>(fill, 2048);
+  else if constexpr (std::is_same_v<F, Nibbles<6>>)
+    return fold == kHalfUnits ? make_method<F, kHalfUnits, PairMath, DenseBF16>(fill, 2048) : make_method<F, kWholeUnits, PairMath, DenseBF16>(fill, 2048);
+  else if constexpr (std::is_same_v<F, Nibbles<5>>)
+    return make_method<F, kWholeUnits, PairMath, DenseBF16>(fill, 2048);
+  else
+    return fold == kNoGroups ? make_method<F, kNoGroups, PairMath, DenseBF16>(fill, 2048) : make_method<F, kWholeUnits, PairMath, DenseBF16>(fill, 2048);
+}
+#endif
+
+template <int... I>
+static void set_byte_tiles(TileFunction* tiles, std::integer_sequence<int, I...>) { ((tiles[I] = run_byte_tile<kTileSizes[I]>), ...); }
+
+static Math choose_math(const Weight& weight, Dtype x_dtype) {
+  if (weight.quantizes_input) return Math::kBytes;
+#if defined(__AVX512BF16__)
+  if (x_dtype == Dtype::kBF16 && weight.format != Format::kF32 && weight.format != Format::kF16) return Math::kPairs;
+#endif
+  return Math::kFloats;
+}
+
+static Method choose_method(const Weight& weight, Math math) {
+  const int fold = weight.group == 0 ? kNoGroups : weight.group == kBlock / 2 ? kHalfUnits : kWholeUnits;
+  if (math == Math::kBytes) {
+    Method method{{}, {}, nullptr, Bytes::kUnit};
+    set_byte_tiles(method.direct, std::make_integer_sequence<int, kNumTileSizes>());
+    set_byte_tiles(method.from_panel, std::make_integer_sequence<int, kNumTileSizes>());
+    return method;
+  }
+#if defined(__AVX512BF16__)
+  if (math == Math::kPairs) switch (weight.format) {
+    case Format::kI8: return pair_method<BytesToPairs<I8>>(fold);
+    case Format::kE4M3: return pair_method<BytesToPairs<E4M3>>(fold);
+    case Format::kE5M2: return pair_method<BytesToPairs<E5M2>>(fold);
+    case Format::kI4: return pair_method<Nibbles<4>>(fold);
+    case Format::kQ5: return pair_method<Nibbles<5>>(fold);
+    case Format::kQ6: return pair_method<Nibbles<6>>(fold);
+    default: return pair_method<DenseBF16>(fold);
+  }
+#endif
+  switch (weight.format) {
+    case Format::kF32: return float_method<DenseF32>(fold);
+    case Format::kF16: return float_method<DenseF16>(fold);
+    case Format::kBF16: return float_method<DenseBF16>(fold);
+    case Format::kI8: return float_method<I8>(fold);
+    case Format::kE4M3: return float_method<E4M3>(fold);
+    case Format::kE5M2: return float_method<E5M2>(fold);
+    case Format::kI4: return float_method<Nibbles<4>>(fold);
+    case Format::kQ5: return float_method<Nibbles<5>>(fold);
+    default: return float_method<Nibbles<6>>(fold);
+  }
+}
+
+// One weight and all rows: what each thread calls for its blocks.
+struct Product {
+  const Weight* weight;
+  const Tiles* tiles;
+  Method method;
+  Tables tables;
+
+  Product(const Weight& w, const Tiles& t) : weight(&w), tiles(&t), method(choose_method(w, t.math)), tables(make_tables(w)) {}
+
+  // acc [num_rows padded to tiles][32] floats (or int32): the sums of one block.
+  void compute(int64_t block, float* acc) const {
+    const int64_t num_units = weight->num_units(), num_tiles = tiles->num_tiles();
+    std::memset(acc, 0, num_tiles * kMaxTile * kBlock * sizeof(float));
+    const Scaler scaler{weight, block};
+    const uint8_t* codes = weight->block_codes(block);
+    const int64_t unit_size = unit_bytes(weight->format);
+    if (num_tiles == 1) {
+      run(method.direct, codes, 0, num_units, 0, scaler, acc);
+      return;
+    }
+    // Units are decoded once for all tiles, as many as stay in the first cache beside a tile's activations; groups are not cut.
+    const int64_t most = tiles->math == Math::kFloats ? 4 : 8;
+    const int64_t step = weight->group > kBlock * most ? weight->group / kBlock : most;
+    uint8_t* panel = method.fill_panel ? scratch().get<uint8_t>(Slot::kPanel, step * method.panel_unit_bytes) : nullptr;
+    for (int64_t unit = 0; unit < num_units; unit += step) {
+      const int64_t count = std::min(step, num_units - unit);
+      const uint8_t* from = codes + unit * unit_size;
+      if (panel) method.fill_panel(from, count, tables, panel);
+      for (int64_t tile = 0; tile < num_tiles; ++tile)
+        run(method.from_panel, panel ? panel : from, unit, count, tile, scaler, acc + tile * kMaxTile * kBlock);
+    }
+  }
+
+  // One row's 32 sums as results: scaled where the scale is an output's, with the bias.
+  void finish(int64_t block, int64_t row, const float* acc, vf (&out)[V]) const {
+    for (int v = 0; v < V; ++v) {
+      vf y = load<vf>(acc + v * W);
+      if (tiles->math == Math::kBytes)
+        y = __builtin_convertvector(load<vi>(acc + v * W) - 128 * tiles->row_sums[row], vf) * splat(tiles->row_scales[row]);
+      const int64_t first = block * kBlock + v * W;
+      if (weight->group == 0 && weight->scales) y = y * load_as_f32(item_at(weight->scales, weight->scale_dtype, first), weight->scale_dtype);
+      if (weight->bias) {
+        float bias[W] = {};
+        const int64_t count = std::min<int64_t>(W, weight->n - first);
+        if (count > 0) widen_row(item_at(weight->bias, weight->bias_dtype, first), weight->bias_dtype, count, bias);
+        y = y + load<vf>(bias);
+      }
+      out[v] = y;
+    }
+  }
+
+ private:
+  void run(const TileFunction* functions, const uint8_t* codes, int64_t first_unit, int64_t count, int64_t tile, const Scaler& scaler,
+           float* acc) const {
+    const int index = tile_index(tiles->rows_of(tile));
+    const int64_t stride = kTileSizes[index];
+    const TileArgs args{codes, tiles->tile(tile) + first_unit * tiles->dwords_a_unit() * stride, tiles->tile_sums(tile) + first_unit * stride,
+                        acc, first_unit, count, &scaler, &tables};
+    functions[index](args);
+  }
+};
+
+static TPLLM_INLINE void store_block(const Rows& out, int64_t row, int64_t block, const vf (&values)[V]) {
+  const int64_t first = block * kBlock;
+  const int64_t at = row * out.num_columns + first;
+  if (first + kBlock <= out.num_columns) {
+    for (int v = 0; v < V; ++v) store_as(item_at(out.data, out.dtype, at + v * W), out.dtype, values[v]);
+    return;
+  }
+  float wide[kBlock];
+  for (int v = 0; v < V; ++v) store(wide + v * W, values[v]);
+  narrow_row(wide, out.num_columns - first, out.dtype, item_at(out.data, out.dtype, at));
+}

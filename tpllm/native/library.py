@@ -1,0 +1,94 @@
+"""The native library: whether it is there, which instruction set it runs, and its calls inside a jitted program.
+
+``TPLLM_NATIVE=0`` turns it off; then, and where it was not built, XLA computes everything. ``TPLLM_ISA`` names the instruction set to use
+(by default the best that this processor runs), ``TPLLM_NUM_THREADS`` how many threads share the work.
+"""
+import contextlib
+import ctypes
+import functools
+import logging
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from tpllm.environment import num_threads
+from tpllm.errors import ConfigError
+
+log = logging.getLogger("tpllm")
+
+PATH = Path(__file__).with_name("_kernels.so")
+TARGETS = ("linear", "gated_mlp", "lookup", "rms_norm", "attention", "pool_size")
+
+
+@functools.cache
+def load_library() -> ctypes.CDLL | None:
+    """The loaded library with its XLA targets registered, or None; said once in the log.
+
+    Raises:
+        ConfigError: ``TPLLM_ISA`` names an instruction set that does not run here.
+    """
+    if os.environ.get("TPLLM_NATIVE", "1") == "0":
+        log.info("native kernels: turned off by TPLLM_NATIVE=0; XLA computes everything")
+        return None
+    if not PATH.exists():
+        log.warning("native kernels: not built (no compiler was found at installation); XLA computes everything, which is slow for weights of "
+                    "under 32 bits. Install a C++17 compiler and install tpllm again")
+        return None
+    loaded = ctypes.CDLL(str(PATH))
+    for name in ("tpllm_isa", "tpllm_isas"):
+        getattr(loaded, name).restype = ctypes.c_char_p
+    loaded.tpllm_pack.argtypes = [ctypes.c_int64, ctypes.c_void_p, *[ctypes.c_int64] * 5, ctypes.c_void_p]
+    if not loaded.tpllm_isa():
+        raise ConfigError(f"TPLLM_ISA is {os.environ.get('TPLLM_ISA')!r}; this processor runs {loaded.tpllm_isas().decode().replace(' ', ', ')}")
+    for name in TARGETS:
+        jax.ffi.register_ffi_target(f"tpllm_{name}", jax.ffi.pycapsule(getattr(loaded, f"tpllm_{name}")), platform="cpu")
+    log.info("native kernels: %s", loaded.tpllm_isa().decode())
+    return loaded
+
+
+def is_available() -> bool:
+    """Whether there are native kernels to use."""
+    return load_library() is not None
+
+
+def instruction_set() -> str | None:
+    """The instruction set of the kernels in use, or None without them."""
+    return load_library().tpllm_isa().decode() if is_available() else None
+
+
+def instruction_sets() -> tuple[str, ...]:
+    """All that were built and run on this processor, best first."""
+    return tuple(load_library().tpllm_isas().decode().split()) if is_available() else ()
+
+
+@contextlib.contextmanager
+def use_instruction_set(name: str) -> Iterator[None]:
+    """Run what is called inside by the kernels of another instruction set: for tests and measurements.
+
+    Raises:
+        ConfigError: one that does not run here.
+    """
+    previous = load_library().tpllm_isa()
+    if not load_library().tpllm_use_isa(name.encode()):
+        raise ConfigError(f"the instruction set {name!r} does not run here; take one of {', '.join(instruction_sets())}")
+    try:
+        yield
+    finally:
+        load_library().tpllm_use_isa(previous)
+
+
+def call(target: str, results, *arguments: jax.Array, aliases: dict[int, int] | None = None, **attributes):
+    """One kernel call inside a program; see csrc/bindings.cc for what each takes. ``max_threads`` is ``TPLLM_NUM_THREADS``."""
+    load_library()
+    function = jax.ffi.ffi_call(f"tpllm_{target}", results, input_output_aliases=aliases or {}, vmap_method="sequential")
+    return function(*arguments, **attributes, max_threads=np.int64(num_threads() or 0))
+
+
+def pool_size() -> int:
+    """How many threads XLA's pool has."""
+    load_library()
+    call_one = jax.ffi.ffi_call("tpllm_pool_size", jax.ShapeDtypeStruct((1,), np.int32))
+    return int(jax.jit(call_one)()[0])

@@ -1,0 +1,158 @@
+"""Weights packed for the native kernels: the layout of csrc/kernels.h, made once at load, block by block."""
+import dataclasses
+import enum
+import math
+from typing import Any
+
+import jax
+import numpy as np
+from flax import struct
+
+from sharding_rules import Partition
+from tpllm.native.library import load_library
+
+BLOCK = 32
+"""Outputs of a block, and inputs of a unit."""
+
+
+class Format(enum.IntEnum):
+    """What a code is; the numbers are those of csrc/kernels.h."""
+
+    F32 = 0
+    F16 = 1
+    BF16 = 2
+    I8 = 3
+    E4M3 = 4
+    E5M2 = 5
+    I4 = 6
+    Q5 = 7
+    Q6 = 8
+
+
+UNIT_BYTES = {Format.F32: 4096, Format.F16: 2048, Format.BF16: 2048, Format.I8: 1024, Format.E4M3: 1024, Format.E5M2: 1024, Format.I4: 512,
+              Format.Q5: 640, Format.Q6: 768}
+ITEM_BYTES = {Format.F32: 4, Format.F16: 2, Format.BF16: 2}
+DENSE = {np.dtype(np.float32): Format.F32, np.dtype(np.float16): Format.F16, np.dtype(jax.numpy.bfloat16): Format.BF16}
+
+
+@dataclasses.dataclass(frozen=True)
+class PackedLayout:
+    """What the arrays of a :class:`PackedWeight` mean; hashable.
+
+    A weight is ``w[n, k] = scale * (code - zero) + min``, with scale and min of k's group, or of the output where ``group`` is 0.
+
+    Attributes:
+        format: of the codes.
+        shape: (N, K) of the whole matrix.
+        axes: the logical axes of N and K.
+        partition: mesh and rules, or None for one device.
+        group: inputs that share a scale: 16, 32, 64, 128 or 256; 0 where an output has one.
+        super_group: inputs that share a scale of scales; 0 for none.
+        zero: what is taken from each integer code.
+        quantizes_input: activations become int8, one scale a row.
+    """
+
+    format: Format
+    shape: tuple[int, int]
+    axes: tuple[str | None, str | None] = (None, None)
+    partition: Partition | None = None
+    group: int = 0
+    super_group: int = 0
+    zero: int = 0
+    quantizes_input: bool = False
+
+    @property
+    def num_shards(self) -> tuple[int, int]:
+        """Into how many parts N and K are cut."""
+        if self.partition is None:
+            return 1, 1
+        return self.partition.size(self.axes[0]), self.partition.size(self.axes[1])
+
+    @property
+    def shard_shape(self) -> tuple[int, int]:
+        """(N, K) of one shard."""
+        return tuple(size // parts for size, parts in zip(self.shape, self.num_shards, strict=True))
+
+    @property
+    def shard_blocks(self) -> int:
+        """Blocks of a shard."""
+        return -(-self.shard_shape[0] // BLOCK)
+
+    @property
+    def shard_units(self) -> int:
+        """Units of a shard's block."""
+        return -(-self.shard_shape[1] // BLOCK)
+
+    def array_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of each array: shard after shard."""
+        blocks, units = (parts * count for parts, count in zip(self.num_shards, (self.shard_blocks, self.shard_units), strict=True))
+        groups = units * BLOCK // self.group if self.group else 0
+        scales = (blocks, groups, BLOCK) if self.group else (blocks, BLOCK)
+        supers = (blocks, self.num_shards[1] * -(-self.shard_units * BLOCK // self.super_group), BLOCK) if self.super_group else ()
+        return {"codes": (blocks, units, UNIT_BYTES[self.format]), "scales": scales, "mins": scales, "super_scales": supers, "super_mins": supers}
+
+    def array_axes(self, name: str) -> tuple[str | None, ...]:
+        """The logical axes of an array."""
+        n_axis, k_axis = self.axes
+        return (n_axis, None) if name in ("scales", "mins") and not self.group else (n_axis, k_axis, None)
+
+
+@struct.dataclass
+class PackedWeight:
+    """One matrix as the native kernels read it.
+
+    Attributes:
+        codes: uint8 [blocks, units, bytes].
+        scales, mins: [blocks, groups, 32], or [blocks, 32] where an output has one; float, or uint8 or int8 under super scales.
+        super_scales, super_mins: float16 [blocks, super groups, 32]; ``super_mins`` are subtracted.
+        layout: what they mean.
+    """
+
+    codes: jax.Array
+    scales: jax.Array | None
+    mins: jax.Array | None
+    super_scales: jax.Array | None
+    super_mins: jax.Array | None
+    layout: PackedLayout = struct.field(pytree_node=False)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(N, K) of the matrix."""
+        return self.layout.shape
+
+    def arrays(self) -> dict[str, Any]:
+        """The arrays that are there, by name, in the order the kernels take them."""
+        named = {name: getattr(self, name) for name in ("codes", "scales", "mins", "super_scales", "super_mins")}
+        return {name: array for name, array in named.items() if array is not None}
+
+    def attributes(self, *, has_bias: bool = False) -> list[int]:
+        """How bindings.cc has a shard of it described."""
+        layout = self.layout
+        return [int(layout.format), *layout.shard_shape, layout.group, layout.super_group, layout.zero, int(layout.quantizes_input),
+                *(int(getattr(self, name) is not None) for name in ("scales", "mins", "super_scales", "super_mins")), int(has_bias)]
+
+
+def pack_rows(format: Format, rows: np.ndarray, out: np.ndarray, *, first_row: int = 0) -> None:
+    """Pack some rows of a matrix, or of its codes.
+
+    Args:
+        format: of the codes.
+        rows: [n, k], a dtype of as many bytes as a code's own; k is that of a shard. n is a multiple of 32 but for the last rows.
+        out: uint8 [blocks, units, bytes] of the whole shard.
+        first_row: where ``rows`` begin in the shard, a multiple of 32.
+    """
+    (num_rows, num_columns), item_bytes = rows.shape, ITEM_BYTES.get(format, 1)
+    if rows.dtype.itemsize != item_bytes or (num_columns and rows.strides[1] != item_bytes) or first_row % BLOCK or not out.flags.c_contiguous:
+        raise ValueError(f"cannot pack {rows.dtype} {rows.shape} from row {first_row} as {format.name}")
+    first_block, num_blocks = first_row // BLOCK, -(-num_rows // BLOCK)
+    if out.shape[0] < first_block + num_blocks or out.shape[1:] != (-(-num_columns // BLOCK), UNIT_BYTES[format]):
+        raise ValueError(f"{rows.shape} packed as {format.name} does not fit {out.shape} from block {first_block} on")
+    target = out[first_block:first_block + num_blocks]
+    if num_rows:
+        load_library().tpllm_pack(int(format), rows.ctypes.data, num_rows, num_columns, rows.strides[0] // item_bytes, 0, num_blocks, target.ctypes.data)
+
+
+def packed_bytes(layout: PackedLayout, scale_bytes: int) -> int:
+    """Bytes of all arrays of a weight without super scales."""
+    shapes = layout.array_shapes()
+    return math.prod(shapes["codes"]) + scale_bytes * math.prod(shapes["scales"])

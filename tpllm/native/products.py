@@ -1,0 +1,102 @@
+"""The products of a decoder layer on packed weights, each for one shard: what ``jax.shard_map`` runs on every device.
+
+Sums of one output run in one order whatever the number of rows, so a row's result does not depend, to the bit, on its neighbours.
+"""
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tpllm.native.library import call
+from tpllm.native.packed import PackedWeight
+
+ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3}
+INPUT_DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
+
+
+def linear(x_D: jax.Array, weights: Sequence[PackedWeight], biases: Sequence[jax.Array | None],
+           dtype=None) -> tuple[jax.Array, ...]:
+    """``x @ w.T + bias`` for several weights of one input, read in one go.
+
+    Args:
+        x_D: [..., D]; float32, bfloat16 or float16.
+        weights: each a shard of [F, D].
+        biases: each [F] or None.
+        dtype: of the results; None for ``x_D``'s.
+
+    Returns:
+        A tuple of [..., F].
+    """
+    rows = _as_rows(x_D)
+    shapes = [_checked_shape(weight, rows) for weight in weights]
+    operands, attributes = _operands(weights, biases, rows.dtype)
+    results = [jax.ShapeDtypeStruct((rows.shape[0], num_outputs), dtype or rows.dtype) for num_outputs, _ in shapes]
+    outs = call("linear", results, rows, *operands, weights=attributes)
+    return tuple(out.reshape(*x_D.shape[:-1], out.shape[1]) for out in outs)
+
+
+def gated_mlp(x_D: jax.Array, gate: PackedWeight, up: PackedWeight, down: PackedWeight, biases: Sequence[jax.Array | None], *,
+              activation: str) -> jax.Array:
+    """``down(act(gate(x)) * up(x))``, in one call.
+
+    Args:
+        x_D: [..., D].
+        gate, up: shards of [F, D].
+        down: a shard of [D, F].
+        biases: of the three, or None.
+        activation: a key of :data:`ACTIVATIONS`.
+
+    Returns:
+        [..., D] in ``x_D``'s dtype.
+    """
+    rows = _as_rows(x_D)
+    if _checked_shape(gate, rows) != _checked_shape(up, rows) or down.layout.shard_shape[1] != gate.layout.shard_shape[0]:
+        raise ValueError(f"gate {gate.layout.shard_shape}, up {up.layout.shard_shape} and down {down.layout.shard_shape} are no gated MLP")
+    operands, attributes = _operands((gate, up, down), biases, rows.dtype)
+    result = jax.ShapeDtypeStruct((rows.shape[0], down.layout.shard_shape[0]), rows.dtype)
+    out = call("gated_mlp", [result], rows, *operands, weights=attributes, activation=np.int64(ACTIVATIONS[activation]))[0]
+    return out.reshape(*x_D.shape[:-1], out.shape[1])
+
+
+def lookup(tokens: jax.Array, table: PackedWeight, dtype) -> jax.Array:
+    """Rows of an embedding table.
+
+    Args:
+        tokens: int32 [...]; one outside of the table gives zeros.
+        table: a shard of [V, D].
+        dtype: of the result.
+
+    Returns:
+        [..., D].
+    """
+    if tokens.dtype != jnp.int32:
+        raise TypeError(f"tokens are {tokens.dtype}; they must be int32")
+    operands, attributes = _operands((table,), (None,), dtype)
+    result = jax.ShapeDtypeStruct((tokens.size, table.layout.shard_shape[1]), dtype)
+    return call("lookup", result, tokens.reshape(-1), *operands, weights=attributes).reshape(*tokens.shape, -1)
+
+
+def _as_rows(x_D: jax.Array) -> jax.Array:
+    if x_D.dtype not in INPUT_DTYPES:
+        raise TypeError(f"activations are {x_D.dtype}; the native kernels take float32, bfloat16 and float16")
+    return x_D.reshape(-1, x_D.shape[-1])
+
+
+def _checked_shape(weight: PackedWeight, rows: jax.Array) -> tuple[int, int]:
+    shape = weight.layout.shard_shape
+    if shape[1] != rows.shape[1]:
+        raise ValueError(f"a weight of shape {shape} cannot multiply activations of {rows.shape[1]} columns; both must have as many")
+    return shape
+
+
+def _operands(weights: Sequence[PackedWeight], biases: Sequence[jax.Array | None], dtype) -> tuple[list[jax.Array], np.ndarray]:
+    operands, attributes = [], []
+    for weight, bias in zip(weights, biases, strict=True):
+        operands += weight.arrays().values()
+        if bias is not None:
+            if bias.shape != weight.layout.shard_shape[:1]:
+                raise ValueError(f"a bias of shape {bias.shape} does not fit a weight of shape {weight.layout.shard_shape}")
+            operands.append(bias.astype(dtype))
+        attributes += weight.attributes(has_bias=bias is not None)
+    return operands, np.array(attributes, np.int64)

@@ -2,7 +2,7 @@
 
   python benchmarks/cpu_vs_llama_cpp.py --shape tinyllama-1.1b
 
-Both models have the same sizes, random weights, and as many threads as there are cores. llama.cpp opens files that this script writes into a
+Both models have the same sizes, random weights, and one thread a core (or TPLLM_NUM_THREADS). llama.cpp opens files that this script writes into a
 temporary folder (TMPDIR says where; 3.5 GB for tinyllama-1.1b) and removes; all matrices of a file have one type.
 
   bf16   ours in bfloat16; theirs F16         int8   theirs Q8_0         int4   theirs Q4_0
@@ -22,8 +22,8 @@ Both live in one process and take turns: ours, theirs, ours, theirs, with a paus
 while after their work, go to sleep. A pair in which llama.cpp runs at under 90 % of its own best is repeated (--max-repeats). Load averages and
 the memory's read bandwidth are taken before and after each pair. A build of llama.cpp that leaves instruction sets of this CPU unused is refused.
 
-Peak memory is measured in processes of their own: a prompt of the second of --prompts is read, and decoded on. Ours is compared with 1.1 times
-theirs plus what `import tpllm, jax` takes.
+Peak memory is measured in processes of their own: the longest of --prompts is read and decoded on. Ours, with its programs in the compile cache
+and (in brackets) compiling them, is compared with 1.1 times theirs plus what `import tpllm, jax` takes.
 
 The result, medians and every pair, is written to --output after each kind, by default
 benchmarks/results/<date>-cpu-vs-llama-cpp-<shape>.json.
@@ -43,7 +43,7 @@ import jax
 import llama_cpp
 import numpy as np
 from llama_cpp_peer import gguf_file, peer
-from llama_cpp_peer.cells import PAUSE_S, Cell
+from llama_cpp_peer.cells import PAUSE_S, Cell, num_threads
 from llama_cpp_peer.memory import measure_memory
 from llama_cpp_peer.ours import open_ours, our_turns
 from rich.console import Console
@@ -57,6 +57,7 @@ from tpllm.bench.pairs import STEADY_SHARE, measure_pairs, summarize
 from tpllm.bench.report import bandwidth_entry
 from tpllm.bench.shapes import find_shape
 from tpllm.checkpoint.memory import host_free_bytes
+from tpllm.environment import limit_threads
 from tpllm.errors import ConfigError
 from tpllm.model.config import ModelConfig
 
@@ -75,8 +76,9 @@ def main(argv: list[str] | None = None) -> int:
     check_references(args.peer_at_least, cells, args.kinds)
     check_build(is_slow_allowed=args.allow_slow_peer)
     jax.config.update("jax_platforms", "cpu")
+    limit_threads()
     machine = {**describe_machine(jax.devices()[0]), "llama_cpp_python": llama_cpp.__version__, "llama_cpp_system": peer.system_line()}
-    setup = {**{name: value for name, value in vars(args).items() if name != "output"}, "num_threads": os.cpu_count(), "peer_kv_cache": "f16",
+    setup = {**{name: value for name, value in vars(args).items() if name != "output"}, "num_threads": num_threads(), "peer_kv_cache": "f16",
              "peer_micro_batch": peer.MICRO_BATCH, "num_trials": peer.NUM_TRIALS, "pause_s": PAUSE_S}
     report = {"benchmark": "CPU vs llama.cpp", "machine": machine, "setup": setup, "kinds": {}}
     with tempfile.TemporaryDirectory(prefix="tpllm-gguf-") as folder:

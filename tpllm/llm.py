@@ -10,7 +10,7 @@ import jax
 from jax.sharding import Mesh
 
 from sharding_rules import Rules, mesh_text
-from tpllm.engine.description import Description, describe
+from tpllm.engine.description import Description, describe, kernels_of
 from tpllm.engine.engine import Engine
 from tpllm.engine.outputs import CompletionDelta, RequestOutput, failed_output
 from tpllm.engine.prompts import Messages, Prompt, encode_prompt
@@ -24,6 +24,8 @@ from tpllm.loading import choose_cache_dtype, load_weights, open_model
 from tpllm.model.config import ModelConfig
 from tpllm.model.kv_cache import cache_bytes_per_device
 from tpllm.model.params import DecoderParams
+from tpllm.native.packed import PackedWeight
+from tpllm.ops import uses_native
 from tpllm.progress import progress_bar
 from tpllm.tokenizer import Tokenizer
 
@@ -48,9 +50,9 @@ class LLM:
         kv_cache_dtype: the same choices, for keys and values; ``"auto"`` follows ``dtype``.
         max_model_len: tokens a row can hold, prompt and completion together; None for the model's context, at most 4096.
         max_num_seqs: rows computed together; None for 8 on CPU and 32 elsewhere.
-        prefill_chunk_size: most prompt tokens computed at once, a power of two; None for 128 on CPU and 512 elsewhere.
-        batch_invariant: give a row the same tokens whatever shares its batch: decode always computes ``max_num_seqs`` rows. False computes
-            only as many as are busy.
+        prefill_chunk_size: most prompt tokens computed at once, a power of two; None for 512 (128 on a CPU without native kernels).
+        batch_invariant: give a row the same tokens whatever shares its batch. Native CPU kernels always do; elsewhere decode always computes
+            ``max_num_seqs`` rows for it, and False computes only as many as are busy.
         seed: chooses the randomness of requests that bring no seed.
         revision: of a hub id.
 
@@ -68,7 +70,7 @@ class LLM:
                  prefill_chunk_size: int | None = None, batch_invariant: bool = True, seed: int = 0, revision: str | None = None):
         opened = open_model(model, mesh, rules=rules, dtype=dtype, quantization=quantization, revision=revision)
         shapes = choose_shapes(opened.config, max_model_len=max_model_len, max_num_seqs=max_num_seqs, prefill_chunk_size=prefill_chunk_size,
-                               batch_invariant=batch_invariant)
+                               batch_invariant=batch_invariant, is_packed=uses_native(opened.config.partition))
         cache_dtype = choose_cache_dtype(kv_cache_dtype, opened.dtype)
         cache_bytes = cache_bytes_per_device(opened.config, shapes.max_num_seqs, shapes.cache_len, cache_dtype)
         self._model_fingerprint = opened.checkpoint.fingerprint()
@@ -98,7 +100,7 @@ class LLM:
         llm = cls.__new__(cls)
         llm._model_fingerprint = {}
         shapes = choose_shapes(config, max_model_len=max_model_len, max_num_seqs=max_num_seqs, prefill_chunk_size=prefill_chunk_size,
-                               batch_invariant=batch_invariant)
+                               batch_invariant=batch_invariant, is_packed=isinstance(params.embed, PackedWeight))
         llm._start(config, params, tokenizer, shapes=shapes, cache_dtype=choose_cache_dtype(kv_cache_dtype, params.dtype), seed=seed)
         return llm
 
@@ -286,7 +288,7 @@ class LLM:
         return {"model": self._model_fingerprint, "environment": describe_environment(device.platform, device.device_kind),
                 "mesh": mesh_text(self.config.partition.mesh), "rules": dict(self.config.partition.rules.entries),
                 "shapes": dataclasses.asdict(self.shapes), "dtype": str(self.params.dtype), "kv_cache_dtype": str(runner.cache_dtype),
-                "kernels": "xla"}
+                "kernels": kernels_of(self.params)}
 
     @property
     def _live_engine(self) -> Engine:

@@ -1,5 +1,6 @@
 """What is measured: sizes of one prefill, or of a prefill and the decode steps after it."""
 import dataclasses
+import os
 
 PAUSE_S = 0.05  # before each turn: the threads of the other side spin for a while after their work, then sleep
 
@@ -17,3 +18,8 @@ class Cell:
     def context_len(self) -> int:
         """Tokens of a row: its prompt, the token that the prefill gives, one for each step."""
         return self.prompt_len + 1 + self.num_steps
+
+
+def num_threads() -> int:
+    """Of both sides: ``$TPLLM_NUM_THREADS``, or one a core."""
+    return int(os.environ.get("TPLLM_NUM_THREADS") or os.cpu_count())

@@ -7,6 +7,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import tempfile
 from typing import Any
 
 STATUS = pathlib.Path("/proc/self/status")
@@ -15,8 +16,8 @@ STATUS = pathlib.Path("/proc/self/status")
 def measure_memory(path: pathlib.Path, *, shape: str, quantization: str | None, prompt_len: int, num_steps: int) -> dict[str, Any] | None:
     """Peaks of both sides in bytes, and ours over what it may be: 1.1 times the peer's and what importing JAX takes.
 
-    None where the system has no /proc. Ours is measured twice: as it comes (programs are read from the compile cache, where there is one that has
-    them), and compiling all.
+    None where the system has no /proc. Ours is measured twice: as it compiles its programs, and as it reads them from the compile cache (an empty
+    one, which the first run fills), as every further start on a machine does.
 
     Args:
         path: the peer's GGUF file.
@@ -28,8 +29,8 @@ def measure_memory(path: pathlib.Path, *, shape: str, quantization: str | None, 
         return None
     lengths = {"prompt_len": prompt_len, "num_steps": num_steps}
     peer = _run_child("peer", {"path": str(path), **lengths})
-    ours = _run_child("ours", {"shape": shape, "quantization": quantization, **lengths})
-    compiling = _run_child("ours", {"shape": shape, "quantization": quantization, **lengths}, TPLLM_CACHE_DIR="off")
+    with tempfile.TemporaryDirectory(prefix="tpllm-cache-") as cache:
+        compiling, ours = (_run_child("ours", {"shape": shape, "quantization": quantization, **lengths}, TPLLM_CACHE_DIR=cache) for _ in range(2))
     limit = 1.1 * peer["peak_bytes"] + ours["import_bytes"]
     return {**lengths, "ours": ours, "ours_compiling": compiling, "peer": peer, "limit_bytes": limit, "ratio": ours["peak_bytes"] / limit,
             "ratio_compiling": compiling["peak_bytes"] / limit}
@@ -61,10 +62,11 @@ def use_peer(path: str, *, prompt_len: int, num_steps: int) -> dict[str, int]:
     """The same of llama.cpp and a GGUF file."""
     import numpy as np
 
+    from llama_cpp_peer.cells import num_threads
     from llama_cpp_peer.peer import PeerContext, PeerModel
 
     import_bytes = _status_bytes("VmRSS")
-    context = PeerContext(PeerModel(pathlib.Path(path)), num_seqs=1, context_len=prompt_len + num_steps + 1, num_threads=os.cpu_count(),
+    context = PeerContext(PeerModel(pathlib.Path(path)), num_seqs=1, context_len=prompt_len + num_steps + 1, num_threads=num_threads(),
                           has_flash_attention=True)
     context.run(np.ones((1, prompt_len), np.int32), num_steps)
     return {"import_bytes": import_bytes, "peak_bytes": _status_bytes("VmHWM")}

@@ -20,8 +20,7 @@ def open_ours(shape: str, quantization: str | None, *, context_len: int, num_seq
         context_len: tokens of a row, prompt and completion.
         num_seqs: rows.
     """
-    options = {"quantization": quantization} if quantization else {}
-    return llm_of_shape(shape, mesh="tp=1", dtype="bfloat16", max_model_len=context_len, max_num_seqs=num_seqs, **options)
+    return llm_of_shape(shape, mesh="tp=1", dtype="bfloat16", quantization=quantization, max_model_len=context_len, max_num_seqs=num_seqs)
 
 
 def our_turns(cell: Cell, llm: LLM, rng: np.random.Generator) -> Callable[[], dict[str, float]]:

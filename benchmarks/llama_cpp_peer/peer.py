@@ -4,7 +4,6 @@ This module imports nothing of JAX or tpllm: a process that measures the peer's 
 """
 import ctypes
 import dataclasses
-import os
 import pathlib
 import sys
 import time
@@ -12,7 +11,7 @@ import time
 import llama_cpp
 import numpy as np
 
-from llama_cpp_peer.cells import PAUSE_S, Cell
+from llama_cpp_peer.cells import PAUSE_S, Cell, num_threads
 
 MIN_BATCH = 2048  # llama.cpp's own default of the most tokens in one call
 MICRO_BATCH = 512  # and of those computed at once
@@ -169,7 +168,7 @@ class _Batch:
 
 def choose_attention(cell: Cell, model: PeerModel, rng: np.random.Generator) -> tuple[PeerContext, dict[str, list[float]]]:
     """The peer with the attention that is the faster one in this cell, warmed up; and the speeds of each trial."""
-    sizes = {"num_seqs": cell.num_rows, "context_len": cell.context_len, "num_threads": os.cpu_count()}
+    sizes = {"num_seqs": cell.num_rows, "context_len": cell.context_len, "num_threads": num_threads()}
     contexts = {name: PeerContext(model, has_flash_attention=is_fused, **sizes) for name, is_fused in ATTENTIONS.items()}
     trials: dict[str, list[float]] = {name: [] for name in contexts}
     for _ in range(NUM_TRIALS):

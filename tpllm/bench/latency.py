@@ -38,6 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     subject.add_argument("--shape", metavar="NAME", help=f"random weights of a known shape: {', '.join(SHAPES)}")
     parser.add_argument("--mesh", default="auto", help="such as 'tp=4'; by default all local devices")
     parser.add_argument("--dtype", default="auto", help="float32, bfloat16 or float16")
+    parser.add_argument("--quantization", help="of the weights: int8 or int4")
     parser.add_argument("--prompt-len", type=at_least(1), default=128, metavar="N", help="tokens of each prompt (default 128)")
     parser.add_argument("--output-len", type=at_least(2), default=32, metavar="N", help="tokens to generate for each (default 32)")
     parser.add_argument("--batch-size", type=at_least(1), default=1, metavar="N", help="prompts computed together (default 1)")
@@ -102,16 +103,16 @@ def check_writable(path: str) -> None:
 def _make_llm(args: argparse.Namespace) -> LLM:
     sizes = {"max_model_len": args.prompt_len + args.output_len, "max_num_seqs": args.batch_size}
     if args.shape:
-        llm = llm_of_shape(args.shape, mesh=args.mesh, dtype=args.dtype, **sizes)
+        llm = llm_of_shape(args.shape, mesh=args.mesh, dtype=args.dtype, quantization=args.quantization, **sizes)
     else:
-        llm = LLM(args.model, mesh=args.mesh, dtype=args.dtype, **sizes)
+        llm = LLM(args.model, mesh=args.mesh, dtype=args.dtype, quantization=args.quantization, **sizes)
     jax.block_until_ready(llm.params)
     return llm
 
 
 def _setup(args: argparse.Namespace, llm: LLM) -> dict[str, Any]:
     return {"model": args.shape or args.model, "has_random_weights": bool(args.shape), "mesh": mesh_text(llm.config.partition.mesh),
-            "dtype": str(llm.params.dtype), "kv_cache_dtype": llm.fingerprint()["kv_cache_dtype"], "prompt_len": args.prompt_len,
+            "dtype": str(llm.params.dtype), "quantization": args.quantization, "kernels": llm.fingerprint()["kernels"], "kv_cache_dtype": llm.fingerprint()["kv_cache_dtype"], "prompt_len": args.prompt_len,
             "output_len": args.output_len, "batch_size": args.batch_size, "num_runs": args.runs, "num_warmup": args.warmup}
 
 

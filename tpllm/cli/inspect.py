@@ -18,24 +18,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="a folder, a hub id, or 'demo'")
     parser.add_argument("--mesh", default="auto", help="such as 'tp=4'; by default all local devices")
     parser.add_argument("--dtype", default="auto", help="of the weights once loaded: float32, bfloat16 or float16")
+    parser.add_argument("--quantization", help="how weights are quantized while they are loaded: int8 or int4")
     parser.add_argument("--revision", help="of a hub id")
     parser.add_argument("--json", action="store_true", help="print JSON, with one entry for each parameter")
 
 
 def run(args: argparse.Namespace, *, make_llm: Callable[..., Any] | None) -> int:
     """Run the command; returns the exit code."""
-    report = inspect_model(args.model, mesh=args.mesh, dtype=args.dtype, revision=args.revision)
+    report = inspect_model(args.model, mesh=args.mesh, dtype=args.dtype, quantization=args.quantization, revision=args.revision)
     print(json.dumps(report, indent=1) if args.json else "\n".join(_text(report)))
     return 0
 
 
-def inspect_model(model: str, *, mesh: str = "auto", dtype: str = "auto", revision: str | None = None) -> dict[str, Any]:
+def inspect_model(model: str, *, mesh: str = "auto", dtype: str = "auto", quantization: str | None = None,
+                  revision: str | None = None) -> dict[str, Any]:
     """What a model is and what it takes on a mesh, as JSON-able data.
 
     Args:
         model: a folder, a hub id, or ``"demo"``.
         mesh: as :class:`tpllm.LLM` takes it.
         dtype: of the weights once loaded.
+        quantization: as :class:`tpllm.LLM` takes it.
         revision: of a hub id.
 
     Raises:
@@ -48,28 +51,35 @@ def inspect_model(model: str, *, mesh: str = "auto", dtype: str = "auto", revisi
     from tpllm.model.kv_cache import cache_bytes_per_device
     from tpllm.model.params import named_leaves, param_specs
     from tpllm.model.partition import fit_to_mesh
+    from tpllm.ops import uses_native
+    from tpllm.quant.schemes import find_scheme
+    from tpllm.quant.storage import Storage
     checkpoint = open_checkpoint(model, revision=revision)
     config = fit_to_mesh(checkpoint.config, choose_mesh(mesh, checkpoint.config), DATA_TENSOR)
     weight_dtype = choose_dtype(dtype, checkpoint.hf_config, config.partition)
     entries = find_entries(checkpoint, config)
-    parameters = [_parameter(name, spec, config.partition, stored=entries[name].dtype, itemsize=weight_dtype.itemsize)
+    storage = Storage(weight_dtype, find_scheme(quantization), is_packed=uses_native(config.partition))
+    parameters = [_parameter(name, spec, config.partition, stored=entries[name].dtype, storage=storage)
                   for name, spec in named_leaves(param_specs(config))]
     num_rows = config.partition.mesh.shape.get("dp", 1)  # the least batch that the mesh cuts evenly
     kv_bytes = {name: cache_bytes_per_device(config, num_rows, 1, name) for name in ("float32", "bfloat16", "float16")}
     return {
         "model": model, "family": checkpoint.family.name, "folder": str(checkpoint.folder), "revision": checkpoint.revision,
-        "mesh": mesh_text(config.partition.mesh), "platform": config.partition.platform, "dtype": str(weight_dtype),
+        "mesh": mesh_text(config.partition.mesh), "platform": config.partition.platform, "dtype": str(weight_dtype), "quantization": quantization,
         "config": _config(config), "num_parameters": sum(math.prod(entry.shape) for entry in entries.values()),
         "weight_bytes_per_device": sum(parameter["bytes_per_device"] for parameter in parameters),
         "kv_bytes_per_token_per_device": kv_bytes, "parameters": parameters,
     }
 
 
-def _parameter(name: str, spec: Any, partition: Any, *, stored: str, itemsize: int) -> dict[str, Any]:
+def _parameter(name: str, spec: Any, partition: Any, *, stored: str, storage: Any) -> dict[str, Any]:
+    layout = storage.layout(spec.shape, spec.axes, partition, name=name)
+    arrays = [(spec.shape, storage.dtype, spec.axes)] if layout is None else layout.arrays().values()
+    num_bytes = sum(math.prod(partition.sharding(axes, shape=shape, name=name).shard_shape(shape)) * dtype.itemsize for shape, dtype, axes in arrays)
     sharding = partition.sharding(spec.axes, shape=spec.shape, name=name)
     return {"name": name, "shape": list(spec.shape), "stored_dtype": str(stored), "axes": list(spec.axes),
             "sharding": [partition.rules.mesh_axis(axis) if mesh_axis else None for axis, mesh_axis in zip(spec.axes, sharding.spec, strict=True)],
-            "bytes_per_device": math.prod(sharding.shard_shape(spec.shape)) * itemsize}
+            "bytes_per_device": num_bytes}
 
 
 def _config(config: Any) -> dict[str, Any]:
@@ -80,7 +90,7 @@ def _config(config: Any) -> dict[str, Any]:
 
 def _text(report: dict[str, Any]) -> Iterator[str]:
     yield f"{report['model']}: {report['family']}, {report['num_parameters']:,} parameters, mesh {report['mesh']} ({report['platform']}), " \
-          f"weights as {report['dtype']}"
+          f"weights as {report['quantization'] or report['dtype']}"
     for key, value in report["config"].items():
         if key == "layer_windows":
             value = "none" if not any(value) else value

@@ -20,6 +20,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--model", required=True, help="a folder in Hugging Face layout, a hub id, or 'demo'")
     group.add_argument("--mesh", default="auto", help="such as 'tp=4' or 'dp=2,tp=4'; default: all local devices on the tensor axis")
     group.add_argument("--dtype", default="auto", help="of weights and activations: auto, float32, bfloat16 or float16")
+    group.add_argument("--quantization", help="quantize weights while they are loaded: int8 or int4")
     group.add_argument("--max-model-len", type=int, metavar="N", help="most tokens of prompt and completion together")
     group.add_argument("--revision", help="branch, tag or commit of a hub id")
 
@@ -60,4 +61,4 @@ def load_llm(args: argparse.Namespace, make_llm: Callable[..., Any] | None) -> A
         import tpllm.llm  # loads jax
         make_llm = tpllm.llm.LLM
     num_seqs = 1 if args.mesh == "auto" else parse_mesh(args.mesh).get("dp", 1)
-    return make_llm(args.model, mesh=args.mesh, dtype=args.dtype, max_model_len=args.max_model_len, max_num_seqs=num_seqs, revision=args.revision)
+    return make_llm(args.model, mesh=args.mesh, dtype=args.dtype, quantization=args.quantization, max_model_len=args.max_model_len, max_num_seqs=num_seqs, revision=args.revision)

@@ -11,6 +11,8 @@ from tpllm.engine.shapes import EngineShapes
 from tpllm.model.config import ModelConfig
 from tpllm.model.kv_cache import cache_bytes_per_device
 from tpllm.model.params import DecoderParams, named_leaves, param_specs
+from tpllm.native import instruction_set
+from tpllm.native.packed import PackedWeight
 
 # No colours: the page's own serve light and dark themes. Alignment is set because notebooks centre or right-align cells.
 _ROW = '<tr><th scope="row" style="text-align:left">{}</th><td style="text-align:left">{}</td></tr>'
@@ -82,6 +84,11 @@ def describe(config: ModelConfig, params: DecoderParams, *, shapes: EngineShapes
         weight_bytes=sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves),
         cache_bytes=cache_bytes_per_device(config, shapes.max_num_seqs, shapes.cache_len, cache_dtype),
         max_model_len=shapes.max_model_len, max_num_seqs=shapes.max_num_seqs)
+
+
+def kernels_of(params: DecoderParams) -> str:
+    """What computes the products: ``"xla"``, or the native kernels and their instruction set, as in ``"native avx2"``."""
+    return f"native {instruction_set()}" if isinstance(params.embed, PackedWeight) else "xla"
 
 
 def _num_parameters(config: ModelConfig) -> int:

@@ -22,13 +22,16 @@ class EngineShapes:
         max_num_seqs: slots; decode always computes this many rows, or fewer where results may depend on it.
         max_model_len: tokens a row can hold, prompt and completion together.
         prefill_chunk: most prompt tokens in one program, a power of two of at least 16.
-        is_batch_invariant: whether decode always runs at ``max_num_seqs`` rows, so that results do not depend on how many are busy.
+        is_batch_invariant: whether results may not depend on how many slots are busy.
+        has_invariant_kernels: whether products give a row the same bits at any number of rows. Where they do not, a batch-invariant decode
+            always runs at ``max_num_seqs`` rows.
     """
 
     max_num_seqs: int
     max_model_len: int
     prefill_chunk: int
     is_batch_invariant: bool = True
+    has_invariant_kernels: bool = False
 
     def __post_init__(self):
         for name in ("max_num_seqs", "max_model_len"):
@@ -49,16 +52,16 @@ class EngineShapes:
 
     @property
     def row_buckets(self) -> tuple[int, ...]:
-        """How many slots a decode may compute: all, or also the powers of two below where results may depend on it."""
-        if self.is_batch_invariant:
+        """How many slots a decode may compute: all, or also the powers of two below where results may depend on it, or do not."""
+        if self.is_batch_invariant and not self.has_invariant_kernels:
             return (self.max_num_seqs,)
         return (*(2**i for i in range((self.max_num_seqs - 1).bit_length())), self.max_num_seqs)
 
 
 def choose_shapes(config: ModelConfig, *, max_model_len: int | None, max_num_seqs: int | None, prefill_chunk_size: int | None,
-                  batch_invariant: bool) -> EngineShapes:
+                  batch_invariant: bool, is_packed: bool = False) -> EngineShapes:
     """The sizes a user asked for, with the defaults of the mesh's platform. They do not depend on how much memory happens to be free, so
-    that a job resumes under the sizes it began with.
+    that a job resumes under the sizes it began with. ``is_packed`` says whether native kernels multiply.
 
     Raises:
         ConfigError: a context beyond the model's, a size that cannot be, or a number of rows that the mesh's data axis does not divide.
@@ -72,8 +75,11 @@ def choose_shapes(config: ModelConfig, *, max_model_len: int | None, max_num_seq
         raise ConfigError(f"max_model_len is {max_model_len}; the model's context is {config.max_position}; use at most that")
     if max_model_len is None and config.max_position > DEFAULT_CONTEXT:
         log.info("max_model_len is %d of the model's %d; raise it for longer rows", DEFAULT_CONTEXT, config.max_position)
+    max_model_len = min(config.max_position, DEFAULT_CONTEXT) if max_model_len is None else max_model_len
+    default_chunk = DEFAULT_CHUNK_CPU if is_cpu and not is_packed else DEFAULT_CHUNK
+    if is_packed:  # a cache row is whole chunks
+        default_chunk = min(default_chunk, max(MIN_BUCKET, 1 << max(max_model_len - 1, 0).bit_length()))
     return EngineShapes(
-        max_num_seqs=-(-default_seqs // num_groups) * num_groups if max_num_seqs is None else max_num_seqs,
-        max_model_len=min(config.max_position, DEFAULT_CONTEXT) if max_model_len is None else max_model_len,
-        prefill_chunk=(DEFAULT_CHUNK_CPU if is_cpu else DEFAULT_CHUNK) if prefill_chunk_size is None else prefill_chunk_size,
-        is_batch_invariant=batch_invariant)
+        max_num_seqs=-(-default_seqs // num_groups) * num_groups if max_num_seqs is None else max_num_seqs, max_model_len=max_model_len,
+        prefill_chunk=default_chunk if prefill_chunk_size is None else prefill_chunk_size, is_batch_invariant=batch_invariant,
+        has_invariant_kernels=is_packed)

@@ -61,10 +61,10 @@ static TPLLM_INLINE void fold_group(const TileArgs& a, int64_t group, int64_t un
 
 constexpr int kPrefetchBytes = 4096;  // ahead of what is read; the processor's own prefetching stops at a page
 
-template <class F, int M>
+template <class F>
 static TPLLM_INLINE void prefetch_step(const uint8_t* unit, int step) {
-  if constexpr (M <= 2)
-    for (int at = step * (F::kUnit / 4); at < (step + 1) * (F::kUnit / 4); at += 64) __builtin_prefetch(unit + at + kPrefetchBytes, 0, 2);
+  for (int at = step * (F::kUnit / 4); at < (step + 1) * (F::kUnit / 4); at += 64)
+    __builtin_prefetch(unit + at + kPrefetchBytes, 0, 2);
 }
 
 template <class F, int M>
@@ -105,7 +105,7 @@ struct PairMath {
 #endif
 
 // Adds the products of some units to acc.
-template <class F, int FOLD, int M, template <class, int> class MATH>
+template <class F, int FOLD, bool PREFETCHES, int M, template <class, int> class MATH>
 static void run_tile(const TileArgs& a) {
   const Tables tables = *a.tables;
   vf partial[M][V];
@@ -117,7 +117,7 @@ static void run_tile(const TileArgs& a) {
     const uint8_t* unit = a.codes + u * F::kUnit;
     const uint32_t* x = a.x + u * MATH<F, M>::kDwords * M;
     TPLLM_UNROLL for (int step = 0; step < 4; ++step) {
-      prefetch_step<F, M>(unit, step);
+      if constexpr (PREFETCHES) prefetch_step<F>(unit, step);
       MATH<F, M>::step(unit, step, x, tables, partial);
       if constexpr (FOLD == kHalfUnits)
         if (step % 2) fold_group<M>(a, (a.first_unit + u) * 2 + step / 2, 0, a.sums, partial);
@@ -142,7 +142,7 @@ static void run_byte_tile(const TileArgs& a) {
   for (int64_t u = 0; u < a.num_units; ++u)
     for (int quad = 0; quad < 8; ++quad) {
       const uint8_t* at = a.codes + u * Bytes::kUnit + quad * 128;
-      if constexpr (M <= 2) __builtin_prefetch(at + kPrefetchBytes, 0, 2), __builtin_prefetch(at + kPrefetchBytes + 64, 0, 2);
+      __builtin_prefetch(at + kPrefetchBytes, 0, 2), __builtin_prefetch(at + kPrefetchBytes + 64, 0, 2);
       const uint32_t* x = a.x + (u * 8 + quad) * M;
 #if defined(__AVX512VNNI__)
       __m512i w[V];
@@ -197,16 +197,16 @@ struct Method {
   int64_t panel_unit_bytes;
 };
 
-template <class F, int FOLD, template <class, int> class MATH, int... I>
+template <class F, int FOLD, bool PREFETCHES, template <class, int> class MATH, int... I>
 static void set_tiles(TileFunction* tiles, std::integer_sequence<int, I...>) {
-  ((tiles[I] = run_tile<F, FOLD, kTileSizes[I], MATH>), ...);
+  ((tiles[I] = run_tile<F, FOLD, PREFETCHES, kTileSizes[I], MATH>), ...);
 }
 
 template <class F, int FOLD, template <class, int> class MATH, class PANEL>
 static Method make_method(PanelFunction fill, int64_t panel_unit_bytes) {
   Method method{{}, {}, fill, panel_unit_bytes};
-  set_tiles<F, FOLD, MATH>(method.direct, std::make_integer_sequence<int, kNumTileSizes>());
-  set_tiles<PANEL, FOLD, MATH>(method.from_panel, std::make_integer_sequence<int, kNumTileSizes>());
+  set_tiles<F, FOLD, true, MATH>(method.direct, std::make_integer_sequence<int, kNumTileSizes>());
+  set_tiles<PANEL, FOLD, false, MATH>(method.from_panel, std::make_integer_sequence<int, kNumTileSizes>());
   return method;
 }
 

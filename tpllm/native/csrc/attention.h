@@ -54,11 +54,11 @@ static TileFunctions attention_functions(int index, std::integer_sequence<int, I
   return all[index];
 }
 
-// [W][W] floats, rows `from_stride` apart, turned over.
-static TPLLM_INLINE void transpose(const float* from, int64_t from_stride, float* to, int64_t to_stride) {
+// W rows turned over; the new rows are `to_stride` floats apart.
+static TPLLM_INLINE void transpose(const vf (&rows)[W], float* to, int64_t to_stride) {
 #if defined(__AVX512F__)
   __m512 r[16], t[16];
-  TPLLM_UNROLL for (int i = 0; i < 16; ++i) r[i] = _mm512_loadu_ps(from + i * from_stride);
+  TPLLM_UNROLL for (int i = 0; i < 16; ++i) r[i] = (__m512)rows[i];
   TPLLM_UNROLL for (int i = 0; i < 16; i += 2) t[i] = _mm512_unpacklo_ps(r[i], r[i + 1]), t[i + 1] = _mm512_unpackhi_ps(r[i], r[i + 1]);
   TPLLM_UNROLL for (int i = 0; i < 16; i += 4) {
     r[i] = _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(t[i]), _mm512_castps_pd(t[i + 2])));
@@ -77,7 +77,7 @@ static TPLLM_INLINE void transpose(const float* from, int64_t from_stride, float
   }
 #else
   for (int j = 0; j < W; ++j)
-    for (int i = 0; i < W; ++i) to[j * to_stride + i] = from[i * from_stride + j];
+    for (int i = 0; i < W; ++i) to[j * to_stride + i] = rows[i][j];
 #endif
 }
 
@@ -211,17 +211,57 @@ class Attention {
     return tasks;
   }
 
+  // read_block of a block that is full, of a cache whose heads are whole vectors: no detour through rows of floats.
+  template <Dtype D>
+  void read_full_block(int64_t first, float* keys, float* values) const {
+    for (int64_t s = 0; s < kPositions; s += W) {
+      for (int64_t h = 0; h < a.H; h += W) {
+        prefetch_ahead<D>(a.k_cache, (first + s) * a.H + h * W, W * W);
+        vf rows[W];
+        TPLLM_UNROLL for (int i = 0; i < W; ++i) rows[i] = read_vector<D>(a.k_cache, a.k_scales, first + s + i, h);
+        transpose(rows, keys + (s / kBlock * a.H + h) * kBlock + s % kBlock, kBlock);
+      }
+    }
+    for (int64_t s = 0; s < kPositions; ++s) {
+      prefetch_ahead<D>(a.v_cache, (first + s) * a.H, a.H);
+      for (int64_t h = 0; h < a.H; h += W)
+        store(values + (h / kBlock * kPositions + s) * kBlock + h % kBlock, read_vector<D>(a.v_cache, a.v_scales, first + s, h));
+    }
+  }
+  // The same place of the next block: the processor's own prefetching stops at the end of a page, and a block is two or more. A little at a
+  // time, for only so many lines can be under way.
+  template <Dtype D>
+  TPLLM_INLINE void prefetch_ahead(const void* cache, int64_t item, int64_t count) const {
+    const auto* at = static_cast<const uint8_t*>(item_at(cache, D, item + kPositions * a.H));
+    for (int64_t i = 0; i < count * item_bytes(D); i += 64) __builtin_prefetch(at + i, 0, 3);
+  }
+  template <Dtype D>
+  TPLLM_INLINE vf read_vector(const void* cache, const float* scales, int64_t entry, int64_t h) const {
+    const vf x = load_as_f32(item_at(cache, D, entry * a.H + h), D);
+    return D == Dtype::kI8 ? x * splat(scales[entry]) : x;
+  }
+
   // One block's keys, turned over to [2][H][32], and its values as [padded_h / 32][64][32]; positions from `valid` on are zeros.
   void read_block(const Queries& task, int64_t start, float* keys, float* values) const {
     const int64_t valid = std::min<int64_t>(kPositions, task.last_position + 1 - start);
     const int64_t first = (cache_row(task.batch) * a.K + task.head) * a.S + start;
+    if (valid == kPositions && a.H % kBlock == 0) {
+      switch (a.cache_dtype) {
+        case Dtype::kF32: return read_full_block<Dtype::kF32>(first, keys, values);
+        case Dtype::kF16: return read_full_block<Dtype::kF16>(first, keys, values);
+        case Dtype::kBF16: return read_full_block<Dtype::kBF16>(first, keys, values);
+        default: return read_full_block<Dtype::kI8>(first, keys, values);
+      }
+    }
     float* wide = scratch().get<float>(Slot::kRowScales, W * row_h + W);  // + W: a row's end is written in whole vectors
     for (int64_t s = 0; s < kPositions; s += W) {
       for (int64_t i = 0; i < W; ++i) read_entry(a.k_cache, a.k_scales, first + s + i, s + i < valid, wide + i * row_h);
       for (int64_t h = 0; h < row_h; h += W) {
         float* to = keys + (s / kBlock * a.H + h) * kBlock + s % kBlock;
         if (h + W <= a.H) {
-          transpose(wide + h, row_h, to, kBlock);
+          vf rows[W];
+          TPLLM_UNROLL for (int i = 0; i < W; ++i) rows[i] = load<vf>(wide + i * row_h + h);
+          transpose(rows, to, kBlock);
         } else {
           for (int64_t j = 0; j < a.H - h; ++j)
             for (int64_t i = 0; i < W; ++i) to[j * kBlock + i] = wide[i * row_h + h + j];
@@ -248,7 +288,7 @@ class Attention {
     vi seen[kPositions / W];
     for (int i = 0; i < kPositions / W; ++i) {
       vi lane;
-      for (int j = 0; j < W; ++j) lane[j] = i * W + j;
+      TPLLM_UNROLL for (int j = 0; j < W; ++j) lane[j] = i * W + j;
       const int32_t low = first < -1 ? -1 : first > kPositions ? kPositions : first, high = last > kPositions ? kPositions : last < -1 ? -1 : last;
       seen[i] = (lane <= high) & (lane >= low);
       x[i] = load<vf>(scores + i * W) * splat(a.scale);

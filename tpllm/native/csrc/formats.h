@@ -72,7 +72,7 @@ using E5M2 = Fp8<2, 15>;
 
 #if defined(__AVX512BF16__)
 // Eight bits to bfloat16 by tables of 128 magnitudes, one for each byte of the result.
-template <class F>
+template <class F, bool HAS_MINUS_128 = false>
 struct BytesToPairs : F {
   using Raw = typename F::Raw;
   static TPLLM_INLINE __m512i pair(const Raw& raw, int j, const Tables& tables) {
@@ -80,7 +80,7 @@ struct BytesToPairs : F {
     const __m512i index = F::kIsInteger ? _mm512_abs_epi8(codes) : codes;
     const __m512i low = _mm512_permutex2var_epi8(tables.low, index, tables.more);
     __m512i high = _mm512_permutex2var_epi8(tables.high, index, tables.more_high);
-    if (F::kIsInteger) high = _mm512_mask_mov_epi8(high, _mm512_cmpeq_epi8_mask(codes, _mm512_set1_epi8(-128)), _mm512_set1_epi8(0x43));
+    if constexpr (HAS_MINUS_128) high = _mm512_mask_mov_epi8(high, _mm512_cmpeq_epi8_mask(codes, _mm512_set1_epi8(-128)), _mm512_set1_epi8(0x43));
     high = _mm512_ternarylogic_epi32(high, codes, _mm512_set1_epi8(-128), 0xF8);  // high | (codes & 0x80)
     const __m512i mask = _mm512_set1_epi16(0x00FF);
     return j % 2 == 0 ? _mm512_ternarylogic_epi32(mask, low, _mm512_slli_epi16(high, 8), 0xCA)  // mask ? low : high
@@ -88,7 +88,7 @@ struct BytesToPairs : F {
   }
 };
 #else
-template <class F>
+template <class F, bool HAS_MINUS_128 = false>
 struct BytesToPairs : F {};
 #endif
 

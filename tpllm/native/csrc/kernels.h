@@ -50,7 +50,7 @@ struct Weight {
   int64_t n, k, padded_k;
   int64_t group;        // 0: one scale an output
   int64_t super_group;  // inputs a super scale covers
-  int64_t zero;         // what is taken from each code: 8 or 0 (4 bit), 16 or 0 (Q5), 32 (Q6)
+  int64_t zero;         // what is taken from each code: 8 or 0 (4 bit), 16 or 0 (Q5), 32 (Q6); of I8, 1 where -128 may occur
   bool quantizes_input;  // activations become int8, one scale a row; 8-bit codes with one scale an output only
 
   int64_t num_units() const { return padded_k / kBlock; }

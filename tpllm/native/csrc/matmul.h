@@ -7,24 +7,32 @@ enum Fold { kNoGroups = 0, kWholeUnits = 1, kHalfUnits = 2 };
 
 // The scales of one block's groups.
 struct Scaler {
-  const Weight* weight;
-  int64_t block;
+  const uint8_t *scales, *mins, *super_scales, *super_mins;  // of the block
+  Dtype dtype;
+  int64_t units_a_group;
+  int groups_a_super_log2;
 
-  static TPLLM_INLINE vf at(const void* base, Dtype dtype, int64_t index) { return load_as_f32(item_at(base, dtype, index), dtype); }
-  TPLLM_INLINE int64_t index(int64_t group, int v) const {
-    return (block * (weight->padded_k / weight->group) + group) * kBlock + v * W;
+  Scaler(const Weight& w, int64_t block) : dtype(w.scale_dtype), units_a_group(w.group / kBlock), groups_a_super_log2(0) {
+    const int64_t num_groups = w.group ? w.padded_k / w.group : 0;
+    const int64_t num_supers = w.super_group ? (w.padded_k + w.super_group - 1) / w.super_group : 0;
+    while (w.super_group > w.group << groups_a_super_log2) ++groups_a_super_log2;
+    auto of_block = [block](const void* base, int64_t count, int64_t bytes) {
+      return base ? static_cast<const uint8_t*>(base) + block * count * kBlock * bytes : nullptr;
+    };
+    scales = of_block(w.scales, num_groups, item_bytes(dtype)), mins = of_block(w.mins, num_groups, item_bytes(dtype));
+    super_scales = of_block(w.super_scales, num_supers, 2), super_mins = of_block(w.super_mins, num_supers, 2);
   }
-  TPLLM_INLINE int64_t super_index(int64_t group, int v) const {
-    const int64_t count = (weight->padded_k + weight->super_group - 1) / weight->super_group;
-    return (block * count + group * weight->group / weight->super_group) * kBlock + v * W;
+  TPLLM_INLINE vf own(const uint8_t* base, int64_t group, int v) const {
+    return load_as_f32(base + (group * kBlock + v * W) * item_bytes(dtype), dtype);
+  }
+  TPLLM_INLINE vf super(const uint8_t* base, int64_t group, int v) const {
+    return widen_f16(load<vh>(base + ((group >> groups_a_super_log2) * kBlock + v * W) * 2));
   }
   TPLLM_INLINE vf scale(int64_t group, int v) const {
-    const vf own = at(weight->scales, weight->scale_dtype, index(group, v));
-    return weight->super_scales ? own * at(weight->super_scales, Dtype::kF16, super_index(group, v)) : own;
+    return super_scales ? own(scales, group, v) * super(super_scales, group, v) : own(scales, group, v);
   }
   TPLLM_INLINE vf min(int64_t group, int v) const {
-    const vf own = at(weight->mins, weight->scale_dtype, index(group, v));
-    return weight->super_mins ? -(own * at(weight->super_mins, Dtype::kF16, super_index(group, v))) : own;
+    return super_mins ? -(own(mins, group, v) * super(super_mins, group, v)) : own(mins, group, v);
   }
 };
 
@@ -38,24 +46,42 @@ struct TileArgs {
   const Tables* tables;
 };
 
+// The sums of the groups so far: in registers where there are enough for them, in memory else.
 template <int M>
-static TPLLM_INLINE void fold_group(const TileArgs& a, int64_t group, int64_t units_a_group, const float* sums, vf (&partial)[M][V]) {
-  TPLLM_UNROLL for (int v = 0; v < V; ++v) {
-    const vf scale = a.scaler->scale(group, v);
-    TPLLM_UNROLL for (int m = 0; m < M; ++m) {
-      float* at = a.acc + m * kBlock + v * W;
-      store(at, fma(scale, partial[m][v], load<vf>(at)));
-      partial[m][v] = vf{};
-    }
+struct Totals {
+  static constexpr bool kInRegisters = M <= 4;
+  float* acc;
+  vf held[kInRegisters ? M : 1][V];
+
+  explicit TPLLM_INLINE Totals(float* memory) : acc(memory) {
+    if constexpr (kInRegisters)
+      TPLLM_UNROLL for (int m = 0; m < M; ++m)
+        TPLLM_UNROLL for (int v = 0; v < V; ++v) held[m][v] = load<vf>(acc + m * kBlock + v * W);
   }
-  if (!a.scaler->weight->mins) return;
-  for (int m = 0; m < M; ++m) {
+  TPLLM_INLINE void add(int m, int v, vf scale, vf x) {
+    if constexpr (kInRegisters) held[m][v] = fma(scale, x, held[m][v]);
+    else store(acc + m * kBlock + v * W, fma(scale, x, load<vf>(acc + m * kBlock + v * W)));
+  }
+  TPLLM_INLINE void write() const {
+    if constexpr (kInRegisters)
+      TPLLM_UNROLL for (int m = 0; m < M; ++m)
+        TPLLM_UNROLL for (int v = 0; v < V; ++v) store(acc + m * kBlock + v * W, held[m][v]);
+  }
+};
+
+template <int M>
+static TPLLM_INLINE void fold_group(const Scaler& scaler, int64_t group, const float* sums, vf (&partial)[M][V], Totals<M>& totals) {
+  TPLLM_UNROLL for (int v = 0; v < V; ++v) {
+    const vf scale = scaler.scale(group, v);
+    TPLLM_UNROLL for (int m = 0; m < M; ++m) totals.add(m, v, scale, partial[m][v]), partial[m][v] = vf{};
+  }
+  if (!scaler.mins) return;
+  vf min[V];
+  TPLLM_UNROLL for (int v = 0; v < V; ++v) min[v] = scaler.min(group, v);
+  TPLLM_UNROLL for (int m = 0; m < M; ++m) {
     float sum = 0;
-    for (int64_t unit = 0; unit < units_a_group; ++unit) sum += sums[unit * M + m];
-    for (int v = 0; v < V; ++v) {
-      float* at = a.acc + m * kBlock + v * W;
-      store(at, fma(a.scaler->min(group, v), splat(sum), load<vf>(at)));
-    }
+    for (int64_t unit = 0; unit < scaler.units_a_group; ++unit) sum += sums[unit * M + m];
+    TPLLM_UNROLL for (int v = 0; v < V; ++v) totals.add(m, v, min[v], splat(sum));
   }
 }
 
@@ -64,7 +90,7 @@ constexpr int kPrefetchBytes = 4096;  // ahead of what is read; the processor's 
 template <class F>
 static TPLLM_INLINE void prefetch_step(const uint8_t* unit, int step) {
   for (int at = step * (F::kUnit / 4); at < (step + 1) * (F::kUnit / 4); at += 64)
-    __builtin_prefetch(unit + at + kPrefetchBytes, 0, 2);
+    __builtin_prefetch(unit + at + kPrefetchBytes, 0, 3);
 }
 
 template <class F, int M>
@@ -108,11 +134,13 @@ struct PairMath {
 template <class F, int FOLD, bool PREFETCHES, int M, template <class, int> class MATH>
 static void run_tile(const TileArgs& a) {
   const Tables tables = *a.tables;
+  const Scaler& scaler = *a.scaler;
   vf partial[M][V];
   TPLLM_UNROLL for (int m = 0; m < M; ++m)
     TPLLM_UNROLL for (int v = 0; v < V; ++v) partial[m][v] = FOLD == kNoGroups ? load<vf>(a.acc + m * kBlock + v * W) : vf{};
-  const int64_t units_a_group = FOLD == kWholeUnits ? a.scaler->weight->group / kBlock : 1;
-  int64_t in_group = 0;
+  Totals<M> totals(a.acc);
+  const int64_t units_a_group = FOLD == kWholeUnits ? scaler.units_a_group : 1;
+  int64_t in_group = 0, group = FOLD == kHalfUnits ? 2 * a.first_unit : a.first_unit / units_a_group;
   for (int64_t u = 0; u < a.num_units; ++u) {
     const uint8_t* unit = a.codes + u * F::kUnit;
     const uint32_t* x = a.x + u * MATH<F, M>::kDwords * M;
@@ -120,17 +148,20 @@ static void run_tile(const TileArgs& a) {
       if constexpr (PREFETCHES) prefetch_step<F>(unit, step);
       MATH<F, M>::step(unit, step, x, tables, partial);
       if constexpr (FOLD == kHalfUnits)
-        if (step % 2) fold_group<M>(a, (a.first_unit + u) * 2 + step / 2, 0, a.sums, partial);
+        if (step % 2) fold_group<M>(scaler, group++, a.sums, partial, totals);
     }
     if constexpr (FOLD == kWholeUnits)
       if (++in_group == units_a_group) {
-        fold_group<M>(a, (a.first_unit + u) / units_a_group, units_a_group, a.sums + (u - units_a_group + 1) * M, partial);
+        fold_group<M>(scaler, group++, a.sums + (u - units_a_group + 1) * M, partial, totals);
         in_group = 0;
       }
   }
-  if constexpr (FOLD == kNoGroups)
+  if constexpr (FOLD == kNoGroups) {
     TPLLM_UNROLL for (int m = 0; m < M; ++m)
       TPLLM_UNROLL for (int v = 0; v < V; ++v) store(a.acc + m * kBlock + v * W, partial[m][v]);
+  } else {
+    totals.write();
+  }
 }
 
 // int8 activations times 8-bit codes with one scale an output: acc holds whole numbers, and sums are exact in any order.
@@ -259,7 +290,7 @@ static Method choose_method(const Weight& weight, Math math) {
   }
 #if defined(__AVX512BF16__)
   if (math == Math::kPairs) switch (weight.format) {
-    case Format::kI8: return pair_method<BytesToPairs<I8>>(fold);
+    case Format::kI8: return weight.zero ? pair_method<BytesToPairs<I8, true>>(fold) : pair_method<BytesToPairs<I8>>(fold);
     case Format::kE4M3: return pair_method<BytesToPairs<E4M3>>(fold);
     case Format::kE5M2: return pair_method<BytesToPairs<E5M2>>(fold);
     case Format::kI4: return pair_method<Nibbles<4>>(fold);
@@ -294,7 +325,7 @@ struct Product {
   void compute(int64_t block, float* acc) const {
     const int64_t num_units = weight->num_units(), num_tiles = tiles->num_tiles();
     std::memset(acc, 0, num_tiles * kMaxTile * kBlock * sizeof(float));
-    const Scaler scaler{weight, block};
+    const Scaler scaler(*weight, block);
     const uint8_t* codes = weight->block_codes(block);
     const int64_t unit_size = unit_bytes(weight->format);
     if (num_tiles == 1) {

@@ -131,7 +131,7 @@ static void lookup_row(const Weight& table, int64_t token, float* out) {
   const Tables tables = make_tables(table);
   const int64_t block = token / kBlock, lane = token % kBlock;
   const int v = lane / W;
-  const Scaler scaler{&table, block};
+  const Scaler scaler(table, block);
   for (int64_t k = 0; k < table.padded_k; k += 8) {
     const auto raw = F::load(table.block_codes(block) + k / kBlock * F::kUnit, k % kBlock / 8, v);
     const float scale = table.group ? scaler.scale(k / table.group, v)[lane % W] : 1.0f;

@@ -46,31 +46,65 @@ static TPLLM_INLINE vu as_bits(vf x) { return (vu)x; }
 static TPLLM_INLINE vf select(vi mask, vf yes, vf no) { return (vf)(((vi)yes & mask) | ((vi)no & ~mask)); }
 static TPLLM_INLINE vf vmax(vf a, vf b) { return select(a > b, a, b); }
 
-// Every lane's bits in the order of lanes, pairwise: the same tree for every row.
-static TPLLM_INLINE float reduce_add(vf x) {
-  float lanes[W];
-  store(lanes, x);
-  for (int half = W / 2; half; half /= 2)
-    for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
-  return lanes[0];
+// All lanes, halves onto halves: the same tree for every row.
+template <int HALF, class OP>
+static TPLLM_INLINE vf reduce_step(vf x, OP op) {
+  vi from;
+  for (int i = 0; i < W; ++i) from[i] = i ^ HALF;
+  return op(x, __builtin_shuffle(x, from));
 }
-static TPLLM_INLINE float reduce_max(vf x) {
-  float lanes[W];
-  store(lanes, x);
-  for (int half = W / 2; half; half /= 2)
-    for (int i = 0; i < half; ++i) lanes[i] = lanes[i] > lanes[i + half] ? lanes[i] : lanes[i + half];
-  return lanes[0];
+template <class OP>
+static TPLLM_INLINE float reduce(vf x, OP op) {
+  if constexpr (W >= 16) x = reduce_step<8>(x, op);
+  if constexpr (W >= 8) x = reduce_step<4>(x, op);
+  x = reduce_step<2>(x, op);
+  return reduce_step<1>(x, op)[0];
+}
+static TPLLM_INLINE float reduce_add(vf x) { return reduce(x, [](vf a, vf b) { return a + b; }); }
+static TPLLM_INLINE float reduce_max(vf x) { return reduce(x, [](vf a, vf b) { return vmax(a, b); }); }
+
+// --- narrow integers -------------------------------------------------------------------------------------------------------------------
+// __builtin_convertvector makes several instructions of these.
+static TPLLM_INLINE vu widen(vh x) {
+#if defined(__AVX512F__)
+  return (vu)_mm512_cvtepu16_epi32((__m256i)x);
+#elif defined(__AVX2__)
+  return (vu)_mm256_cvtepu16_epi32((__m128i)x);
+#else
+  return __builtin_convertvector(x, vu);
+#endif
+}
+static TPLLM_INLINE vi widen(vsb x) {
+#if defined(__AVX512F__)
+  return (vi)_mm512_cvtepi8_epi32((__m128i)x);
+#else
+  return __builtin_convertvector(x, vi);
+#endif
+}
+static TPLLM_INLINE vi widen(vb x) {
+#if defined(__AVX512F__)
+  return (vi)_mm512_cvtepu8_epi32((__m128i)x);
+#else
+  return __builtin_convertvector(x, vi);
+#endif
+}
+static TPLLM_INLINE vh narrow(vu x) {
+#if defined(__AVX512F__)
+  return (vh)_mm512_cvtepi32_epi16((__m512i)x);
+#else
+  return __builtin_convertvector(x, vh);
+#endif
 }
 
 // --- 16-bit floats ---------------------------------------------------------------------------------------------------------------------
-static TPLLM_INLINE vf widen_bf16(vh x) { return as_float(__builtin_convertvector(x, vu) << 16); }
+static TPLLM_INLINE vf widen_bf16(vh x) { return as_float(widen(x) << 16); }
 static TPLLM_INLINE vf widen_f16(vh x) {
 #if defined(__AVX512F__)
   return (vf)_mm512_cvtph_ps((__m256i)x);
 #elif defined(__AVX2__)
   return (vf)_mm256_cvtph_ps((__m128i)x);
 #else
-  const vu bits = __builtin_convertvector(x, vu), magnitude = (bits & 0x7FFF) << 13;
+  const vu bits = widen(x), magnitude = (bits & 0x7FFF) << 13;
   const vi is_small = (vi)(magnitude < (0x0400u << 13)), is_special = (vi)(magnitude >= (0x7C00u << 13));
   const vf normal = as_float(magnitude + (112u << 23));
   const vf small = as_float(magnitude + (113u << 23)) - as_float(splat_bits(113u << 23));  // subnormal halves are normal floats
@@ -82,7 +116,7 @@ static TPLLM_INLINE vh narrow_bf16(vf x) {  // to the nearest, ties to even; a N
   const vu bits = as_bits(x);
   const vu rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16, nan = (bits >> 16) | 0x40;
   const vu is_nan = (vu)(x != x);
-  return __builtin_convertvector((rounded & ~is_nan) | (nan & is_nan), vh);
+  return narrow((rounded & ~is_nan) | (nan & is_nan));
 }
 static TPLLM_INLINE uint16_t narrow_f16_one(float x) {
 #if defined(__F16C__)
@@ -117,8 +151,8 @@ static TPLLM_INLINE vf load_as_f32(const void* from, Dtype dtype) {
     case Dtype::kF32: return load<vf>(from);
     case Dtype::kF16: return widen_f16(load<vh>(from));
     case Dtype::kBF16: return widen_bf16(load<vh>(from));
-    case Dtype::kI8: return __builtin_convertvector(__builtin_convertvector(load<vsb>(from), vi), vf);
-    case Dtype::kU8: return __builtin_convertvector(__builtin_convertvector(load<vb>(from), vi), vf);
+    case Dtype::kI8: return __builtin_convertvector(widen(load<vsb>(from)), vf);
+    case Dtype::kU8: return __builtin_convertvector(widen(load<vb>(from)), vf);
   }
   return vf{};
 }

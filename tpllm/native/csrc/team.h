@@ -2,11 +2,17 @@
 //
 // A team runs phases in order. Each phase is a number of chunks that whoever is there takes one by one, so that no thread waits for one that
 // has not begun: tasks that the pool runs late find every chunk taken. The state lies on the heap, for such tasks outlive the call.
+//
+// To wake a sleeping thread takes some 50 us on a virtual machine, as long as a small product itself. So a thread of the pool that has helped
+// stays in the lobby for a while, where the next call finds it awake.
 #pragma once
 #include <atomic>
+#include <chrono>
 #include <cstdint>
+#include <deque>
 #include <functional>
 #include <memory>
+#include <mutex>
 #include <thread>
 #include <utility>
 #include <vector>
@@ -17,7 +23,8 @@
 
 namespace tpllm {
 
-constexpr int kSpins = 20000;  // some 100 us
+constexpr int kSpins = 20000;  // some 100 us of waiting for a chunk under way, before yielding
+constexpr std::chrono::microseconds kStay{200}, kStayBusy{20};  // in the lobby; how much of it without yielding
 
 inline void pause_cpu() {
 #if defined(__x86_64__)
@@ -55,6 +62,73 @@ class Pool {
   virtual void schedule(std::function<void()> task) = 0;
 };
 
+class Job {
+ public:
+  virtual ~Job() = default;
+  virtual void take_part() = 0;
+};
+
+// Where helpers wait for work. One for the process: a helper serves whoever calls.
+class Lobby {
+ public:
+  static Lobby& instance() {
+    static Lobby* lobby = new Lobby;  // never destroyed: threads of the pool may outlive everything
+    return *lobby;
+  }
+
+  // Asks for helpers; those that are not in the lobby come from the pool.
+  void invite(Pool& pool, const std::shared_ptr<Job>& job, int64_t count) {
+    int64_t missing;
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      invitations_.insert(invitations_.end(), count, job);
+      num_invitations_.store(static_cast<int64_t>(invitations_.size()), std::memory_order_release);
+      missing = static_cast<int64_t>(invitations_.size()) - num_waiting_ - num_coming_;
+      if (missing > 0) num_coming_ += missing;
+    }
+    for (int64_t i = 0; i < missing; ++i) pool.schedule([] { instance().enter(); });
+  }
+
+ private:
+  std::mutex mutex_;
+  std::deque<std::shared_ptr<Job>> invitations_;
+  std::atomic<int64_t> num_invitations_{0};
+  int64_t num_waiting_ = 0, num_coming_ = 0;
+
+  void enter() {
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      --num_coming_, ++num_waiting_;
+    }
+    while (true) {
+      const auto arrival = std::chrono::steady_clock::now();
+      while (num_invitations_.load(std::memory_order_acquire) == 0) {
+        for (int i = 0; i < 8; ++i) pause_cpu();
+        const auto waited = std::chrono::steady_clock::now() - arrival;
+        if (waited > kStay) break;
+        if (waited > kStayBusy) std::this_thread::yield();
+      }
+      std::shared_ptr<Job> job;
+      {
+        std::lock_guard<std::mutex> lock(mutex_);
+        if (invitations_.empty()) {
+          if (std::chrono::steady_clock::now() - arrival <= kStay) continue;  // somebody else took it
+          --num_waiting_;
+          return;
+        }
+        job = std::move(invitations_.front());
+        invitations_.pop_front();
+        num_invitations_.store(static_cast<int64_t>(invitations_.size()), std::memory_order_release);
+        --num_waiting_;
+      }
+      job->take_part();
+      job.reset();
+      std::lock_guard<std::mutex> lock(mutex_);
+      ++num_waiting_;
+    }
+  }
+};
+
 class Team {
  public:
   using Work = std::function<void(int64_t chunk)>;
@@ -79,7 +153,7 @@ class Team {
       return;
     }
     auto state = std::make_shared<State>(std::move(phases));
-    for (int64_t i = 0; i < helpers; ++i) pool_.schedule([state] { state->take_part(); });
+    Lobby::instance().invite(pool_, state, helpers);
     state->take_part();
   }
 
@@ -89,10 +163,10 @@ class Team {
     alignas(64) std::atomic<int64_t> done{0};
   };
 
-  struct State {
+  struct State : Job {
     explicit State(std::vector<std::pair<int64_t, Work>> given) : phases(std::move(given)), progress(phases.size()) {}
 
-    void take_part() {
+    void take_part() override {
       FlushDenormals flush;
       for (size_t i = 0; i < phases.size(); ++i) {
         const int64_t count = phases[i].first;

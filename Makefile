@@ -2,15 +2,24 @@
 PYTHON ?= python3
 VENV ?= .venv
 PIP = $(VENV)/bin/pip --disable-pip-version-check
+EXTRAS = TPLLM_NATIVE=0 $(PIP) install -q -e # the library is there already, or cannot be built: the extras only add packages
 PYTEST = $(VENV)/bin/python -m pytest -n 2
 # test-aot: the compilers of NVIDIA GPUs and TPUs, which need no device, in a virtual environment for each version of jax. The newer needs Python 3.12.
 PYTHON312 ?= $(shell for python in python3.12 $${PYENV_ROOT:-$$HOME/.pyenv}/versions/3.12*/bin/python; do \
 	"$$python" -c "" 2>/dev/null && echo "$$python" && break; done)
 TORCH ?= torch==2.13.0 # a build without CUDA serves: torch is only an oracle here
+NATIVE = tpllm/native/CMakeLists.txt $(wildcard tpllm/native/csrc/*)
+# The system's CMake and Ninja, or the virtual environment's.
+WITH_CMAKE = PATH="$$PATH:$(CURDIR)/$(VENV)/bin";
+CONFIGURE = $(WITH_CMAKE) cmake -S tpllm/native -G Ninja -DCMAKE_MAKE_PROGRAM="$$(command -v ninja)" -DPython_EXECUTABLE="$(CURDIR)/$(VENV)/bin/python"
+BUILD = $(WITH_CMAKE) cmake --build
+TUNED = $(CONFIGURE) -B build/native/tuned -DTPLLM_INPLACE=ON -DTPLLM_MARCH_NATIVE=ON
+PROFILE_WORKLOAD ?= $(VENV)/bin/python tools/native_profile_workload.py
 
-.PHONY: setup quickstart lint test test-slow test-oracle test-aot notebooks docs docs-commands clean
+.PHONY: setup quickstart lint test test-slow test-oracle test-aot notebooks docs docs-commands clean native native-tuned native-asan native-tsan
 
 setup: $(VENV)/.installed
+	@$(MAKE) --no-print-directory $(VENV)/.native || echo "make: goes on without the native library"
 
 quickstart: setup
 	$(VENV)/bin/tpllm run configs/jobs/quickstart.yaml
@@ -19,13 +28,13 @@ lint: $(VENV)/.test
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/lint-imports
 
-test: $(VENV)/.test
+test: $(VENV)/.test $(VENV)/.native
 	$(PYTEST) -m "not slow and not oracle and not aot"
 
-test-slow: $(VENV)/.test
+test-slow: $(VENV)/.test $(VENV)/.native
 	$(PYTEST) -m "slow and not oracle and not aot"
 
-test-oracle: $(VENV)/.oracle
+test-oracle: $(VENV)/.oracle $(VENV)/.native
 	$(PYTEST) -m oracle
 
 test-aot: .venv-aot-0.10/.installed $(if $(PYTHON312),.venv-aot-0.11/.installed)
@@ -35,30 +44,62 @@ test-aot: .venv-aot-0.10/.installed $(if $(PYTHON312),.venv-aot-0.11/.installed)
 test-aot-%: .venv-aot-%/.installed
 	.venv-aot-$*/bin/python -m pytest -m aot tests/aot
 
-notebooks: $(VENV)/.notebooks
+# scikit-build-core's folder for editable installs, so that only what changed since is compiled.
+native: $(VENV)/.cmake
+	$(CONFIGURE) -B build/native/editable -DTPLLM_INPLACE=ON > /dev/null
+	$(BUILD) build/native/editable
+
+# For the machine that runs it: with all its instructions, and by the profile of a workload. `make native` puts the plain library back.
+native-tuned: $(VENV)/.cmake
+	rm -rf build/native/tuned/profile
+	$(TUNED) -DTPLLM_PGO=generate > /dev/null
+	$(BUILD) build/native/tuned
+	$(PROFILE_WORKLOAD) && find build/native/tuned/profile -name "*.gcda" | grep -q . || \
+		{ echo "make: the workload failed, or did not open the native library"; $(MAKE) native; exit 1; }
+	$(TUNED) -DTPLLM_PGO=use > /dev/null
+	$(BUILD) build/native/tuned
+
+native-asan: SANITIZE = address
+native-tsan: SANITIZE = thread
+native-asan native-tsan: $(VENV)/.cmake
+	$(CONFIGURE) -B build/native/$(SANITIZE) -DTPLLM_DRIVER=ON -DTPLLM_SANITIZE=$(SANITIZE) > /dev/null
+	$(BUILD) build/native/$(SANITIZE)
+	build/native/$(SANITIZE)/native_driver
+
+notebooks: $(VENV)/.notebooks $(VENV)/.native
 	$(VENV)/bin/python tools/run_notebooks.py
 
 docs: $(VENV)/.docs
 	$(VENV)/bin/python -m sphinx -q -n -W --keep-going docs build/docs
 
-docs-commands: $(VENV)/.docs
+docs-commands: $(VENV)/.docs $(VENV)/.native
 	$(VENV)/bin/python tools/run_docs.py
 
 clean:
-	rm -rf $(VENV) .venv-aot-0.10 .venv-aot-0.11 build out *.egg-info .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) .venv-aot-0.10 .venv-aot-0.11 build out tpllm/native/*.so *.egg-info .pytest_cache .ruff_cache .import_linter_cache .hypothesis
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install -q -e .
 	touch $@
 
+# A compiler is optional; where there is one its errors count, while pip goes on without the library and hides them.
+$(VENV)/.native: $(VENV)/.installed $(NATIVE)
+	@if [ "$$TPLLM_NATIVE" != 0 ] && command -v $${CXX:-c++} > /dev/null; then $(MAKE) native; \
+		else echo "make: no C++ compiler, or TPLLM_NATIVE=0: the native library is not built"; fi
+	touch $@
+
+$(VENV)/.cmake: $(VENV)/.installed
+	$(WITH_CMAKE) command -v cmake > /dev/null && command -v ninja > /dev/null || $(PIP) install -q cmake ninja
+	touch $@
+
 $(VENV)/.test: $(VENV)/.installed
-	$(PIP) install -q -e ".[test]"
+	$(EXTRAS) ".[test]"
 	touch $@
 
 $(VENV)/.oracle: $(VENV)/.test
 	$(PIP) install -q $(TORCH)
-	$(PIP) install -q -e ".[test,oracle]"
+	$(EXTRAS) ".[test,oracle]"
 	touch $@
 
 .venv-aot-0.10/.installed: AOT_PYTHON = $(PYTHON)
@@ -69,15 +110,15 @@ $(VENV)/.oracle: $(VENV)/.test
 .venv-aot-0.11/.installed: LIBTPU_VERSION = 0.0.48
 .venv-aot-%/.installed: pyproject.toml
 	$(AOT_PYTHON) -m venv .venv-aot-$*
-	.venv-aot-$*/bin/pip --disable-pip-version-check install -q -e . "pytest>=8" "jax==$(JAX_VERSION)" "libtpu==$(LIBTPU_VERSION).*"
+	TPLLM_NATIVE=0 .venv-aot-$*/bin/pip --disable-pip-version-check install -q -e . "pytest>=8" "jax==$(JAX_VERSION)" "libtpu==$(LIBTPU_VERSION).*"
 	.venv-aot-$*/bin/pip --disable-pip-version-check install -q --no-deps "jax-cuda13-pjrt==$(JAX_VERSION)" "jax-cuda13-plugin==$(JAX_VERSION)" \
 		nvidia-cuda-nvcc nvidia-nvvm
 	touch $@
 
 $(VENV)/.notebooks: $(VENV)/.test
-	$(PIP) install -q -e ".[test,notebooks]"
+	$(EXTRAS) ".[test,notebooks]"
 	touch $@
 
 $(VENV)/.docs: $(VENV)/.test
-	$(PIP) install -q -e ".[test,docs]"
+	$(EXTRAS) ".[test,docs]"
 	touch $@

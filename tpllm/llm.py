@@ -64,6 +64,7 @@ class LLM:
     _engine: Engine | None = None  # none before it is made, none once it is closed
     _description: Description | None = None
     _owns_params = False
+    _quantization: str | None = None
 
     def __init__(self, model: str, *, mesh: str | Mapping[str, int] | Mesh = "auto", rules: Rules | None = None, dtype: str = "auto",
                  quantization: str | None = None, kv_cache_dtype: str = "auto", max_model_len: int | None = None, max_num_seqs: int | None = None,
@@ -73,7 +74,7 @@ class LLM:
                                batch_invariant=batch_invariant, is_packed=uses_native(opened.config.partition))
         cache_dtype = choose_cache_dtype(kv_cache_dtype, opened.dtype)
         cache_bytes = cache_bytes_per_device(opened.config, shapes.max_num_seqs, shapes.cache_len, cache_dtype)
-        self._model_fingerprint = opened.checkpoint.fingerprint()
+        self._model_fingerprint, self._quantization = opened.checkpoint.fingerprint(), quantization
         params = load_weights(opened, cache_bytes_per_device=cache_bytes)
         try:
             self._start(opened.config, params, opened.tokenizer, shapes=shapes, cache_dtype=cache_dtype, seed=seed,
@@ -288,7 +289,7 @@ class LLM:
         return {"model": self._model_fingerprint, "environment": describe_environment(device.platform, device.device_kind),
                 "mesh": mesh_text(self.config.partition.mesh), "rules": dict(self.config.partition.rules.entries),
                 "shapes": dataclasses.asdict(self.shapes), "dtype": str(self.params.dtype), "kv_cache_dtype": str(runner.cache_dtype),
-                "kernels": kernels_of(self.params)}
+                "quantization": self._quantization, "kernels": kernels_of(self.params)}
 
     @property
     def _live_engine(self) -> Engine:

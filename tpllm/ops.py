@@ -14,7 +14,7 @@ from pallas_kernels.paged_attention import paged_attention_reference
 from pallas_kernels.rms_norm import rms_norm_reference
 from pallas_kernels.rope import rope_reference
 from sharding_rules import Partition
-from sharding_rules.axes import BATCH, HEAD_DIM, HEADS, KV_HEADS
+from sharding_rules.axes import BATCH, HEAD_DIM, HEADS, KV_HEADS, VOCAB
 from tpllm import native
 from tpllm.native import attention as native_attention
 from tpllm.native import products
@@ -118,6 +118,20 @@ def _norm_reference(eps, x, weight, delta=None):
 
 _native_norm.defvjp(lambda eps, *arguments: (_native_norm(eps, *arguments), arguments),
                     lambda eps, arguments, gradients: jax.vjp(functools.partial(_norm_reference, eps), *arguments)[1](gradients))
+
+
+def vocab_sums(x_BV: jax.Array, partition: Partition | None) -> jax.Array:
+    """[B, ...]: float32 sums over the vocabulary, the last dim; on native kernels a row's has the same bits at any number of rows."""
+    if not uses_native(partition):
+        return jnp.sum(x_BV, axis=-1)
+    if partition is None or partition.mesh.size == 1:
+        return native_attention.row_sums(x_BV)
+
+    def add_up(x):
+        sums, axis = native_attention.row_sums(x), partition.rules.mesh_axis(VOCAB)
+        return sums if partition.size(VOCAB) == 1 else jax.lax.psum(sums, axis)
+    lead = (BATCH, *(None,) * (x_BV.ndim - 2))
+    return _on_shards(add_up, partition, ((*lead, VOCAB),), (lead,))(x_BV)
 
 
 def packed_linears(x_D: jax.Array, weights: Sequence[PackedWeight], biases: Sequence[jax.Array | None], dtype=None) -> tuple[jax.Array, ...]:

@@ -6,12 +6,13 @@ import pytest
 from tpllm.bench import bandwidth, latency
 from tpllm.cli.main import main
 from tpllm.errors import MemoryNeedError
+from tpllm.native import instruction_set
 
 SMALL = ["--prompt-len", "20", "--output-len", "4", "--runs", "2", "--warmup", "0"]
 KEYS = {
     "machine": {"date", "tpllm", "python", "jax", "jaxlib", "platform", "device_kind", "instruction_set", "cpu_model", "num_cpus",
                 "memory_bytes", "load_average"},
-    "setup": {"model", "has_random_weights", "mesh", "dtype", "kv_cache_dtype", "prompt_len", "output_len", "batch_size", "num_runs",
+    "setup": {"model", "has_random_weights", "mesh", "dtype", "quantization", "kernels", "kv_cache_dtype", "prompt_len", "output_len", "batch_size", "num_runs",
               "num_warmup"},
     "results": {"ttft_s", "prefill_tokens_per_s", "step_s", "decode_tokens_per_s", "inter_token_ms", "load_s", "warm_up_s",
                 "peak_host_bytes", "peak_device_bytes"},
@@ -35,12 +36,13 @@ def exit_code(*words: str) -> int:
 
 
 def test_a_shape_gives_a_table_and_json_with_every_number(tmp_path, capsys):
-    assert exit_code("--shape", "tiny", "--mesh", "tp=2", "--batch-size", "3", *SMALL, "--json", str(tmp_path / "r.json")) == 0
+    assert exit_code("--shape", "tiny", "--mesh", "tp=2", "--dtype", "float32", "--batch-size", "3", *SMALL, "--json", str(tmp_path / "r.json")) == 0
     report = json.loads((tmp_path / "r.json").read_text())
     assert set(report) == {"benchmark", "runs_s", *KEYS}
     for part, keys in KEYS.items():
         assert set(report[part]) == keys, part
-    assert report["setup"] == {"model": "tiny", "has_random_weights": True, "mesh": "tp=2", "dtype": "float32", "kv_cache_dtype": "float32",
+    assert report["setup"] == {"model": "tiny", "has_random_weights": True, "mesh": "tp=2", "dtype": "float32", "quantization": None,
+                               "kernels": f"native {instruction_set()}" if instruction_set() else "xla", "kv_cache_dtype": "float32",
                                "prompt_len": 20, "output_len": 4, "batch_size": 3, "num_runs": 2, "num_warmup": 0}
     assert [set(run) for run in report["runs_s"]] == [{"short", "long", "ttft"}] * 2
     assert len(report["bandwidth"]["samples_bytes_per_s"]) == 2 * bandwidth.NUM_PASSES

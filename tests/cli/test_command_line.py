@@ -151,7 +151,8 @@ def test_inspect_as_json_counts_what_is_on_each_device(capsys):
         assert exit_code("inspect", "demo", "--mesh", mesh, "--json") == 0
         reports.append(json.loads(capsys.readouterr().out))
     one, two = reports
-    assert one["num_parameters"] * 4 == one["weight_bytes_per_device"]
+    assert one["dtype"] == "bfloat16"
+    assert one["num_parameters"] * 2 == one["weight_bytes_per_device"]
     assert one["config"] == two["config"]
     for whole, half in zip(one["parameters"], two["parameters"], strict=True):
         is_cut = "tp" in half["sharding"]

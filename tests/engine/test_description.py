@@ -94,7 +94,8 @@ def test_sizes_are_those_of_the_arrays_and_of_tpllm_inspect(mesh):
             return sum(shard.data.nbytes for leaf in jax.tree.leaves(tree) for shard in leaf.addressable_shards if shard.device == device)
         assert shown.weight_bytes == on_device(llm.params) == report["weight_bytes_per_device"]
         tokens_on_device = 256 * 2 // llm.config.partition.size("batch")
-        assert shown.cache_bytes == on_device(llm._engine.runner.cache) == report["kv_bytes_per_token_per_device"]["float32"] * tokens_on_device
+        bytes_a_token = report["kv_bytes_per_token_per_device"][shown.kv_cache_dtype]
+        assert shown.cache_bytes == on_device(llm._engine.runner.cache) == bytes_a_token * tokens_on_device
         assert shown.num_parameters == report["num_parameters"]
         assert (shown.model, shown.family, shown.mesh) == ("demo", report["family"], mesh)
 

@@ -15,7 +15,7 @@ VERSIONS = {"jax": "0.0-fake", "platform": "fake"}
 class FakeLLM:
     """``tick_s`` is the time of a step; ``calls`` names a file that gets one line for each prompt begun."""
 
-    def __init__(self, model, *, mesh="auto", dtype="auto", seed=0, max_num_seqs=4, max_model_len=None,
+    def __init__(self, model, *, mesh="auto", dtype="auto", quantization=None, seed=0, max_num_seqs=4, max_model_len=None,
                  tick_s=0.0, calls=None, revision=None):
         self.model, self.mesh, self.dtype, self.max_num_seqs = model, mesh, dtype, max_num_seqs
         self.tick_s, self.calls, self.max_model_len = tick_s, calls, max_model_len

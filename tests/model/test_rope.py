@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tpllm.model.config import RopeConfig
 from pallas_kernels.rope import rope_reference
+from tpllm.model.config import RopeConfig
 from tpllm.model.rope import rope_tables, static_inv_freq
 
 H, THETA = 16, 10000.0

@@ -112,7 +112,8 @@ def _make_llm(args: argparse.Namespace) -> LLM:
 
 def _setup(args: argparse.Namespace, llm: LLM) -> dict[str, Any]:
     return {"model": args.shape or args.model, "has_random_weights": bool(args.shape), "mesh": mesh_text(llm.config.partition.mesh),
-            "dtype": str(llm.params.dtype), "quantization": args.quantization, "kernels": llm.fingerprint()["kernels"], "kv_cache_dtype": llm.fingerprint()["kv_cache_dtype"], "prompt_len": args.prompt_len,
+            "dtype": str(llm.params.dtype), "quantization": args.quantization, "kernels": llm.fingerprint()["kernels"],
+            "kv_cache_dtype": llm.fingerprint()["kv_cache_dtype"], "prompt_len": args.prompt_len,
             "output_len": args.output_len, "batch_size": args.batch_size, "num_runs": args.runs, "num_warmup": args.warmup}
 
 

@@ -18,7 +18,8 @@ _UNLIMITED = 2**60  # version 1 of cgroups writes "no limit" as a number near 2^
 _FIX = "Lower max_model_len or max_num_seqs, take a smaller dtype or model, or"
 
 
-def needed_bytes(config: ModelConfig, *, dtype: Any, cache_bytes_per_device: int, storage: Storage | None = None) -> tuple[dict[jax.Device, int], int]:
+def needed_bytes(config: ModelConfig, *, dtype: Any, cache_bytes_per_device: int,
+                 storage: Storage | None = None) -> tuple[dict[jax.Device, int], int]:
     """What a model takes once it is loaded.
 
     Args:

@@ -61,4 +61,5 @@ def load_llm(args: argparse.Namespace, make_llm: Callable[..., Any] | None) -> A
         import tpllm.llm  # loads jax
         make_llm = tpllm.llm.LLM
     num_seqs = 1 if args.mesh == "auto" else parse_mesh(args.mesh).get("dp", 1)
-    return make_llm(args.model, mesh=args.mesh, dtype=args.dtype, quantization=args.quantization, max_model_len=args.max_model_len, max_num_seqs=num_seqs, revision=args.revision)
+    return make_llm(args.model, mesh=args.mesh, dtype=args.dtype, quantization=args.quantization, max_model_len=args.max_model_len,
+                    max_num_seqs=num_seqs, revision=args.revision)

@@ -202,7 +202,7 @@ def _advance(sampled: Sampled, remaining_B: jax.Array) -> tuple[jax.Array, jax.A
 def _score_prompt(params: DecoderParams, hidden_GCD: jax.Array, chunk: PrefillChunk, config: ModelConfig) -> TokenScores:
     num_groups, length = chunk.tokens.shape
     logits = unembed(params, hidden_GCD.reshape(num_groups * length, -1), config)
-    return score(logits, jnp.maximum(chunk.targets, 0).reshape(-1), jnp.repeat(chunk.num_prompt_logprobs, length))
+    return score(logits, jnp.maximum(chunk.targets, 0).reshape(-1), jnp.repeat(chunk.num_prompt_logprobs, length), partition=config.partition)
 
 
 def _empty_output(max_steps: int, num_rows: int) -> StepOutput:

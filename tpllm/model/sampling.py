@@ -6,12 +6,15 @@ two reductions, so that a sharded vocabulary costs a fixed number of all-reduces
 The order of the filters is vLLM's: temperature, min_p, top_k, top_p. A token is drawn by the Gumbel-max trick (Gumbel 1954): the argmax of
 logits / temperature + noise, where the noise of one token depends on (seed, sample index, position, token id) alone.
 """
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import struct
 
 from sharding_rules import Partition
 from sharding_rules.axes import BATCH, VOCAB
+from tpllm import ops
 from tpllm.model.logit_adjustments import Adjustments, History, adjust
 
 MAX_TOP_LOGPROBS = 20
@@ -109,13 +112,14 @@ def sample(logits_BV: jax.Array, rows: SamplingRows, positions_B: jax.Array, his
     noisy_BV = only_if(jnp.any(is_random_B), lambda x: _noisy(x, rows, positions_B, partition), allowed_BV)
     token_B, best_B = _argmax(jnp.where(is_random_B[:, None], noisy_BV, allowed_BV), vocab_size)
     return Sampled(token=token_B, is_stop=jnp.any(rows.stop_ids == token_B[:, None], axis=-1), is_finite=is_finite_B, has_choice=best_B > -jnp.inf,
-                   scores=score(logits_BV, token_B, rows.num_logprobs))
+                   scores=score(logits_BV, token_B, rows.num_logprobs, partition=partition))
 
 
-def score(logits_BV: jax.Array, token_B: jax.Array, num_logprobs_B: jax.Array) -> TokenScores:
+def score(logits_BV: jax.Array, token_B: jax.Array, num_logprobs_B: jax.Array, *, partition: Partition | None) -> TokenScores:
     """Log probabilities of ``token_B`` and of the likeliest tokens under the logits' softmax."""
     ids_V = jnp.arange(logits_BV.shape[1], dtype=jnp.int32)
-    normalizer_B = jax.nn.logsumexp(logits_BV, axis=-1)
+    largest_B = jnp.max(logits_BV, axis=-1)
+    normalizer_B = largest_B + jnp.log(ops.vocab_sums(jnp.exp(logits_BV - largest_B[:, None]), partition))
     chosen_B = jnp.sum(jnp.where(ids_V == token_B[:, None], logits_BV, 0.0), axis=-1)
     rank_B = 1 + jnp.sum(logits_BV > chosen_B[:, None], axis=-1, dtype=jnp.int32)
     top_ids, top_logits = _likeliest(logits_BV, jnp.max(num_logprobs_B))
@@ -129,7 +133,8 @@ def _noisy(logits_BV: jax.Array, rows: SamplingRows, positions_B: jax.Array, par
     scaled_BV = (logits_BV - largest_B1) / temperature_B1  # at most 0: a tiny temperature does not overflow
     is_filtered = jnp.any((rows.top_k > 0) | (rows.top_p < 1) | (rows.min_p > 0))
     num_shards = 1 if partition is None else partition.size(VOCAB)
-    kept_BV = jax.lax.cond(is_filtered, lambda x: _filter(x, rows, bits_a_round=1 if num_shards == 1 else 4), lambda x: x, scaled_BV)
+    filter_rows = functools.partial(_filter, rows=rows, bits_a_round=1 if num_shards == 1 else 4, partition=partition)
+    kept_BV = jax.lax.cond(is_filtered, filter_rows, lambda x: x, scaled_BV)
     noise_BV = gumbel_noise(rows.seed, rows.sample_index, positions_B, logits_BV.shape[1])
     if partition is not None:
         noise_BV = partition.constrain(noise_BV, (BATCH, VOCAB))
@@ -150,19 +155,20 @@ def gumbel_noise(seed_B2: jax.Array, sample_index_B: jax.Array, positions_B: jax
     return -jnp.log(-jnp.log1p(-uniform_BV))
 
 
-def _filter(scaled_BV: jax.Array, rows: SamplingRows, *, bits_a_round: int) -> jax.Array:
+def _filter(scaled_BV: jax.Array, rows: SamplingRows, *, bits_a_round: int, partition: Partition | None) -> jax.Array:
     """-inf wherever min_p, top_k or top_p drops a token. The largest of ``scaled_BV`` is 0."""
     probs_BV = jnp.exp(scaled_BV)  # the likeliest token has 1
     keys_BV = _sortable(scaled_BV)
     kept_BV = probs_BV >= rows.min_p[:, None]
+    options = {"bits_a_round": bits_a_round, "partition": partition}
 
     def keep_top_k(kept_BV):
-        threshold_B = _threshold(keys_BV, jnp.ones_like(probs_BV), rows.top_k.astype(jnp.float32), bits_a_round=bits_a_round)
+        threshold_B = _threshold(keys_BV, jnp.ones_like(probs_BV), rows.top_k.astype(jnp.float32), **options)
         return kept_BV & ((keys_BV >= threshold_B[:, None]) | (rows.top_k <= 0)[:, None])
 
     def keep_top_p(kept_BV):
         mass_BV = jnp.where(kept_BV, probs_BV, 0.0)
-        threshold_B = _threshold(keys_BV, mass_BV, rows.top_p * mass_BV.sum(-1), bits_a_round=bits_a_round)
+        threshold_B = _threshold(keys_BV, mass_BV, rows.top_p * ops.vocab_sums(mass_BV, partition), **options)
         return kept_BV & ((keys_BV >= threshold_B[:, None]) | (rows.top_p >= 1)[:, None])
 
     kept_BV = jax.lax.cond(jnp.any(rows.top_k > 0), keep_top_k, lambda kept: kept, kept_BV)
@@ -176,7 +182,8 @@ def _sortable(x: jax.Array) -> jax.Array:
     return jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))
 
 
-def _threshold(keys_BV: jax.Array, weights_BV: jax.Array, target_B: jax.Array, *, bits_a_round: int) -> jax.Array:
+def _threshold(keys_BV: jax.Array, weights_BV: jax.Array, target_B: jax.Array, *, bits_a_round: int,
+               partition: Partition | None) -> jax.Array:
     """The largest key t of each row with sum(weights where keys >= t) >= target, or 0 where even all fall short.
 
     It is found from its top bits down, ``bits_a_round`` at a time: more at once means more work and fewer all-reduces.
@@ -187,7 +194,7 @@ def _threshold(keys_BV: jax.Array, weights_BV: jax.Array, target_B: jax.Array, *
         shift = (32 - bits_a_round * (round_index + 1)).astype(jnp.uint32)
         candidates_BJ = threshold_B[:, None] + (steps_J << shift)
         is_above_BJV = keys_BV[:, None, :] >= candidates_BJ[:, :, None]
-        sums_BJ = jnp.sum(jnp.where(is_above_BJV, weights_BV[:, None, :], 0.0), axis=-1)
+        sums_BJ = ops.vocab_sums(jnp.where(is_above_BJV, weights_BV[:, None, :], 0.0), partition)
         num_reached_B = jnp.sum(sums_BJ >= target_B[:, None], axis=-1, dtype=jnp.uint32)  # sums fall as candidates rise
         return threshold_B + (num_reached_B << shift)
     return jax.lax.fori_loop(0, 32 // bits_a_round, refine, jnp.zeros(keys_BV.shape[0], jnp.uint32))

@@ -47,3 +47,9 @@ def rms_norm(x_D: jax.Array, weight_D: jax.Array, delta_D: jax.Array | None, *, 
     results = [jax.ShapeDtypeStruct(rows[0].shape, x_D.dtype)] * len(rows)
     outs = call("rms_norm", results, rows[0], weight_D, *rows[1:], eps=np.float32(eps))
     return tuple(out.reshape(x_D.shape) for out in outs)
+
+
+def row_sums(x_V: jax.Array) -> jax.Array:
+    """[...]: float32 sums over the last dim, each in the same order whatever the other dims."""
+    rows = x_V.reshape(-1, x_V.shape[-1])
+    return call("row_sums", jax.ShapeDtypeStruct(rows.shape[:1], jnp.float32), rows).reshape(x_V.shape[:-1])

@@ -20,7 +20,7 @@ from tpllm.errors import ConfigError
 log = logging.getLogger("tpllm")
 
 PATH = Path(__file__).with_name("_kernels.so")
-TARGETS = ("linear", "gated_mlp", "lookup", "rms_norm", "attention", "pool_size")
+TARGETS = ("linear", "gated_mlp", "lookup", "rms_norm", "row_sums", "attention", "pool_size")
 
 
 @functools.cache

@@ -132,24 +132,25 @@ class PackedWeight:
                 *(int(getattr(self, name) is not None) for name in ("scales", "mins", "super_scales", "super_mins")), int(has_bias)]
 
 
-def pack_rows(format: Format, rows: np.ndarray, out: np.ndarray, *, first_row: int = 0) -> None:
+def pack_rows(code_format: Format, rows: np.ndarray, out: np.ndarray, *, first_row: int = 0) -> None:
     """Pack some rows of a matrix, or of its codes.
 
     Args:
-        format: of the codes.
+        code_format: of the codes.
         rows: [n, k], a dtype of as many bytes as a code's own; k is that of a shard. n is a multiple of 32 but for the last rows.
         out: uint8 [blocks, units, bytes] of the whole shard.
         first_row: where ``rows`` begin in the shard, a multiple of 32.
     """
-    (num_rows, num_columns), item_bytes = rows.shape, ITEM_BYTES.get(format, 1)
+    (num_rows, num_columns), item_bytes = rows.shape, ITEM_BYTES.get(code_format, 1)
     if rows.dtype.itemsize != item_bytes or (num_columns and rows.strides[1] != item_bytes) or first_row % BLOCK or not out.flags.c_contiguous:
-        raise ValueError(f"cannot pack {rows.dtype} {rows.shape} from row {first_row} as {format.name}")
+        raise ValueError(f"cannot pack {rows.dtype} {rows.shape} from row {first_row} as {code_format.name}")
     first_block, num_blocks = first_row // BLOCK, -(-num_rows // BLOCK)
-    if out.shape[0] < first_block + num_blocks or out.shape[1:] != (-(-num_columns // BLOCK), UNIT_BYTES[format]):
-        raise ValueError(f"{rows.shape} packed as {format.name} does not fit {out.shape} from block {first_block} on")
+    if out.shape[0] < first_block + num_blocks or out.shape[1:] != (-(-num_columns // BLOCK), UNIT_BYTES[code_format]):
+        raise ValueError(f"{rows.shape} packed as {code_format.name} does not fit {out.shape} from block {first_block} on")
     target = out[first_block:first_block + num_blocks]
     if num_rows:
-        load_library().tpllm_pack(int(format), rows.ctypes.data, num_rows, num_columns, rows.strides[0] // item_bytes, 0, num_blocks, target.ctypes.data)
+        load_library().tpllm_pack(int(code_format), rows.ctypes.data, num_rows, num_columns, rows.strides[0] // item_bytes, 0, num_blocks,
+                                  target.ctypes.data)
 
 
 def packed_bytes(layout: PackedLayout, scale_bytes: int) -> int:

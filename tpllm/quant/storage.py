@@ -79,7 +79,7 @@ class PackedMatrix:
     @property
     def source_dtype(self) -> np.dtype:
         """What :meth:`write` takes."""
-        return np.dtype(np.float32) if self.scheme else next(dtype for dtype, format in DENSE.items() if format == self.packed.format)
+        return np.dtype(np.float32) if self.scheme else next(dtype for dtype, dense in DENSE.items() if dense == self.packed.format)
 
     def arrays(self) -> dict[str, tuple[tuple[int, ...], np.dtype, tuple[str | None, ...]]]:
         """(shape, dtype, logical axes) of each array."""

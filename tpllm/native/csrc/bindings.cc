@@ -174,6 +174,16 @@ ffi::Error rms_norm(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer weigh
   return ffi::Error::Success();
 }
 
+ffi::Error row_sums(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Result<ffi::Buffer<ffi::F32>> out, int64_t max_threads) {
+  TPLLM_RETURN_IF(check_kernels());
+  const auto dims = x.dimensions();
+  if (dims.size() != 2 || static_cast<int64_t>(out->element_count()) != dims[0]) return invalid("row sums take a matrix and give one number a row");
+  XlaPool xla_pool(pool);
+  Team team(xla_pool, max_threads);
+  current_kernels()->row_sums(team, Rows{x.untyped_data(), Dtype::kF32, dims[0], dims[1]}, out->typed_data());
+  return ffi::Error::Success();
+}
+
 // q, k, v, cos, sin, positions, rows, then the cache: keys, values and, of int8 ones, their scales. The cache's results are its arguments.
 ffi::Error attention(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer k, ffi::AnyBuffer v, ffi::Buffer<ffi::F32> cos, ffi::Buffer<ffi::F32> sin,
                      ffi::Buffer<ffi::S32> positions, ffi::Buffer<ffi::S32> rows, ffi::RemainingArgs cache, ffi::Result<ffi::AnyBuffer> out,
@@ -242,6 +252,7 @@ TPLLM_HANDLER(rms_norm, TPLLM_ARG(AnyBuffer) TPLLM_ARG(AnyBuffer).RemainingArgs(
 TPLLM_HANDLER(attention, TPLLM_ARG(AnyBuffer) TPLLM_ARG(AnyBuffer) TPLLM_ARG(AnyBuffer) TPLLM_ARG(Buffer<ffi::F32>) TPLLM_ARG(Buffer<ffi::F32>)
               TPLLM_ARG(Buffer<ffi::S32>) TPLLM_ARG(Buffer<ffi::S32>).RemainingArgs().Ret<ffi::AnyBuffer>().RemainingRets() TPLLM_FLOAT("scale")
               TPLLM_FLOAT("softcap") TPLLM_INT("window") TPLLM_INT("max_threads"))
+TPLLM_HANDLER(row_sums, TPLLM_ARG(Buffer<ffi::F32>).Ret<ffi::Buffer<ffi::F32>>() TPLLM_INT("max_threads"))
 TPLLM_HANDLER(pool_size, .Ret<ffi::Buffer<ffi::S32>>())
 
 // The name of the instruction set in use, or an empty text where TPLLM_ISA names none that runs here; and of all that run here, best first.

@@ -30,7 +30,7 @@ namespace TPLLM_ISA {
 #define TPLLM_TEXT(x) TPLLM_TEXT_OF(x)
 
 extern const Kernels kKernels;
-const Kernels kKernels{TPLLM_TEXT(TPLLM_ISA), linear, gated_mlp, lookup, attention, rms_norm};
+const Kernels kKernels{TPLLM_TEXT(TPLLM_ISA), linear, gated_mlp, lookup, attention, rms_norm, row_sums};
 
 }  // namespace TPLLM_ISA
 }  // namespace tpllm

@@ -89,6 +89,7 @@ struct Kernels {
   void (*lookup)(Team&, const int32_t* tokens, const Weight& table, const Rows& out);
   void (*attention)(Team&, const AttentionArgs&);
   void (*rms_norm)(Team&, const Rows& x, const Rows* delta, const void* weight, Dtype weight_dtype, float eps, const Rows& out, const Rows* sum);
+  void (*row_sums)(Team&, const Rows& x, float* out);  // x of float32
 };
 
 // The kernels that $TPLLM_ISA names, or the best that this processor runs; nullptr where TPLLM_ISA names none that it runs.

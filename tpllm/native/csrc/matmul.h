@@ -272,7 +272,7 @@ static Method pair_method(int fold) {
 template <int... I>
 static void set_byte_tiles(TileFunction* tiles, std::integer_sequence<int, I...>) { ((tiles[I] = run_byte_tile<kTileSizes[I]>), ...); }
 
-static Math choose_math(const Weight& weight, Dtype x_dtype) {
+static Math choose_math(const Weight& weight, [[maybe_unused]] Dtype x_dtype) {
   if (weight.quantizes_input) return Math::kBytes;
 #if defined(__AVX512BF16__)
   if (x_dtype == Dtype::kBF16 && weight.format != Format::kF32 && weight.format != Format::kF16) return Math::kPairs;

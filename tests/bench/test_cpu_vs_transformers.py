@@ -9,7 +9,7 @@ from tpllm.bench import bandwidth
 from tpllm.bench.shapes import SHAPES
 from tpllm.bench.timing import RunTimes, Workload
 
-SCRIPT = pathlib.Path(__file__).parents[2] / "benchmarks" / "vs_transformers.py"
+SCRIPT = pathlib.Path(__file__).parents[2] / "benchmarks" / "cpu_vs_transformers.py"
 SMALL = ["--shape", "tiny", "--prompt-len", "20", "--output-len", "5", "--rounds", "2", "--max-repeats", "1"]
 pytestmark = pytest.mark.oracle
 
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.oracle
 def script():
     pytest.importorskip("torch", reason="the oracle extra brings torch")
     pytest.importorskip("transformers", reason="the oracle extra brings transformers")
-    spec = importlib.util.spec_from_file_location("vs_transformers", SCRIPT)
+    spec = importlib.util.spec_from_file_location("cpu_vs_transformers", SCRIPT)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

@@ -1,6 +1,6 @@
 """tpllm beside transformers on this machine's CPU: latency of one row, and throughput of batches of prompts of mixed length.
 
-  python benchmarks/vs_transformers.py --shape tinyllama-1.1b
+  python benchmarks/cpu_vs_transformers.py --shape tinyllama-1.1b
 
 Both models have the same sizes, random weights, one dtype and as many threads as there are cores. They live in one process and take turns:
 ours, theirs, ours, theirs; a pair in which transformers runs at under 90 % of its own best is repeated (--max-repeats). Load averages and the

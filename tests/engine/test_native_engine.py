@@ -1,0 +1,96 @@
+"""The engine on packed weights: rows do not depend on their batch at any number of rows, and quantized weights mean what XLA makes of them."""
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from tpllm import LLM, SamplingParams, load_model, native
+from tpllm.checkpoint import memory
+from tpllm.errors import ConfigError, MemoryNeedError
+from tpllm.native.packed import PackedWeight
+from tpllm.quant.quantized_tensor import QuantizedTensor
+
+pytestmark = pytest.mark.skipif(not native.is_available(), reason="the native library is not built here")
+
+PROMPTS = ["import os\n", "def main():", "for i in range(", "class A:\n    x = 1\n", "x", "# A comment of some length, to fill more than one chunk\n" * 3, "1 +"]
+KINDS = {"float32": {"dtype": "float32"}, "bfloat16": {}, "float16": {"dtype": "float16"}, "int8": {"quantization": "int8"},
+         "int4": {"quantization": "int4"}, "int8 in float32": {"quantization": "int8", "dtype": "float32"}}
+SIZES = {"max_num_seqs": 8, "max_model_len": 256}
+
+
+def results(llm, prompts, params):
+    return [[(completion.token_ids, [top[token].logprob for token, top in zip(completion.token_ids, completion.logprobs, strict=True)])
+             for completion in output.outputs] for output in llm.generate(prompts, params)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_row_alone_gives_the_bits_it_gives_in_a_batch_of_seven_and_in_another_order(kind, temperature):
+    params = SamplingParams(temperature=temperature, seed=3, max_tokens=12, logprobs=0)
+    with LLM("demo", mesh="tp=1", **SIZES, **KINDS[kind]) as llm:
+        assert llm.shapes.row_buckets == (1, 2, 4, 8)
+        together = results(llm, PROMPTS, params)
+        assert results(llm, PROMPTS[::-1], params) == together[::-1]
+        assert [results(llm, [prompt], params)[0] for prompt in PROMPTS] == together
+        assert results(llm, PROMPTS[:3], params) == together[:3]
+
+
+@pytest.mark.parametrize("mesh", ["tp=2", "dp=2,tp=2"])
+def test_so_it_is_on_a_mesh(mesh):
+    params = SamplingParams(temperature=0, max_tokens=8, logprobs=0)
+    with LLM("demo", mesh=mesh, **SIZES) as llm:
+        assert [results(llm, [prompt], params)[0] for prompt in PROMPTS[:3]] == results(llm, PROMPTS[:3], params)
+
+
+def test_the_chunks_of_a_prompt_do_not_change_a_bit():
+    prompt, params = "def f(x):\n    return x\n" * 6, SamplingParams(temperature=0, max_tokens=8, logprobs=0)
+    chunked = []
+    for chunk in (16, 64, 256):
+        with LLM("demo", mesh="tp=1", prefill_chunk_size=chunk, **SIZES) as llm:
+            chunked.append(results(llm, [prompt], params))
+    assert chunked[0] == chunked[1] == chunked[2]
+
+
+@pytest.mark.parametrize(("quantization", "mesh"), [("int8", "tp=1"), ("int8", "tp=2"), ("int4", "tp=1"), ("int4", "tp=4"), (None, "tp=4")])
+def test_in_float32_packed_weights_give_the_greedy_tokens_of_what_xla_computes_with_them(quantization, mesh):
+    config, params, tokenizer = load_model("demo", mesh, dtype="float32", quantization=quantization)
+    assert isinstance(params.layers[0].attn.q, QuantizedTensor if quantization else jax.Array)
+    greedy = SamplingParams(temperature=0, max_tokens=64, ignore_eos=True)
+    with LLM("demo", mesh=mesh, dtype="float32", quantization=quantization, **SIZES) as packed:
+        assert isinstance(packed.params.layers[0].attn.q, PackedWeight)
+        tokens = [output.outputs[0].token_ids for output in packed.generate(PROMPTS[:3], greedy)]
+    with LLM.from_params(config, params, tokenizer, **SIZES) as plain:
+        assert [output.outputs[0].token_ids for output in plain.generate(PROMPTS[:3], greedy)] == tokens
+
+
+def test_quantized_weights_take_their_bytes_and_the_kernels_are_named():
+    held = {}
+    for kind in ("bfloat16", "int8", "int4"):
+        with LLM("demo", mesh="tp=1", **SIZES, **KINDS[kind]) as llm:
+            held[kind] = sum(leaf.nbytes for leaf in jax.tree.leaves(llm.params))
+            assert llm.fingerprint()["kernels"] == f"native {native.instruction_set()}"
+            assert llm.fingerprint()["quantization"] == KINDS[kind].get("quantization")
+    assert held["int8"] < 0.52 * held["bfloat16"]
+    assert held["int4"] < 0.29 * held["bfloat16"]  # 4 bits and 16 for a scale of 32
+
+
+def test_an_unknown_quantization_is_refused_by_name():
+    with pytest.raises(ConfigError, match="quantization is 'int3'; it must be one of int8, int4"):
+        LLM("demo", quantization="int3")
+
+
+def test_the_memory_check_counts_quantized_weights_as_they_are_kept(monkeypatch):
+    config, params, _ = load_model("demo", "tp=1", quantization="int4", packed=True)
+    weights = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+    monkeypatch.setattr(memory, "host_free_bytes", lambda: weights // 2)
+    with pytest.raises(MemoryNeedError, match=r"needs \d+\.\d+ GiB of host memory, \d+\.\d+ GiB are free"):
+        load_model("demo", "tp=1", quantization="int4", packed=True)
+    monkeypatch.setattr(memory, "host_free_bytes", lambda: 10 * weights)
+    assert dataclasses.replace(config) == load_model("demo", "tp=1", quantization="int4", packed=True)[0]
+
+
+def test_an_embedding_row_of_a_padded_vocabulary_is_zeros():
+    config, params, _ = load_model("demo", "tp=8", packed=True)
+    assert params.embed.shape[0] == config.padded_vocab_size
+    assert np.asarray(params.final_norm).dtype == params.dtype

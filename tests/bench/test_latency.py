@@ -12,8 +12,8 @@ SMALL = ["--prompt-len", "20", "--output-len", "4", "--runs", "2", "--warmup", "
 KEYS = {
     "machine": {"date", "tpllm", "python", "jax", "jaxlib", "platform", "device_kind", "instruction_set", "cpu_model", "num_cpus",
                 "memory_bytes", "load_average"},
-    "setup": {"model", "has_random_weights", "mesh", "dtype", "quantization", "kernels", "kv_cache_dtype", "prompt_len", "output_len", "batch_size", "num_runs",
-              "num_warmup"},
+    "setup": {"model", "has_random_weights", "mesh", "dtype", "quantization", "kernels", "kv_cache_dtype", "prompt_len", "output_len",
+              "batch_size", "num_runs", "num_warmup"},
     "results": {"ttft_s", "prefill_tokens_per_s", "step_s", "decode_tokens_per_s", "inter_token_ms", "load_s", "warm_up_s",
                 "peak_host_bytes", "peak_device_bytes"},
     "decode_reads": {"weight_bytes", "weight_bytes_read", "kv_bytes_valid", "batch_size", "bytes_per_step", "bytes_per_token", "bytes_per_s",

@@ -13,7 +13,8 @@ from tpllm.quant.quantized_tensor import QuantizedTensor
 
 pytestmark = pytest.mark.skipif(not native.is_available(), reason="the native library is not built here")
 
-PROMPTS = ["import os\n", "def main():", "for i in range(", "class A:\n    x = 1\n", "x", "# A comment of some length, to fill more than one chunk\n" * 3, "1 +"]
+PROMPTS = ["import os\n", "def main():", "for i in range(", "class A:\n    x = 1\n", "x",
+           "# A comment of some length, to fill more than one chunk\n" * 3, "1 +"]
 KINDS = {"float32": {"dtype": "float32"}, "bfloat16": {}, "float16": {"dtype": "float16"}, "int8": {"quantization": "int8"},
          "int4": {"quantization": "int4"}, "int8 in float32": {"quantization": "int8", "dtype": "float32"}}
 SIZES = {"max_num_seqs": 8, "max_model_len": 256}

@@ -29,7 +29,7 @@ class JobConfig:
         output_format: of the parts: ``"jsonl"``, ``"parquet"``, or ``"auto"`` for that of the input.
         work_dir: the local folder of a job whose ``output`` is a URL; None for one in the cache folder.
         mesh: as :class:`tpllm.LLM` takes it: ``"auto"``, ``"tp=4"``, or a mapping.
-        dtype: of weights and activations.
+        dtype: of activations, and of weights that are not quantized.
         seed: each row's own seed is derived from this and the row's place (:func:`tpllm.jobs.rows.row_seed`).
         rows_per_part: input rows of one part file.
         shard: ``"i/n"`` runs the ``i``-th (from 0) of ``n`` shards, in a folder of its own below ``output``; None runs all.

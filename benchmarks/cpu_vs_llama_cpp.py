@@ -13,7 +13,8 @@ For each kind of weights there are these cells, in tokens/s; --contexts, --promp
   decode-1-at-1900                   three times as many steps (as far as the shape's context goes), for there the prefill weighs more
   prefill-128, prefill-1024          one prompt, until its first token is known
 
-Ours is `LLM.generate` on token ids, greedy, host work and sampling included. Decoding is what a call for all tokens takes beyond a call for one.
+Ours is `LLM.generate` on token ids, greedy, host work and sampling included. Decoding is what a call for all tokens takes beyond a call for one;
+after prompts of 1024 tokens and more, what one call takes from its first token on.
 Theirs is its C functions: one `llama_decode` for the prompts, then one for each step, its caches in float16; the best token is found by numpy in
 its own logits. It is given the faster of its two attentions (fused or not), which a trial of both finds in each cell; the file is read into
 memory, not mapped.

@@ -152,7 +152,7 @@ def time_peer_row(peer: transformers.PreTrainedModel, prompt_len: int, output_le
     ttft_s = time.perf_counter() - start
     start = time.perf_counter()
     for _ in range(output_len - 1):
-        out = peer(token, past_key_values=out.past_key_values, use_cache=True)
+        out = peer(token, cache=out.cache, use_cache=True)
         token = out.logits[:, -1:].argmax(-1)
         int(token)  # a user reads each token
     return {"ttft_s": ttft_s, "prefill_tokens_per_s": prompt_len / ttft_s, "decode_tokens_per_s": (output_len - 1) / (time.perf_counter() - start)}

@@ -50,7 +50,7 @@ def answer(model: TinyModel) -> Reference:
         best = torch.topk(out.logits[0, -1], 2)
         gap = min(gap, float(best.values[0] - best.values[1]))
         tokens.append(int(best.indices[0]))
-        out = reference(torch.tensor([tokens[-1:]]), past_key_values=out.past_key_values, use_cache=True)
+        out = reference(torch.tensor([tokens[-1:]]), cache=out.cache, use_cache=True)
     return Reference(logits, tokens, gap)
 
 

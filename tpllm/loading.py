@@ -68,12 +68,12 @@ def load_model(model: str, mesh: str | Mapping[str, int] | Mesh = "auto", *, rul
     Raises:
         TpllmError: a model that cannot be opened, does not fit the memory or the mesh.
     """
-    opened = open_model(model, mesh, rules=rules, dtype=dtype, quantization=quantization, revision=revision)
+    opened = open_model(model, mesh, rules=rules, dtype=dtype, quantization=quantization, packed=packed, revision=revision)
     return opened.config, load_weights(opened, packed=packed), opened.tokenizer
 
 
 def open_model(model: str, mesh: str | Mapping[str, int] | Mesh = "auto", *, rules: Rules | None = None, dtype: str = "auto",
-               quantization: str | None = None, revision: str | None = None) -> OpenedModel:
+               quantization: str | None = None, packed: bool = True, revision: str | None = None) -> OpenedModel:
     """As :func:`load_model`, up to the weights."""
     enable_compile_cache()
     scheme = find_scheme(quantization)
@@ -81,7 +81,7 @@ def open_model(model: str, mesh: str | Mapping[str, int] | Mesh = "auto", *, rul
     refuse_quantized(checkpoint)
     config = fit_to_mesh(checkpoint.config, choose_mesh(mesh, checkpoint.config), DATA_TENSOR if rules is None else rules)
     return OpenedModel(checkpoint, config, Tokenizer.from_folder(checkpoint.folder),
-                       choose_dtype(dtype, checkpoint.hf_config, config.partition), scheme)
+                       choose_dtype(dtype, checkpoint.hf_config, config.partition, packed=packed), scheme)
 
 
 def load_weights(opened: OpenedModel, *, cache_bytes_per_device: int = 0, packed: bool = True) -> DecoderParams:
@@ -110,12 +110,12 @@ def choose_mesh(mesh: str | Mapping[str, int] | Mesh, config: ModelConfig) -> Me
     return make_mesh({"tp": tp})
 
 
-def choose_dtype(dtype: str, hf_config: Mapping[str, Any], partition: Partition) -> np.dtype:
-    """The dtype of weights and activations. ``"auto"`` is the checkpoint's own, and float32 on a CPU without native kernels, where XLA reads
-    16-bit weights at a twentieth of the memory's speed."""
+def choose_dtype(dtype: str, hf_config: Mapping[str, Any], partition: Partition, *, packed: bool = True) -> np.dtype:
+    """The dtype of weights and activations. ``"auto"`` is the checkpoint's own, and float32 on a CPU where the weights are not packed for native
+    kernels: XLA reads 16-bit ones there at a twentieth of the memory's speed."""
     if dtype == "auto":
         stored = str(hf_config.get("dtype") or hf_config.get("torch_dtype") or "bfloat16")
-        dtype = "float32" if partition.platform == "cpu" and not uses_native(partition) else stored
+        dtype = "float32" if partition.platform == "cpu" and not (packed and uses_native(partition)) else stored
     return _known_dtype("dtype", dtype)
 
 

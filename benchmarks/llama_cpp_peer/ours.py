@@ -11,6 +11,8 @@ from tpllm.bench.timing import Workload
 from tpllm.bench.traffic import decode_traffic
 from tpllm.errors import ConfigError, TpllmError
 
+LONG_PROMPT = 1024
+
 
 def open_ours(shape: str, quantization: str | None, *, context_len: int, num_seqs: int) -> LLM:
     """Our side on one CPU device: random weights of a shape, computed in bfloat16.
@@ -31,6 +33,8 @@ def our_turns(cell: Cell, llm: LLM, rng: np.random.Generator) -> Callable[[], di
     Workload(llm.config.vocab_size, **{**lengths, "prompt_len": min(16, cell.prompt_len)}).time_run(llm)
     if not cell.num_steps:
         return lambda: _time_prefill(llm, cell.prompt_len, rng)
+    if cell.prompt_len >= LONG_PROMPT:
+        return lambda: _time_long_decode(llm, cell, rng)
     traffic = decode_traffic(llm.config, llm.params, kv_dtype=llm.fingerprint()["kv_cache_dtype"], **lengths)
 
     def run_ours() -> dict[str, float]:
@@ -41,6 +45,21 @@ def our_turns(cell: Cell, llm: LLM, rng: np.random.Generator) -> Callable[[], di
             raise ConfigError(f"{cell.num_steps} decode steps are too short to measure; raise --decode-steps")
         return {"prefill_s": run.short, "tokens_per_s": speed, "decode_bytes_per_s": traffic.bytes_per_token * speed}
     return run_ours
+
+
+def _time_long_decode(llm: LLM, cell: Cell, rng: np.random.Generator) -> dict[str, float]:
+    """Of one row from its first token on: a second prefill to take off would be longer than the decoding, and its noise as large."""
+    prompt = {"prompt_token_ids": rng.integers(0, llm.config.vocab_size, cell.prompt_len).tolist()}
+    params = SamplingParams(temperature=0, max_tokens=cell.num_steps + 1, ignore_eos=True)
+    time.sleep(PAUSE_S)
+    [output] = llm.generate([prompt], params, show_progress=False)
+    if len(output.outputs[0].token_ids) != cell.num_steps + 1:
+        raise TpllmError(f"a row gave {len(output.outputs[0].token_ids)} of {cell.num_steps + 1} tokens: {output.outputs[0].error}")
+    times = output.metrics
+    traffic = decode_traffic(llm.config, llm.params, kv_dtype=llm.fingerprint()["kv_cache_dtype"], batch_size=1, prompt_len=cell.prompt_len,
+                             output_len=cell.num_steps + 1)
+    speed = cell.num_steps / (times.finished_time - times.first_token_time)
+    return {"prefill_s": times.first_token_time - times.arrival_time, "tokens_per_s": speed, "decode_bytes_per_s": traffic.bytes_per_token * speed}
 
 
 def _time_prefill(llm: LLM, prompt_len: int, rng: np.random.Generator) -> dict[str, float]:

@@ -1,20 +1,12 @@
 """The gated feed-forward layer (GLU variants: Shazeer 2020, arXiv:2002.05202)."""
-import functools
-
 import jax
 
+from pallas_kernels.gated_mlp import ACTIVATIONS
 from tpllm import ops
 from tpllm.model.config import ModelConfig
 from tpllm.model.params import MlpParams
 from tpllm.native.packed import PackedWeight
 from tpllm.quant.linear import linear
-
-_ACTIVATIONS = {
-    "silu": jax.nn.silu,
-    "gelu": functools.partial(jax.nn.gelu, approximate=False),
-    "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
-    "relu": jax.nn.relu,
-}
 
 
 def gated_mlp(x_BTD: jax.Array, params: MlpParams, config: ModelConfig) -> jax.Array:
@@ -24,4 +16,4 @@ def gated_mlp(x_BTD: jax.Array, params: MlpParams, config: ModelConfig) -> jax.A
         return ops.packed_gated_mlp(x_BTD, weights, biases, activation=config.activation)
     gate_BTF = linear(x_BTD, params.gate, params.gate_bias)
     up_BTF = linear(x_BTD, params.up, params.up_bias)
-    return linear(_ACTIVATIONS[config.activation](gate_BTF) * up_BTF, params.down, params.down_bias)
+    return linear(ACTIVATIONS[config.activation](gate_BTF) * up_BTF, params.down, params.down_bias)

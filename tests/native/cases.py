@@ -1,0 +1,265 @@
+"""The cases of the native kernels, for their tests and their benchmark: what a weight looks like, and weights that look so."""
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+
+from pallas_kernels.quant_matmul import dequantize_reference
+from tpllm.native.packed import ITEM_BYTES, Format, PackedLayout, PackedWeight, pack_rows
+
+DENSE_DTYPES = {Format.F32: np.float32, Format.F16: np.float16, Format.BF16: ml_dtypes.bfloat16}
+FP8_DTYPES = {Format.E4M3: ml_dtypes.float8_e4m3fn, Format.E5M2: ml_dtypes.float8_e5m2}
+NUM_CODES = {Format.I4: 16, Format.Q5: 32, Format.Q6: 64}
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One kind of packed weight, and of activations that it multiplies.
+
+    Attributes:
+        format: of the codes.
+        num_outputs, num_inputs: N and K.
+        group, super_group, zero, quantizes_input: see ``PackedLayout``.
+        has_mins: whether groups have mins.
+        scale_dtype: of scales and mins; None for no scales.
+        x_dtype: of the activations.
+    """
+
+    format: Format
+    num_outputs: int = 130
+    num_inputs: int = 256
+    group: int = 0
+    has_mins: bool = False
+    super_group: int = 0
+    zero: int = 0
+    scale_dtype: str | None = None
+    x_dtype: str = "float32"
+    quantizes_input: bool = False
+
+    def __str__(self) -> str:
+        parts = [self.format.name, f"{self.num_outputs}x{self.num_inputs}", self.group and f"group{self.group}", self.has_mins and "mins",
+                 self.super_group and f"super{self.super_group}", self.scale_dtype, f"x_{self.x_dtype}", self.quantizes_input and "int8_input"]
+        return "-".join(part for part in parts if part)
+
+    @property
+    def layout(self) -> PackedLayout:
+        """How the packed weight lies."""
+        return PackedLayout(self.format, (self.num_outputs, self.num_inputs), group=self.group, super_group=self.super_group, zero=self.zero,
+                            quantizes_input=self.quantizes_input)
+
+
+@dataclasses.dataclass(frozen=True)
+class Canonical:
+    """A weight before packing.
+
+    Attributes:
+        codes: [N, K] integers or floats.
+        scales, mins: float32 [N, G], or [N] where an output has one, two-level ones multiplied out; or None.
+        case: what it is of.
+    """
+
+    codes: np.ndarray
+    scales: np.ndarray | None
+    mins: np.ndarray | None
+    case: Case
+
+    def arguments(self) -> tuple[tuple, dict[str, int]]:
+        """What the references of ``pallas_kernels.quant_matmul`` take besides activations."""
+        arrays = (jnp.asarray(self.codes), *(None if array is None else jnp.asarray(array) for array in (self.scales, self.mins)))
+        zero = 0 if self.case.format == Format.I8 else self.case.zero  # of I8 it says that -128 may occur
+        return arrays, {"group": self.case.group, "zero": zero}
+
+    def dense(self) -> np.ndarray:
+        """float32 [N, K]."""
+        arrays, how = self.arguments()
+        return np.asarray(dequantize_reference(*arrays, **how))
+
+
+def k_quant(code_format: Format, **changes) -> Case:
+    """llama.cpp's Q4_K, Q5_K (both with mins) or Q6_K."""
+    fields = {"num_inputs": 512, "super_group": 256, "group": 32, "scale_dtype": "uint8", "has_mins": True}
+    if code_format == Format.Q6:
+        fields |= {"group": 16, "scale_dtype": "int8", "has_mins": False, "zero": 32}
+    return Case(code_format, **(fields | changes))
+
+
+WEIGHTS = (
+    Case(Format.F32, num_inputs=297),
+    Case(Format.F16, num_inputs=297),
+    Case(Format.BF16, num_inputs=297),
+    Case(Format.I8, num_inputs=297, scale_dtype="float32"),
+    Case(Format.I8, num_inputs=297, zero=1, scale_dtype="float32"),  # -128 occurs
+    Case(Format.I8, group=128, scale_dtype="float16"),
+    Case(Format.E4M3, num_inputs=297, scale_dtype="float32"),
+    Case(Format.E5M2, num_inputs=297, scale_dtype="bfloat16"),
+    Case(Format.E4M3, group=128, scale_dtype="float32"),
+    Case(Format.I4, num_inputs=297, group=32, zero=8, scale_dtype="float16"),
+    Case(Format.I4, num_inputs=297, zero=8, scale_dtype="float32"),
+    Case(Format.I4, group=64, has_mins=True, scale_dtype="bfloat16"),
+    Case(Format.I4, group=128, zero=8, scale_dtype="float16"),
+    Case(Format.I4, group=256, has_mins=True, scale_dtype="float32"),
+    Case(Format.Q5, group=32, zero=16, scale_dtype="float16"),
+    Case(Format.Q5, group=32, has_mins=True, scale_dtype="float16"),
+    Case(Format.Q6, group=16, zero=32, scale_dtype="float16"),
+    Case(Format.Q6, group=32, zero=32, scale_dtype="float32"),
+    k_quant(Format.I4),
+    k_quant(Format.Q5),
+    k_quant(Format.Q6),
+)
+INT8_INPUTS = tuple(Case(Format.I8, num_inputs=297, scale_dtype=scale_dtype, x_dtype=x_dtype, quantizes_input=True)
+                    for scale_dtype, x_dtype in (("float32", "float32"), ("float16", "bfloat16"), ("float32", "float16")))
+CASES = (*(dataclasses.replace(case, x_dtype=x_dtype) for case in WEIGHTS for x_dtype in ("float32", "bfloat16")),
+         Case(Format.F16, num_inputs=297, x_dtype="float16"), Case(Format.I4, group=32, zero=8, scale_dtype="float16", x_dtype="float16"))
+
+
+def make_weight(case: Case, seed: int = 0) -> tuple[PackedWeight, Canonical]:
+    """A random weight whose outputs are of the order of the inputs, packed and not."""
+    rng = np.random.default_rng(seed)
+    layout = case.layout
+    stored, codes = _codes(case, rng)
+    packed_codes = np.empty(layout.array_shapes()["codes"], np.uint8)
+    pack_rows(case.format, stored, packed_codes)
+    arrays = {"codes": packed_codes} | _scales(case, rng)
+    packed = PackedWeight(**{name: jnp.asarray(arrays[name]) if name in arrays else None
+                             for name in ("codes", "scales", "mins", "super_scales", "super_mins")}, layout=layout)
+    return packed, Canonical(codes, _effective(arrays, "scales", case), _effective(arrays, "mins", case), case)
+
+
+def make_input(case: Case, num_rows: int, seed: int = 1) -> jax.Array:
+    """Random activations [num_rows, K]."""
+    return jnp.asarray(np.random.default_rng(seed).standard_normal((num_rows, case.num_inputs), np.float32), case.x_dtype)
+
+
+def _codes(case: Case, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """(what is packed, what it means)."""
+    shape = (case.num_outputs, case.num_inputs)
+    if case.format in ITEM_BYTES:
+        dense = (rng.standard_normal(shape, np.float32) / np.sqrt(shape[1])).astype(DENSE_DTYPES[case.format])
+        return dense, dense
+    if case.format in FP8_DTYPES:
+        dense = rng.standard_normal(shape, np.float32).astype(FP8_DTYPES[case.format])
+        return dense.view(np.uint8), dense
+    if case.format == Format.I8:
+        codes = rng.integers(-128 if case.zero else -127, 128, shape).astype(np.int8)
+        return codes, codes
+    codes = rng.integers(0, NUM_CODES[case.format], shape).astype(np.uint8)
+    return codes, codes
+
+
+def _scales(case: Case, rng: np.random.Generator) -> dict[str, np.ndarray]:
+    """The packed arrays beside the codes."""
+    if case.scale_dtype is None:
+        return {}
+    shapes = case.layout.array_shapes()
+    size = {Format.I8: 127, Format.E4M3: 1, Format.E5M2: 1}.get(case.format) or NUM_CODES[case.format]
+    size *= np.sqrt(case.num_inputs)
+    if not case.super_group:
+        arrays = {"scales": (rng.uniform(0.5, 1.5, shapes["scales"]) / size).astype(case.scale_dtype)}
+        if case.has_mins:
+            arrays["mins"] = (rng.uniform(-8, 8, shapes["scales"]) / size).astype(case.scale_dtype)
+        return arrays
+    low, high = (1, 64) if case.scale_dtype == "uint8" else (-128, 128)
+    arrays = {"scales": rng.integers(low, high, shapes["scales"]).astype(case.scale_dtype),
+              "super_scales": (rng.uniform(0.5, 1.5, shapes["super_scales"]) / 64 / size).astype(np.float16)}
+    if case.has_mins:
+        arrays["mins"] = rng.integers(0, 64, shapes["scales"]).astype(case.scale_dtype)
+        arrays["super_mins"] = (rng.uniform(0.5, 1.5, shapes["super_scales"]) / 8 / size).astype(np.float16)
+    return arrays
+
+
+def _effective(arrays: dict[str, np.ndarray], name: str, case: Case) -> np.ndarray | None:
+    """float32 [N, G] or [N] of packed scales or mins, the second level multiplied in."""
+    if name not in arrays:
+        return None
+    values = arrays[name].astype(np.float32)
+    if case.super_group:
+        sign = -1 if name == "mins" else 1
+        values = sign * values * np.repeat(arrays[f"super_{name}"].astype(np.float32), case.super_group // case.group, axis=1)[:, :values.shape[1]]
+    if not case.group:
+        return values.reshape(-1)[:case.num_outputs]
+    return np.ascontiguousarray(values.transpose(0, 2, 1)).reshape(-1, values.shape[1])[:case.num_outputs]
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionCase:
+    """One call of attention to a cache.
+
+    Attributes:
+        starts: position of each batch row's first token; -1 for a row of padding.
+        num_tokens: T.
+        num_padding: of the last row's tokens.
+        num_heads, num_kv_heads, head_dim, num_rotated: N, K, H, R.
+        max_len: S.
+        rows: cache row of each batch row, or None where they are the same.
+        window, softcap: or None.
+        x_dtype, cache_dtype: of activations and cache.
+    """
+
+    starts: tuple[int, ...] = (70, 0, -1, 199)
+    num_tokens: int = 1
+    num_padding: int = 0
+    num_heads: int = 4
+    num_kv_heads: int = 2
+    head_dim: int = 64
+    num_rotated: int = 64
+    max_len: int = 200
+    rows: tuple[int, ...] | None = None
+    window: int | None = None
+    softcap: float | None = None
+    x_dtype: str = "float32"
+    cache_dtype: str = "float32"
+
+    def __str__(self) -> str:
+        return "-".join(f"{field.name}={getattr(self, field.name)}".replace(" ", "") for field in dataclasses.fields(self)
+                        if getattr(self, field.name) != field.default) or "plain"
+
+    @property
+    def positions(self) -> np.ndarray:
+        """int32 [B, T]."""
+        positions = np.array([[start + t if start >= 0 else -1 for t in range(self.num_tokens)] for start in self.starts], np.int32)
+        positions[-1, self.num_tokens - self.num_padding:] = -1
+        return positions
+
+    def how(self) -> dict:
+        """The static arguments of the kernel."""
+        return {"scale": self.head_dim**-0.5, "window": self.window, "softcap": self.softcap}
+
+
+ATTENTIONS = (
+    AttentionCase(),
+    AttentionCase(cache_dtype="bfloat16", rows=(3, 0, 5, 1)),
+    AttentionCase(cache_dtype="float16", head_dim=40, num_rotated=40),
+    AttentionCase(cache_dtype="int8", num_heads=8),
+    AttentionCase(cache_dtype="int8", head_dim=20, num_rotated=8, window=50),
+    AttentionCase(x_dtype="bfloat16", cache_dtype="bfloat16", num_heads=12, window=64),
+    AttentionCase(x_dtype="float16", cache_dtype="float16", num_kv_heads=4),
+    AttentionCase(starts=(1, 64, 190), num_tokens=9, num_padding=4, rows=(2, 0, 1)),
+    AttentionCase(starts=(70,), num_tokens=100, num_padding=3, rows=(2,), cache_dtype="int8", softcap=3.0),
+    AttentionCase(starts=(0,), num_tokens=130, x_dtype="bfloat16", cache_dtype="bfloat16", window=17),
+    AttentionCase(num_heads=1, num_kv_heads=1, head_dim=6, num_rotated=0, softcap=1.5),
+    AttentionCase(starts=(1099, 511, 512), max_len=1100, head_dim=32, num_rotated=32, window=700),
+    AttentionCase(starts=(1050,), num_tokens=40, max_len=1100, head_dim=32, num_rotated=32, cache_dtype="float16"),
+)
+
+
+def make_attention(case: AttentionCase, seed: int = 0) -> dict:
+    """Random arguments of ``tpllm.native.attention.attention`` by name, besides those of ``case.how()``."""
+    rng = np.random.default_rng(seed)
+    B, T, H, R = len(case.starts), case.num_tokens, case.head_dim, case.num_rotated
+    q, k, v = (jnp.asarray(rng.standard_normal((B, T, heads, H), np.float32), case.x_dtype)
+               for heads in (case.num_heads, case.num_kv_heads, case.num_kv_heads))
+    angles = rng.uniform(-3, 3, (B, T, R // 2)).astype(np.float32)
+    rope = tuple(jnp.asarray(np.concatenate([function(angles)] * 2, axis=-1)) for function in (np.cos, np.sin))
+    return {"q_BTNH": q, "new_kv": (k, v), "cache": make_cache(case, rng), "positions_BT": jnp.asarray(case.positions), "rope": rope,
+            "rows_B": None if case.rows is None else jnp.asarray(case.rows, jnp.int32)}
+
+
+def make_cache(case: AttentionCase, rng: np.random.Generator) -> tuple[jax.Array, ...]:
+    """A cache full of random entries."""
+    shape = (max(case.rows or (0,)) + len(case.starts), case.num_kv_heads, case.max_len, case.head_dim)
+    if case.cache_dtype != "int8":
+        return tuple(jnp.asarray(rng.standard_normal(shape, np.float32), case.cache_dtype) for _ in range(2))
+    codes = [jnp.asarray(rng.integers(-127, 128, shape).astype(np.int8)) for _ in range(2)]
+    return (*codes, *(jnp.asarray(rng.uniform(0.01, 0.03, shape[:3]).astype(np.float32)) for _ in range(2)))

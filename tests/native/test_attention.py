@@ -1,0 +1,234 @@
+"""Attention to the cache against its definition in float64 and the references, on every instruction set."""
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels.paged_attention import paged_attention_reference
+from pallas_kernels.rope import rope_reference
+from tests.native.cases import ATTENTIONS, AttentionCase, make_attention
+from tpllm.native import attention as native
+
+attend = jax.jit(native.attention, static_argnames=("scale", "window", "softcap"))
+CACHE_DTYPES = ("float32", "bfloat16", "float16", "int8")
+
+
+def wide(array):
+    return np.asarray(array).astype(np.float64)
+
+
+def opened(cache):
+    """Keys and values in float64."""
+    return tuple(wide(cache[i]) * wide(cache[i + 2])[..., None] for i in (0, 1)) if len(cache) == 4 else tuple(map(wide, cache))
+
+
+def rotated(x_BTNH, rope):
+    return wide(rope_reference(jnp.asarray(x_BTNH, jnp.float32), *rope)) if rope[0].shape[-1] else wide(x_BTNH)
+
+
+def definition(q_BTNH, cache, positions_BT, *, rows_B, scale, window, softcap):
+    """softmax(cap(scale q k)) v in float64 of rotated queries, one by one; zeros for padding."""
+    keys, values = opened(cache)
+    out = np.zeros(q_BTNH.shape)
+    group = q_BTNH.shape[2] // keys.shape[1]
+    for b, t, n in np.ndindex(q_BTNH.shape[:3]):
+        position, row = int(positions_BT[b, t]), b if rows_B is None else int(rows_B[b])
+        if position >= 0:
+            seen = slice(max(0, position - window + 1) if window else 0, position + 1)
+            scores = keys[row, n // group, seen] @ q_BTNH[b, t, n] * scale
+            scores = softcap * np.tanh(scores / softcap) if softcap else scores
+            weights = np.exp(scores - scores.max())
+            out[b, t, n] = weights / weights.sum() @ values[row, n // group, seen]
+    return out
+
+
+def error(out, expected):
+    return np.linalg.norm(wide(out) - wide(expected)) / np.linalg.norm(wide(expected))
+
+
+def bits(arrays):
+    return [np.asarray(array).tobytes() for array in arrays]
+
+
+@pytest.mark.parametrize("case", ATTENTIONS, ids=str)
+def test_attention_is_its_definition_and_the_reference(case, instruction_set):
+    given = make_attention(case)
+    out, *cache = attend(**given, **case.how())
+    assert out.dtype == given["q_BTNH"].dtype
+    assert [(x.shape, x.dtype) for x in cache] == [(x.shape, x.dtype) for x in given["cache"]]
+    q = rotated(given["q_BTNH"], given["rope"])
+    assert error(out, definition(q, cache, case.positions, rows_B=given["rows_B"], **case.how())) < 2e-3
+    assert not np.asarray(out)[case.positions < 0].any()
+    if case.softcap is None:
+        reference = paged_attention_reference(*(jnp.asarray(x, jnp.float32) for x in (q, *opened(cache))), given["positions_BT"],
+                                              rows_B=given["rows_B"], scale=case.how()["scale"], window=case.window)
+        assert error(out, np.where((case.positions >= 0)[..., None, None], reference, 0)) < 2e-3
+
+
+@pytest.mark.parametrize("case", ATTENTIONS, ids=str)
+def test_the_cache_gets_the_rotated_keys_and_the_values_and_keeps_everything_else(case, instruction_set):
+    given = make_attention(case)
+    before, after = [np.array(x) for x in given["cache"]], [np.asarray(x) for x in attend(**given, **case.how())[1:]]
+    for new, index in ((rotated(given["new_kv"][0], given["rope"]), 0), (wide(given["new_kv"][1]), 1)):
+        for b, t in np.argwhere(case.positions >= 0):
+            at = (b if case.rows is None else case.rows[b], slice(None), case.positions[b, t])
+            entry = after[index][at]
+            if case.cache_dtype == "int8":
+                largest = np.abs(new[b, t]).max(-1)
+                np.testing.assert_allclose(after[index + 2][at], largest / 127, rtol=1e-6)
+                assert np.abs(entry * after[index + 2][at][:, None] - new[b, t]).max() <= largest.max() / 127 * 0.501
+                before[index + 2][at] = after[index + 2][at]
+            elif index == 1:
+                assert entry.tobytes() == new[b, t].astype(entry.dtype).tobytes()
+            else:
+                np.testing.assert_allclose(wide(entry), new[b, t], rtol=2 * float(jnp.finfo(entry.dtype).eps), atol=1e-6)
+            before[index][at] = entry
+    assert bits(before) == bits(after)
+
+
+@pytest.mark.parametrize("cache_dtype", CACHE_DTYPES)
+@pytest.mark.parametrize(("window", "softcap", "x_dtype"), [(None, None, "float32"), (33, 2.0, "bfloat16")])
+def test_a_prompt_gives_the_same_bits_in_one_call_in_chunks_and_token_by_token(cache_dtype, window, softcap, x_dtype, instruction_set):
+    length = 200
+    case = AttentionCase(starts=(0,), num_tokens=length, rows=(1,), cache_dtype=cache_dtype, window=window, softcap=softcap, x_dtype=x_dtype,
+                         num_heads=6)
+    given = make_attention(case)
+    results = []
+    for chunk in (length, 7, 1):
+        cache, outs = tuple(map(jnp.array, given["cache"])), []
+        for first in range(0, length, chunk):
+            def cut(x, fill=0, first=first, chunk=chunk):
+                part = np.asarray(x)[:, first:first + chunk]
+                return np.pad(part, [(0, 0), (0, chunk - part.shape[1]), *[(0, 0)] * (part.ndim - 2)], constant_values=fill)
+            out, *cache = attend(cut(given["q_BTNH"]), tuple(map(cut, given["new_kv"])), tuple(cache), cut(given["positions_BT"], fill=-1),
+                                 rope=tuple(map(cut, given["rope"])), rows_B=given["rows_B"], **case.how())
+            outs.append(np.asarray(out))
+        results.append(bits([np.concatenate(outs, axis=1)[:, :length], *cache]))
+    assert results[0] == results[1] == results[2]
+
+
+@pytest.mark.parametrize("cache_dtype", CACHE_DTYPES)
+@pytest.mark.parametrize("max_len", [200, 1300])  # more than one segment, for several threads
+def test_a_row_alone_gives_the_bits_it_gives_among_others(cache_dtype, max_len, instruction_set):
+    starts = tuple(position % max_len for position in (1299, 0, 63, 64, 640, 130, 199, 5))
+    case = AttentionCase(starts=starts, rows=tuple(range(7, -1, -1)), max_len=max_len, cache_dtype=cache_dtype, head_dim=32, num_rotated=32)
+    given = make_attention(case)
+    together, *cache = attend(**given, **case.how())
+    for size in (1, 2, 7):
+        for first in range(0, 8 - size + 1, 3):
+            def cut(x, rows=slice(first, first + size)):
+                return x[rows]
+            alone, *own_cache = attend(cut(given["q_BTNH"]), tuple(map(cut, given["new_kv"])), given["cache"], cut(given["positions_BT"]),
+                                       rope=tuple(map(cut, given["rope"])), rows_B=cut(given["rows_B"]), **case.how())
+            assert bits([alone]) == bits([cut(together)])
+            for x, y in zip(own_cache, cache, strict=True):
+                assert bits([x[cut(given["rows_B"])]]) == bits([y[cut(given["rows_B"])]])
+
+
+@pytest.mark.parametrize("cache_dtype", CACHE_DTYPES)
+@pytest.mark.parametrize("head_dim", [64, 20])
+def test_what_an_earlier_row_left_beyond_a_rows_end_does_not_matter_not_even_nan(cache_dtype, head_dim, instruction_set):
+    case = AttentionCase(starts=(70, 0, -1, 127), cache_dtype=cache_dtype, head_dim=head_dim, num_rotated=head_dim)
+    given = make_attention(case)
+    stale = [np.array(x) for x in given["cache"]]
+    for x in stale:
+        for row, start in enumerate(case.starts):
+            x[row, :, start + 1:] = np.nan if x.dtype != np.int8 else 99
+    clean = attend(**given, **case.how())[0]
+    assert np.isfinite(wide(clean)).all()
+    assert bits([clean]) == bits([attend(**given | {"cache": tuple(map(jnp.asarray, stale))}, **case.how())[0]])
+
+
+@pytest.mark.parametrize("cache_dtype", CACHE_DTYPES)
+def test_a_loop_updates_a_donated_cache_in_place_and_never_widens_or_copies_it(cache_dtype, native_library):
+    case = AttentionCase(starts=(0, 3), cache_dtype=cache_dtype, max_len=512)
+    given = make_attention(case)
+    cache = given.pop("cache")
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def decode(cache, given, num_steps):
+        def step(state):
+            index, cache, total = state
+            out, *cache = native.attention(**given | {"cache": cache, "positions_BT": given["positions_BT"] + index}, **case.how())
+            return index + 1, tuple(cache), total + out
+        return jax.lax.while_loop(lambda state: state[0] < num_steps, step, (jnp.int32(0), cache, jnp.zeros_like(given["q_BTNH"])))[1:]
+    text = decode.lower(cache, given, jnp.int32(5)).compile().as_text()
+    shape = "[" + ",".join(map(str, cache[0].shape)) + "]"
+    assert f"f32{shape}" not in text or cache_dtype == "float32"
+    assert not [line for line in text.splitlines() if shape in line and (" copy(" in line or " convert(" in line or " fusion(" in line)]
+    before = [x.unsafe_buffer_pointer() for x in cache]
+    cache, _ = decode(cache, given, jnp.int32(5))
+    assert [x.unsafe_buffer_pointer() for x in cache] == before
+    assert cache[0].dtype == cache_dtype
+
+
+@pytest.mark.parametrize("value", [1e4, 1e-40, 0.0])
+@pytest.mark.parametrize("cache_dtype", CACHE_DTYPES)
+def test_extreme_queries_keys_and_values_give_no_nan(value, cache_dtype, instruction_set):
+    case = AttentionCase(starts=(0,), num_tokens=70, cache_dtype=cache_dtype, softcap=None)
+    given = make_attention(case)
+    signs = [jnp.sign(x) * value for x in (given["q_BTNH"], *given["new_kv"])]
+    out, *cache = attend(**given | {"q_BTNH": signs[0], "new_kv": tuple(signs[1:])}, **case.how())
+    assert np.isfinite(wide(out)).all()
+    assert all(np.isfinite(wide(x)).all() for x in cache)
+
+
+def test_positions_beyond_the_cache_are_not_written(instruction_set):
+    case = AttentionCase(starts=(198,), num_tokens=4, rows=(1,))
+    given = make_attention(case)
+    out, keys, _ = attend(**given, **case.how())
+    assert np.isfinite(wide(out)).all()
+    assert bits([keys[0]]) == bits([given["cache"][0][0]])
+    assert bits([keys[1, :, :198]]) == bits([given["cache"][0][1, :, :198]])
+
+
+@pytest.mark.parametrize(("starts", "num_tokens"), [((), 1), ((3,), 0), ((-1, -1), 2)])
+def test_no_tokens_are_no_work(starts, num_tokens, instruction_set):
+    case = AttentionCase(starts=(3,), rows=(1,))
+    given = make_attention(case)
+    B, T = len(starts), num_tokens
+    given |= {"q_BTNH": jnp.zeros((B, T, 4, 64)), "new_kv": (jnp.ones((B, T, 2, 64)),) * 2, "positions_BT": jnp.full((B, T), -1, jnp.int32),
+              "rope": (jnp.ones((B, T, 64)),) * 2, "rows_B": jnp.zeros(B, jnp.int32)}
+    out, *cache = attend(**given, **case.how())
+    assert out.shape == (B, T, 4, 64)
+    assert not np.asarray(out).any()
+    assert bits(cache) == bits(given["cache"])
+
+
+def changed(case, **changes):
+    return make_attention(case) | {name: change(make_attention(case)[name]) for name, change in changes.items()}
+
+
+@pytest.mark.parametrize(("changes", "error_type"), [
+    ({"q_BTNH": lambda q: q[:, :, :3]}, ValueError),
+    ({"new_kv": lambda kv: (kv[0][..., :5], kv[1])}, ValueError),
+    ({"positions_BT": lambda positions: positions[:2]}, ValueError),
+    ({"cache": lambda cache: (cache[0].astype(jnp.int8), cache[1].astype(jnp.int8))}, TypeError),
+    ({"cache": lambda cache: (*cache, *cache)}, TypeError),
+    ({"cache": lambda cache: tuple(x.astype(jnp.int32) for x in cache)}, TypeError),
+    ({"cache": lambda cache: (cache[0], cache[1][:, :, :5])}, Exception),
+    ({"cache": lambda cache: (cache[0][:2], cache[1][:2])}, Exception),
+    ({"rope": lambda rope: (rope[0][..., :7], rope[1][..., :7])}, Exception),
+    ({"rope": lambda rope: (rope[0], rope[1][..., :8])}, Exception),
+    ({"rope": lambda rope: tuple(x.astype(jnp.bfloat16) for x in rope)}, Exception),
+    ({"rows_B": lambda _: jnp.zeros(2, jnp.int32)}, Exception),
+    ({"positions_BT": lambda positions: positions.astype(jnp.float32)}, Exception),
+    ({"cache": lambda cache: (cache[0][..., :60], cache[1][..., :60])}, Exception),
+    ({"cache": lambda cache: (cache[0], cache[1].astype(jnp.bfloat16))}, Exception),
+    ({"q_BTNH": lambda q: q.astype(jnp.int8)}, Exception),
+])
+def test_what_does_not_belong_together_is_an_error_that_python_raises(changes, error_type, native_library):
+    case = AttentionCase()
+    with pytest.raises(error_type):  # noqa: PT012
+        jax.block_until_ready(attend(**changed(case, **changes), **case.how()))
+
+
+@pytest.mark.parametrize("scales", [(3, 2, 200), (4, 2, 199)])
+def test_scales_of_an_int8_cache_must_be_its_own(scales, native_library):
+    case = dataclasses.replace(AttentionCase(), cache_dtype="int8")
+    given = changed(case, cache=lambda cache: (*cache[:2], jnp.ones(scales), jnp.ones(scales)))
+    with pytest.raises(Exception, match="shape"):  # noqa: PT012
+        jax.block_until_ready(attend(**given, **case.how()))

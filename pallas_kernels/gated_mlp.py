@@ -23,7 +23,7 @@ def gated_mlp_reference(x_MD: jax.Array, gate_FD: jax.Array, up_FD: jax.Array, d
     Args:
         x_MD: activations.
         gate_FD, up_FD, down_DF: weights.
-        activation: a key of :data:`ACTIVATIONS`.
+        activation: a key of ``ACTIVATIONS``.
     """
     gate_MF, up_MF = (quant_matmul_reference(x_MD, weight, dtype=jnp.float32) for weight in (gate_FD, up_FD))
     inner_MF = (ACTIVATIONS[activation](gate_MF) * up_MF).astype(x_MD.dtype)

@@ -4,7 +4,7 @@
 
 With int8 activations (Dettmers et al. 2022, arXiv:2208.07339, without its outliers) each row has one scale, so that sums are of whole numbers:
 
-    y[m, n] = r[m] s[n] sum_k round(x[m, k] / r[m]) code[n, k],   r[m] = max_k |x[m, k]| / 127
+    y[m, n] = r[m] s[n] sum_k round(x[m, k] / r[m]) code[n, k],   r[m] = max_k abs(x[m, k]) / 127
 """
 import jax
 import jax.numpy as jnp

@@ -59,7 +59,7 @@ def load_model(model: str, mesh: str | Mapping[str, int] | Mesh = "auto", *, rul
         dtype: of weights and activations: ``"auto"``, ``"float32"``, ``"bfloat16"`` or ``"float16"``.
         quantization: as for :class:`tpllm.LLM`.
         packed: whether matrices are packed for the native kernels of a CPU, as ``LLM`` has them there; without it they are plain arrays, or
-            :class:`.QuantizedTensor`, which XLA computes with. It makes no difference on other devices.
+            :class:`~tpllm.quant.quantized_tensor.QuantizedTensor`, which XLA computes with. It makes no difference on other devices.
         revision: of a hub id.
 
     Returns:

@@ -146,7 +146,7 @@ def test_what_an_earlier_row_left_beyond_a_rows_end_does_not_matter_not_even_nan
 def test_a_loop_updates_a_donated_cache_in_place_and_never_widens_or_copies_it(cache_dtype, native_library):
     case = AttentionCase(starts=(0, 3), cache_dtype=cache_dtype, max_len=512)
     given = make_attention(case)
-    cache = given.pop("cache")
+    cache = tuple(map(jnp.copy, given.pop("cache")))  # buffers of XLA's own, for only those can be donated
 
     @functools.partial(jax.jit, donate_argnums=0)
     def decode(cache, given, num_steps):
@@ -222,7 +222,7 @@ def changed(case, **changes):
 ])
 def test_what_does_not_belong_together_is_an_error_that_python_raises(changes, error_type, native_library):
     case = AttentionCase()
-    with pytest.raises(error_type):  # noqa: PT012
+    with pytest.raises(error_type):
         jax.block_until_ready(attend(**changed(case, **changes), **case.how()))
 
 
@@ -230,5 +230,5 @@ def test_what_does_not_belong_together_is_an_error_that_python_raises(changes, e
 def test_scales_of_an_int8_cache_must_be_its_own(scales, native_library):
     case = dataclasses.replace(AttentionCase(), cache_dtype="int8")
     given = changed(case, cache=lambda cache: (*cache[:2], jnp.ones(scales), jnp.ones(scales)))
-    with pytest.raises(Exception, match="shape"):  # noqa: PT012
+    with pytest.raises(Exception, match="shape"):
         jax.block_until_ready(attend(**given, **case.how()))

@@ -3,7 +3,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tpllm.native.library import call
+from tpllm.native.library import FLOAT_DTYPES, call
 
 CACHE_DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16, jnp.int8)
 
@@ -20,7 +20,8 @@ def attention(q_BTNH: jax.Array, new_kv: tuple[jax.Array, jax.Array], cache: tup
         positions_BT: int32; negative marks padding, whose output is zeros.
         rope: (cos_BTR, sin_BTR), float32; R is at most H.
         rows_B: int32 cache row of each batch row; None where they are the same.
-        scale, window, softcap: as in ``cached_attention_reference``.
+        scale, window: as in ``paged_attention_reference``.
+        softcap: scores s become ``softcap * tanh(s / softcap)``; None for none.
 
     Returns:
         (out_BTNH in the queries' dtype, the cache's arrays ...).
@@ -29,6 +30,9 @@ def attention(q_BTNH: jax.Array, new_kv: tuple[jax.Array, jax.Array], cache: tup
     K = cache[0].shape[1]
     if cache[0].dtype not in CACHE_DTYPES or (cache[0].dtype == jnp.int8) != (len(cache) == 4):
         raise TypeError(f"a cache of {len(cache)} arrays of {cache[0].dtype}; it holds float32, bfloat16, float16, or int8 with scales")
+    if cache[1].dtype != cache[0].dtype or any(scales.dtype != jnp.float32 for scales in cache[2:]) or q_BTNH.dtype not in FLOAT_DTYPES:
+        raise TypeError(f"queries of {q_BTNH.dtype} and a cache of {', '.join(str(x.dtype) for x in cache)}; queries are float32, bfloat16 or "
+                        "float16, keys and values are stored in one dtype, and scales in float32")
     if N % K or new_kv[0].shape != (B, T, K, H) or new_kv[1].shape != (B, T, K, H) or positions_BT.shape != (B, T):
         raise ValueError(f"queries {q_BTNH.shape}, keys {new_kv[0].shape}, values {new_kv[1].shape}, positions {positions_BT.shape} and a cache "
                          f"{cache[0].shape} do not belong together")
@@ -41,6 +45,8 @@ def attention(q_BTNH: jax.Array, new_kv: tuple[jax.Array, jax.Array], cache: tup
 
 def rms_norm(x_D: jax.Array, weight_D: jax.Array, delta_D: jax.Array | None, *, eps: float) -> tuple[jax.Array, ...]:
     """``(norm(x),)``, or, with a delta of x's shape and dtype, ``(norm(x + delta), x + delta)``; see ``rms_norm_reference``."""
+    if x_D.dtype not in FLOAT_DTYPES:
+        raise TypeError(f"a norm of {x_D.dtype}; it takes float32, bfloat16 and float16")
     if weight_D.shape != x_D.shape[-1:] or (delta_D is not None and (delta_D.shape, delta_D.dtype) != (x_D.shape, x_D.dtype)):
         raise ValueError(f"a norm of {x_D.dtype} {x_D.shape} takes a weight of its last dim and a delta of its own shape and dtype")
     rows = [x.reshape(-1, x.shape[-1]) for x in (x_D, delta_D) if x is not None]

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from tpllm.environment import num_threads
@@ -20,6 +21,8 @@ from tpllm.errors import ConfigError
 log = logging.getLogger("tpllm")
 
 PATH = Path(__file__).with_name("_kernels.so")
+FLOAT_DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
+"""Of activations and results."""
 TARGETS = ("linear", "gated_mlp", "lookup", "rms_norm", "row_sums", "attention", "pool_size")
 
 

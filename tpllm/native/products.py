@@ -8,11 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tpllm.native.library import call
+from tpllm.native.library import FLOAT_DTYPES, call
 from tpllm.native.packed import PackedWeight
 
 ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3}
-INPUT_DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 
 
 def linear(x_D: jax.Array, weights: Sequence[PackedWeight], biases: Sequence[jax.Array | None],
@@ -29,6 +28,7 @@ def linear(x_D: jax.Array, weights: Sequence[PackedWeight], biases: Sequence[jax
         A tuple of [..., F].
     """
     rows = _as_rows(x_D)
+    _check_dtype("results are", dtype or rows.dtype)
     shapes = [_checked_shape(weight, rows) for weight in weights]
     operands, attributes = _operands(weights, biases, rows.dtype)
     results = [jax.ShapeDtypeStruct((rows.shape[0], num_outputs), dtype or rows.dtype) for num_outputs, _ in shapes]
@@ -72,15 +72,20 @@ def lookup(tokens: jax.Array, table: PackedWeight, dtype) -> jax.Array:
     """
     if tokens.dtype != jnp.int32:
         raise TypeError(f"tokens are {tokens.dtype}; they must be int32")
+    _check_dtype("results are", dtype)
     operands, attributes = _operands((table,), (None,), dtype)
     result = jax.ShapeDtypeStruct((tokens.size, table.layout.shard_shape[1]), dtype)
     return call("lookup", result, tokens.reshape(-1), *operands, weights=attributes).reshape(*tokens.shape, -1)
 
 
 def _as_rows(x_D: jax.Array) -> jax.Array:
-    if x_D.dtype not in INPUT_DTYPES:
-        raise TypeError(f"activations are {x_D.dtype}; the native kernels take float32, bfloat16 and float16")
+    _check_dtype("activations are", x_D.dtype)
     return x_D.reshape(-1, x_D.shape[-1])
+
+
+def _check_dtype(what: str, dtype) -> None:
+    if jnp.dtype(dtype) not in FLOAT_DTYPES:
+        raise TypeError(f"{what} {jnp.dtype(dtype)}; the native kernels take and give float32, bfloat16 and float16")
 
 
 def _checked_shape(weight: PackedWeight, rows: jax.Array) -> tuple[int, int]:

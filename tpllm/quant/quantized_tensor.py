@@ -87,7 +87,7 @@ class QuantizedTensor:
 
 
 def quantize_shard(rows_NK: np.ndarray, scheme: Scheme, shard: int, num_shards: int) -> tuple[np.ndarray, np.ndarray]:
-    """:func:`quantize` of one shard of K. A scale of an output is of all its inputs, whatever the shard."""
+    """:func:`~tpllm.quant.schemes.quantize` of one shard of K. A scale of an output is of all its inputs, whatever the shard."""
     width = rows_NK.shape[1] // num_shards
     columns = slice(shard * width, (shard + 1) * width)
     if scheme.group:

@@ -51,7 +51,7 @@ class Storage:
 
 @dataclasses.dataclass(frozen=True)
 class PackedMatrix:
-    """Writes rows into the arrays of a :class:`PackedWeight`.
+    """Writes rows into the arrays of a :class:`~tpllm.native.packed.PackedWeight`.
 
     Attributes:
         packed: the layout.

@@ -100,7 +100,7 @@ def test_an_mlp_of_no_rows_is_empty(native_library):
 def test_weights_that_are_no_mlp_are_refused(native_library):
     gate, up, down = layer("I8")[0]
     for x, weights in ((inputs(2), (gate, up, gate)), (inputs(2), (gate, down, down)), (inputs(2, d=F), (gate, up, down))):
-        with pytest.raises(ValueError, match="gated MLP|cannot multiply"):
+        with pytest.raises(ValueError, match=r"gated MLP|cannot multiply"):
             run_mlp(x, *weights, (None,) * 3, activation="silu")
     with pytest.raises(TypeError, match="int32"):
         run_mlp(inputs(2).astype(jnp.int32), gate, up, down, (None,) * 3, activation="silu")

@@ -33,9 +33,9 @@ def attention(q_BTNH: jax.Array, new_kv: tuple[jax.Array, jax.Array], cache: tup
     if cache[1].dtype != cache[0].dtype or any(scales.dtype != jnp.float32 for scales in cache[2:]) or q_BTNH.dtype not in FLOAT_DTYPES:
         raise TypeError(f"queries of {q_BTNH.dtype} and a cache of {', '.join(str(x.dtype) for x in cache)}; queries are float32, bfloat16 or "
                         "float16, keys and values are stored in one dtype, and scales in float32")
-    if N % K or new_kv[0].shape != (B, T, K, H) or new_kv[1].shape != (B, T, K, H) or positions_BT.shape != (B, T):
+    if N % K or any(x.shape != (B, T, K, H) for x in new_kv) or positions_BT.shape != (B, T) or cache[1].shape != cache[0].shape:
         raise ValueError(f"queries {q_BTNH.shape}, keys {new_kv[0].shape}, values {new_kv[1].shape}, positions {positions_BT.shape} and a cache "
-                         f"{cache[0].shape} do not belong together")
+                         f"{cache[0].shape}, {cache[1].shape} do not belong together")
     arguments = (q_BTNH, *(x.astype(q_BTNH.dtype) for x in new_kv), *rope, positions_BT, jnp.zeros(0, jnp.int32) if rows_B is None else rows_B)
     results = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q_BTNH, *cache)]
     aliases = {len(arguments) + i: 1 + i for i in range(len(cache))}

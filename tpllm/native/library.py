@@ -13,6 +13,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import jaxlib
 import numpy as np
 
 from tpllm.environment import num_threads
@@ -37,12 +38,17 @@ def load_library() -> ctypes.CDLL | None:
         log.info("native kernels: turned off by TPLLM_NATIVE=0; XLA computes everything")
         return None
     if not PATH.exists():
-        log.warning("native kernels: not built (no compiler was found at installation); XLA computes everything, which is slow for weights of "
-                    "under 32 bits. Install a C++17 compiler and install tpllm again")
+        log.warning("native kernels: not built (there was no C++17 compiler at installation, or it failed: `pip install -v` shows it); XLA computes "
+                    "everything, which is slow for weights of under 32 bits. Install a compiler, then tpllm again")
         return None
     loaded = ctypes.CDLL(str(PATH))
-    for name in ("tpllm_isa", "tpllm_isas"):
+    for name in ("tpllm_isa", "tpllm_isas", "tpllm_jaxlib_version"):
         getattr(loaded, name).restype = ctypes.c_char_p
+    built_with = loaded.tpllm_jaxlib_version().decode()
+    if _minor(built_with) > _minor(jaxlib.__version__):  # registering it would leave JAX without any CPU device
+        log.warning("native kernels: built with jaxlib %s, and this is %s, which is older: XLA computes everything. Install tpllm again in this "
+                    "environment", built_with, jaxlib.__version__)
+        return None
     loaded.tpllm_pack.argtypes = [ctypes.c_int64, ctypes.c_void_p, *[ctypes.c_int64] * 5, ctypes.c_void_p]
     if not loaded.tpllm_isa():
         raise ConfigError(f"TPLLM_ISA is {os.environ.get('TPLLM_ISA')!r}; this processor runs {loaded.tpllm_isas().decode().replace(' ', ', ')}")
@@ -50,6 +56,10 @@ def load_library() -> ctypes.CDLL | None:
         jax.ffi.register_ffi_target(f"tpllm_{name}", jax.ffi.pycapsule(getattr(loaded, f"tpllm_{name}")), platform="cpu")
     log.info("native kernels: %s", loaded.tpllm_isa().decode())
     return loaded
+
+
+def _minor(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.split(".")[:2])
 
 
 def is_available() -> bool:

@@ -35,6 +35,10 @@ ITEM_BYTES = {Format.F32: 4, Format.F16: 2, Format.BF16: 2}
 DENSE = {np.dtype(np.float32): Format.F32, np.dtype(np.float16): Format.F16, np.dtype(jax.numpy.bfloat16): Format.BF16}
 
 
+GROUPS = {Format.F32: (0,), Format.F16: (0,), Format.BF16: (0,), Format.Q5: (32, 64, 128, 256), Format.Q6: (16, 32, 64, 128, 256)}
+"""Those that a format has kernels for; of the others 0 and 32 to 256."""
+
+
 @dataclasses.dataclass(frozen=True)
 class PackedLayout:
     """What the arrays of a :class:`PackedWeight` mean; hashable.
@@ -48,8 +52,11 @@ class PackedLayout:
         partition: mesh and rules, or None for one device.
         group: inputs that share a scale: 16, 32, 64, 128 or 256; 0 where an output has one.
         super_group: inputs that share a scale of scales; 0 for none.
-        zero: what is taken from each integer code.
-        quantizes_input: activations become int8, one scale a row.
+        zero: what is taken from each integer code; of I8, whose codes are signed, 1 says that -128 may occur.
+        quantizes_input: activations become int8, one scale a row; of I8 with one scale an output only.
+
+    Raises:
+        ValueError: there is no kernel for this.
     """
 
     format: Format
@@ -60,6 +67,17 @@ class PackedLayout:
     super_group: int = 0
     zero: int = 0
     quantizes_input: bool = False
+
+    def __post_init__(self) -> None:
+        groups = GROUPS.get(self.format, (0, 32, 64, 128, 256))
+        if self.group not in groups:
+            raise ValueError(f"{self.format.name} codes in groups of {self.group}; groups may be {', '.join(map(str, groups))}, where 0 is one "
+                             "scale an output")
+        ratio = self.super_group // self.group if self.group else 0
+        if self.super_group and (ratio < 1 or ratio & (ratio - 1) or ratio * self.group != self.super_group):
+            raise ValueError(f"super groups of {self.super_group} and groups of {self.group}; one must be a power of two times the other")
+        if self.quantizes_input and (self.format != Format.I8 or self.group):
+            raise ValueError(f"{self.format.name} codes in groups of {self.group} times int8 activations; there only I8 with one scale an output")
 
     @property
     def num_shards(self) -> tuple[int, int]:
@@ -126,8 +144,14 @@ class PackedWeight:
         return {name: array for name, array in named.items() if array is not None}
 
     def attributes(self, *, has_bias: bool = False) -> list[int]:
-        """How bindings.cc has a shard of it described."""
+        """How bindings.cc has a shard of it described.
+
+        Raises:
+            ValueError: mins that the kernels would not read.
+        """
         layout = self.layout
+        if self.mins is not None and layout.group < BLOCK:
+            raise ValueError(f"mins of groups of {layout.group} inputs; there may be mins of groups of {BLOCK} or more only")
         return [int(layout.format), *layout.shard_shape, layout.group, layout.super_group, layout.zero, int(layout.quantizes_input),
                 *(int(getattr(self, name) is not None) for name in ("scales", "mins", "super_scales", "super_mins")), int(has_bias)]
 

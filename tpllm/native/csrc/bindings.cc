@@ -255,6 +255,8 @@ TPLLM_HANDLER(attention, TPLLM_ARG(AnyBuffer) TPLLM_ARG(AnyBuffer) TPLLM_ARG(Any
 TPLLM_HANDLER(row_sums, TPLLM_ARG(Buffer<ffi::F32>).Ret<ffi::Buffer<ffi::F32>>() TPLLM_INT("max_threads"))
 TPLLM_HANDLER(pool_size, .Ret<ffi::Buffer<ffi::S32>>())
 
+// Whose headers this was built with: an older jaxlib refuses it, and with it all CPU devices.
+TPLLM_EXPORT const char* tpllm_jaxlib_version() { return TPLLM_JAXLIB_VERSION; }
 // The name of the instruction set in use, or an empty text where TPLLM_ISA names none that runs here; and of all that run here, best first.
 TPLLM_EXPORT const char* tpllm_isa() { return tpllm::current_kernels() ? tpllm::current_kernels()->name : ""; }
 TPLLM_EXPORT const char* tpllm_isas() { return tpllm::kernel_names(); }

@@ -1,0 +1,168 @@
+"""The library itself: that it is there, what turns it off, its instruction sets and threads, and that no mistake ends the process."""
+import functools
+import logging
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels.rms_norm import rms_norm_reference
+from tests.native.cases import Case, make_weight
+from tpllm import ops
+from tpllm.errors import ConfigError
+from tpllm.native import library
+from tpllm.native.packed import Format
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+def run(*arguments, **environment):
+    """A script in a process of its own, with one device: (exit code, output, errors)."""
+    inherited = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "NPROC")}
+    done = subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=120,
+                          env={**inherited, "PYTHONPATH": str(ROOT), **environment})
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_where_there_is_a_compiler_there_is_a_library():
+    if os.environ.get("TPLLM_NATIVE") == "0":
+        pytest.skip("TPLLM_NATIVE=0 turns it off")
+    if not shutil.which(os.environ.get("CXX", "c++")):
+        pytest.skip("there is no C++ compiler")
+    assert library.is_available(), f"there is a compiler, but no library at {library.PATH}: run `make native`"
+
+
+def test_the_best_instruction_set_is_used_unless_another_is_named(native_library):
+    names = library.instruction_sets()
+    assert names[-1] in ("portable", "neon")
+    assert library.instruction_set() == os.environ.get("TPLLM_ISA", names[0])
+    for name in names:
+        with library.use_instruction_set(name):
+            assert library.instruction_set() == name
+    assert library.instruction_set() == os.environ.get("TPLLM_ISA", names[0])
+    with pytest.raises(ConfigError, match=f"mmx.*{names[0]}"), library.use_instruction_set("mmx"):
+        pass
+
+
+def test_an_unknown_instruction_set_in_the_environment_is_refused_with_those_there_are(native_library):
+    code, _, errors = run("-c", "from tpllm.native import library; library.load_library()", TPLLM_ISA="mmx")
+    assert code == 1
+    assert f"ConfigError: TPLLM_ISA is 'mmx'; this processor runs {', '.join(library.instruction_sets())}" in errors
+
+
+def test_an_instruction_set_in_the_environment_is_used(native_library):
+    name = library.instruction_sets()[-1]
+    assert run("-c", "from tpllm.native import library; print(library.instruction_set())", TPLLM_ISA=name)[1].strip() == name
+
+
+def test_turned_off_xla_computes_everything_and_the_log_says_so_once():
+    script = """if True:
+        import logging
+        logging.basicConfig(level=logging.INFO, format="%(name)s %(levelname)s %(message)s")
+        import jax.numpy as jnp
+        from tpllm import LLM, native, ops
+        assert not native.is_available() and native.instruction_set() is None and not ops.uses_native(None)
+        with LLM("demo", mesh="tp=1", max_num_seqs=2, max_model_len=64) as llm:
+            print(llm.generate("import os", None)[0].outputs[0].token_ids[0])
+    """
+    code, output, errors = run("-c", script, TPLLM_NATIVE="0")
+    assert code == 0, errors
+    assert output.strip().isdecimal()
+    assert [line for line in errors.splitlines() if "native kernels" in line] == [
+        "tpllm INFO native kernels: turned off by TPLLM_NATIVE=0; XLA computes everything"]
+
+
+def test_a_missing_library_is_warned_of_once_and_xla_computes(monkeypatch, caplog, tmp_path):
+    monkeypatch.delenv("TPLLM_NATIVE", raising=False)
+    monkeypatch.setattr(library, "PATH", tmp_path / "none.so")
+    monkeypatch.setattr(library, "load_library", functools.cache(library.load_library.__wrapped__))
+    with caplog.at_level(logging.INFO, logger="tpllm"):
+        assert not library.is_available()
+        assert library.instruction_set() is None
+        assert library.instruction_sets() == ()
+        normed = ops.rms_norm(jnp.arange(6.0).reshape(1, 1, 6), jnp.ones(6), eps=1e-5, partition=None)
+    np.testing.assert_array_equal(normed, rms_norm_reference(jnp.arange(6.0).reshape(1, 1, 6), jnp.ones(6), eps=1e-5))
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "compiler" in caplog.text
+
+
+@functools.cache
+def digest(num_threads):
+    code, output, errors = run("tests/native/digest_of_the_kernels.py", TPLLM_NUM_THREADS=str(num_threads), JAX_ENABLE_COMPILATION_CACHE="0")
+    assert code == 0, errors
+    return output.split()
+
+
+def test_the_number_of_threads_is_that_of_the_environment_and_does_not_change_a_bit(native_library):
+    results = {num_threads: digest(num_threads) for num_threads in (1, 2, 3)}
+    assert [int(size) for size, _ in results.values()] == list(results)
+    assert len({bits for _, bits in results.values()}) == 1
+
+
+WEIGHT = Case(Format.I8, 40, 64, scale_dtype="float32")
+FORMAT, OUTPUTS, INPUTS, GROUP, SUPER_GROUP, _, _, SCALES, MINS, SUPER_SCALES, SUPER_MINS, BIAS = range(12)
+
+
+def floats(*shape):
+    return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+
+@pytest.mark.parametrize("changes", [
+    {FORMAT: 99}, {FORMAT: -1}, {FORMAT: 0}, {OUTPUTS: -5}, {OUTPUTS: 65}, {OUTPUTS: 2**59}, {OUTPUTS: 2**62}, {INPUTS: 0}, {INPUTS: -1},
+    {INPUTS: 65}, {INPUTS: 2**60}, {GROUP: -1}, {GROUP: 1}, {GROUP: 32}, {GROUP: 48}, {MINS: 1}, {SUPER_SCALES: 1}, {SUPER_MINS: 1}, {BIAS: 1},
+], ids=str)
+@pytest.mark.parametrize("target", ["linear", "lookup", "gated_mlp"])
+def test_a_weight_described_larger_than_its_arrays_or_as_nothing_known_is_an_error(target, changes, native_library):
+    weight, _ = make_weight(WEIGHT)
+    attributes = np.array(weight.attributes(), np.int64)
+    attributes[list(changes)] = list(changes.values())
+    first, results, more = {"linear": (jnp.ones((2, 64)), [floats(2, 40)], {}), "lookup": (jnp.zeros(2, jnp.int32), floats(2, 64), {}),
+                            "gated_mlp": (jnp.ones((2, 64)), [floats(2, 64)], {"activation": np.int64(0)})}[target]
+    times = 3 if target == "gated_mlp" else 1
+    with pytest.raises(jax.errors.JaxRuntimeError, match="INVALID_ARGUMENT"):
+        library.call(target, results, first, *list(weight.arrays().values()) * times, weights=np.tile(attributes, times), **more)
+
+
+@pytest.mark.parametrize(("target", "results", "arguments", "attributes"), [
+    ("linear", [floats(2, 39)], [jnp.ones((2, 64))], {}),
+    ("linear", [floats(3, 40)], [jnp.ones((2, 64))], {}),
+    ("linear", [floats(2, 40), floats(2, 40)], [jnp.ones((2, 64))], {}),
+    ("linear", [jax.ShapeDtypeStruct((2, 40), jnp.int32)], [jnp.ones((2, 64))], {}),
+    ("linear", [floats(2, 40)], [jnp.ones((2, 63))], {}),
+    ("linear", [floats(2, 40)], [jnp.ones(64)], {}),
+    ("linear", [floats(2, 40)], [jnp.ones((2, 64), jnp.int32)], {}),
+    ("lookup", floats(3, 64), [jnp.zeros(2, jnp.int32)], {}),
+    ("lookup", floats(2, 65), [jnp.zeros(2, jnp.int32)], {}),
+    ("lookup", floats(128), [jnp.zeros(2, jnp.int32)], {}),
+    ("lookup", floats(2, 64), [jnp.zeros(2, jnp.float32)], {}),
+    ("gated_mlp", [floats(2, 64)], [jnp.ones((2, 64))], {"activation": np.int64(0)}),
+    ("linear", [floats(2, 40)], [jnp.ones((2, 64))], {"weights": np.zeros(0, np.int64)}),
+    ("linear", [floats(2, 40)], [jnp.ones((2, 64))], {"weights": np.zeros(12, np.int64)}),
+    ("linear", [floats(2, 40)], [jnp.ones((2, 64))], {"weights": np.ones(11, np.int64)}),
+])
+def test_results_and_inputs_of_other_shapes_are_an_error(target, results, arguments, attributes, native_library):
+    weight, _ = make_weight(WEIGHT)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="INVALID_ARGUMENT"):
+        library.call(target, results, *arguments, *weight.arrays().values(), **{"weights": np.array(weight.attributes(), np.int64)} | attributes)
+
+
+@pytest.mark.parametrize(("target", "results", "arguments", "attributes"), [
+    ("rms_norm", [floats(2, 7)], [jnp.ones((2, 8)), jnp.ones(8)], {"eps": np.float32(1)}),
+    ("rms_norm", [floats(2, 8)], [jnp.ones((2, 8)), jnp.ones(9)], {"eps": np.float32(1)}),
+    ("rms_norm", [floats(8)], [jnp.ones(8), jnp.ones(8)], {"eps": np.float32(1)}),
+    ("rms_norm", [floats(2, 8)] * 2, [jnp.ones((2, 8)), jnp.ones(8), jnp.ones((1, 8))], {"eps": np.float32(1)}),
+    ("rms_norm", [floats(2, 8)] * 2, [jnp.ones((2, 8)), jnp.ones(8), jnp.ones((2, 8), jnp.bfloat16)], {"eps": np.float32(1)}),
+    ("rms_norm", [floats(2, 8)], [jnp.ones((2, 8)), jnp.ones(8)], {}),
+    ("row_sums", floats(3), [jnp.ones((2, 8))], {}),
+    ("row_sums", floats(2), [jnp.ones((2, 8), jnp.bfloat16)], {}),
+    ("attention", [floats(1, 1, 2, 8)], [jnp.ones((1, 1, 2, 8))] * 3, {}),
+])
+def test_other_kernels_called_with_other_shapes_are_an_error(target, results, arguments, attributes, native_library):
+    with pytest.raises(jax.errors.JaxRuntimeError, match="INVALID_ARGUMENT"):
+        library.call(target, results, *arguments, **attributes)

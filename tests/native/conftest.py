@@ -16,7 +16,7 @@ def instruction_set(request) -> Iterator[str]:
         yield request.param
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def native_library() -> None:
     """Skips where there is none."""
     if not library.is_available():

@@ -6,11 +6,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from pallas_kernels.paged_attention import paged_attention_reference
 from pallas_kernels.rope import rope_reference
 from tests.native.cases import ATTENTIONS, AttentionCase, make_attention
 from tpllm.native import attention as native
+from tpllm.native import library
 
 attend = jax.jit(native.attention, static_argnames=("scale", "window", "softcap"))
 CACHE_DTYPES = ("float32", "bfloat16", "float16", "int8")
@@ -55,24 +58,24 @@ def bits(arrays):
 
 @pytest.mark.parametrize("case", ATTENTIONS, ids=str)
 def test_attention_is_its_definition_and_the_reference(case, instruction_set):
-    given = make_attention(case)
-    out, *cache = attend(**given, **case.how())
-    assert out.dtype == given["q_BTNH"].dtype
-    assert [(x.shape, x.dtype) for x in cache] == [(x.shape, x.dtype) for x in given["cache"]]
-    q = rotated(given["q_BTNH"], given["rope"])
-    assert error(out, definition(q, cache, case.positions, rows_B=given["rows_B"], **case.how())) < 2e-3
+    arrays = make_attention(case)
+    out, *cache = attend(**arrays, **case.how())
+    assert out.dtype == arrays["q_BTNH"].dtype
+    assert [(x.shape, x.dtype) for x in cache] == [(x.shape, x.dtype) for x in arrays["cache"]]
+    q = rotated(arrays["q_BTNH"], arrays["rope"])
+    assert error(out, definition(q, cache, case.positions, rows_B=arrays["rows_B"], **case.how())) < 2e-3
     assert not np.asarray(out)[case.positions < 0].any()
     if case.softcap is None:
-        reference = paged_attention_reference(*(jnp.asarray(x, jnp.float32) for x in (q, *opened(cache))), given["positions_BT"],
-                                              rows_B=given["rows_B"], scale=case.how()["scale"], window=case.window)
+        reference = paged_attention_reference(*(jnp.asarray(x, jnp.float32) for x in (q, *opened(cache))), arrays["positions_BT"],
+                                              rows_B=arrays["rows_B"], scale=case.how()["scale"], window=case.window)
         assert error(out, np.where((case.positions >= 0)[..., None, None], reference, 0)) < 2e-3
 
 
 @pytest.mark.parametrize("case", ATTENTIONS, ids=str)
 def test_the_cache_gets_the_rotated_keys_and_the_values_and_keeps_everything_else(case, instruction_set):
-    given = make_attention(case)
-    before, after = [np.array(x) for x in given["cache"]], [np.asarray(x) for x in attend(**given, **case.how())[1:]]
-    for new, index in ((rotated(given["new_kv"][0], given["rope"]), 0), (wide(given["new_kv"][1]), 1)):
+    arrays = make_attention(case)
+    before, after = [np.array(x) for x in arrays["cache"]], [np.asarray(x) for x in attend(**arrays, **case.how())[1:]]
+    for new, index in ((rotated(arrays["new_kv"][0], arrays["rope"]), 0), (wide(arrays["new_kv"][1]), 1)):
         for b, t in np.argwhere(case.positions >= 0):
             at = (b if case.rows is None else case.rows[b], slice(None), case.positions[b, t])
             entry = after[index][at]
@@ -95,16 +98,16 @@ def test_a_prompt_gives_the_same_bits_in_one_call_in_chunks_and_token_by_token(c
     length = 200
     case = AttentionCase(starts=(0,), num_tokens=length, rows=(1,), cache_dtype=cache_dtype, window=window, softcap=softcap, x_dtype=x_dtype,
                          num_heads=6)
-    given = make_attention(case)
+    arrays = make_attention(case)
     results = []
     for chunk in (length, 7, 1):
-        cache, outs = tuple(map(jnp.array, given["cache"])), []
+        cache, outs = tuple(map(jnp.array, arrays["cache"])), []
         for first in range(0, length, chunk):
             def cut(x, fill=0, first=first, chunk=chunk):
                 part = np.asarray(x)[:, first:first + chunk]
                 return np.pad(part, [(0, 0), (0, chunk - part.shape[1]), *[(0, 0)] * (part.ndim - 2)], constant_values=fill)
-            out, *cache = attend(cut(given["q_BTNH"]), tuple(map(cut, given["new_kv"])), tuple(cache), cut(given["positions_BT"], fill=-1),
-                                 rope=tuple(map(cut, given["rope"])), rows_B=given["rows_B"], **case.how())
+            out, *cache = attend(cut(arrays["q_BTNH"]), tuple(map(cut, arrays["new_kv"])), tuple(cache), cut(arrays["positions_BT"], fill=-1),
+                                 rope=tuple(map(cut, arrays["rope"])), rows_B=arrays["rows_B"], **case.how())
             outs.append(np.asarray(out))
         results.append(bits([np.concatenate(outs, axis=1)[:, :length], *cache]))
     assert results[0] == results[1] == results[2]
@@ -115,52 +118,52 @@ def test_a_prompt_gives_the_same_bits_in_one_call_in_chunks_and_token_by_token(c
 def test_a_row_alone_gives_the_bits_it_gives_among_others(cache_dtype, max_len, instruction_set):
     starts = tuple(position % max_len for position in (1299, 0, 63, 64, 640, 130, 199, 5))
     case = AttentionCase(starts=starts, rows=tuple(range(7, -1, -1)), max_len=max_len, cache_dtype=cache_dtype, head_dim=32, num_rotated=32)
-    given = make_attention(case)
-    together, *cache = attend(**given, **case.how())
+    arrays = make_attention(case)
+    together, *cache = attend(**arrays, **case.how())
     for size in (1, 2, 7):
         for first in range(0, 8 - size + 1, 3):
             def cut(x, rows=slice(first, first + size)):
                 return x[rows]
-            alone, *own_cache = attend(cut(given["q_BTNH"]), tuple(map(cut, given["new_kv"])), given["cache"], cut(given["positions_BT"]),
-                                       rope=tuple(map(cut, given["rope"])), rows_B=cut(given["rows_B"]), **case.how())
+            alone, *own_cache = attend(cut(arrays["q_BTNH"]), tuple(map(cut, arrays["new_kv"])), arrays["cache"], cut(arrays["positions_BT"]),
+                                       rope=tuple(map(cut, arrays["rope"])), rows_B=cut(arrays["rows_B"]), **case.how())
             assert bits([alone]) == bits([cut(together)])
             for x, y in zip(own_cache, cache, strict=True):
-                assert bits([x[cut(given["rows_B"])]]) == bits([y[cut(given["rows_B"])]])
+                assert bits([x[cut(arrays["rows_B"])]]) == bits([y[cut(arrays["rows_B"])]])
 
 
 @pytest.mark.parametrize("cache_dtype", CACHE_DTYPES)
 @pytest.mark.parametrize("head_dim", [64, 20])
 def test_what_an_earlier_row_left_beyond_a_rows_end_does_not_matter_not_even_nan(cache_dtype, head_dim, instruction_set):
     case = AttentionCase(starts=(70, 0, -1, 127), cache_dtype=cache_dtype, head_dim=head_dim, num_rotated=head_dim)
-    given = make_attention(case)
-    stale = [np.array(x) for x in given["cache"]]
+    arrays = make_attention(case)
+    stale = [np.array(x) for x in arrays["cache"]]
     for x in stale:
         for row, start in enumerate(case.starts):
             x[row, :, start + 1:] = np.nan if x.dtype != np.int8 else 99
-    clean = attend(**given, **case.how())[0]
+    clean = attend(**arrays, **case.how())[0]
     assert np.isfinite(wide(clean)).all()
-    assert bits([clean]) == bits([attend(**given | {"cache": tuple(map(jnp.asarray, stale))}, **case.how())[0]])
+    assert bits([clean]) == bits([attend(**arrays | {"cache": tuple(map(jnp.asarray, stale))}, **case.how())[0]])
 
 
 @pytest.mark.parametrize("cache_dtype", CACHE_DTYPES)
 def test_a_loop_updates_a_donated_cache_in_place_and_never_widens_or_copies_it(cache_dtype, native_library):
     case = AttentionCase(starts=(0, 3), cache_dtype=cache_dtype, max_len=512)
-    given = make_attention(case)
-    cache = tuple(map(jnp.copy, given.pop("cache")))  # buffers of XLA's own, for only those can be donated
+    arrays = make_attention(case)
+    cache = tuple(map(jnp.copy, arrays.pop("cache")))  # buffers of XLA's own, for only those can be donated
 
     @functools.partial(jax.jit, donate_argnums=0)
-    def decode(cache, given, num_steps):
+    def decode(cache, arrays, num_steps):
         def step(state):
             index, cache, total = state
-            out, *cache = native.attention(**given | {"cache": cache, "positions_BT": given["positions_BT"] + index}, **case.how())
+            out, *cache = native.attention(**arrays | {"cache": cache, "positions_BT": arrays["positions_BT"] + index}, **case.how())
             return index + 1, tuple(cache), total + out
-        return jax.lax.while_loop(lambda state: state[0] < num_steps, step, (jnp.int32(0), cache, jnp.zeros_like(given["q_BTNH"])))[1:]
-    text = decode.lower(cache, given, jnp.int32(5)).compile().as_text()
+        return jax.lax.while_loop(lambda state: state[0] < num_steps, step, (jnp.int32(0), cache, jnp.zeros_like(arrays["q_BTNH"])))[1:]
+    text = decode.lower(cache, arrays, jnp.int32(5)).compile().as_text()
     shape = "[" + ",".join(map(str, cache[0].shape)) + "]"
     assert f"f32{shape}" not in text or cache_dtype == "float32"
     assert not [line for line in text.splitlines() if shape in line and (" copy(" in line or " convert(" in line or " fusion(" in line)]
     before = [x.unsafe_buffer_pointer() for x in cache]
-    cache, _ = decode(cache, given, jnp.int32(5))
+    cache, _ = decode(cache, arrays, jnp.int32(5))
     assert [x.unsafe_buffer_pointer() for x in cache] == before
     assert cache[0].dtype == cache_dtype
 
@@ -169,33 +172,50 @@ def test_a_loop_updates_a_donated_cache_in_place_and_never_widens_or_copies_it(c
 @pytest.mark.parametrize("cache_dtype", CACHE_DTYPES)
 def test_extreme_queries_keys_and_values_give_no_nan(value, cache_dtype, instruction_set):
     case = AttentionCase(starts=(0,), num_tokens=70, cache_dtype=cache_dtype, softcap=None)
-    given = make_attention(case)
-    signs = [jnp.sign(x) * value for x in (given["q_BTNH"], *given["new_kv"])]
-    out, *cache = attend(**given | {"q_BTNH": signs[0], "new_kv": tuple(signs[1:])}, **case.how())
+    arrays = make_attention(case)
+    signs = [jnp.sign(x) * value for x in (arrays["q_BTNH"], *arrays["new_kv"])]
+    out, *cache = attend(**arrays | {"q_BTNH": signs[0], "new_kv": tuple(signs[1:])}, **case.how())
     assert np.isfinite(wide(out)).all()
     assert all(np.isfinite(wide(x)).all() for x in cache)
 
 
 def test_positions_beyond_the_cache_are_not_written(instruction_set):
     case = AttentionCase(starts=(198,), num_tokens=4, rows=(1,))
-    given = make_attention(case)
-    out, keys, _ = attend(**given, **case.how())
+    arrays = make_attention(case)
+    out, keys, _ = attend(**arrays, **case.how())
     assert np.isfinite(wide(out)).all()
-    assert bits([keys[0]]) == bits([given["cache"][0][0]])
-    assert bits([keys[1, :, :198]]) == bits([given["cache"][0][1, :, :198]])
+    assert bits([keys[0]]) == bits([arrays["cache"][0][0]])
+    assert bits([keys[1, :, :198]]) == bits([arrays["cache"][0][1, :, :198]])
 
 
 @pytest.mark.parametrize(("starts", "num_tokens"), [((), 1), ((3,), 0), ((-1, -1), 2)])
 def test_no_tokens_are_no_work(starts, num_tokens, instruction_set):
     case = AttentionCase(starts=(3,), rows=(1,))
-    given = make_attention(case)
+    arrays = make_attention(case)
     B, T = len(starts), num_tokens
-    given |= {"q_BTNH": jnp.zeros((B, T, 4, 64)), "new_kv": (jnp.ones((B, T, 2, 64)),) * 2, "positions_BT": jnp.full((B, T), -1, jnp.int32),
+    arrays |= {"q_BTNH": jnp.zeros((B, T, 4, 64)), "new_kv": (jnp.ones((B, T, 2, 64)),) * 2, "positions_BT": jnp.full((B, T), -1, jnp.int32),
               "rope": (jnp.ones((B, T, 64)),) * 2, "rows_B": jnp.zeros(B, jnp.int32)}
-    out, *cache = attend(**given, **case.how())
+    out, *cache = attend(**arrays, **case.how())
     assert out.shape == (B, T, 4, 64)
     assert not np.asarray(out).any()
-    assert bits(cache) == bits(given["cache"])
+    assert bits(cache) == bits(arrays["cache"])
+
+
+@settings(max_examples=12, deadline=None)
+@given(data=st.data())
+def test_any_shape_is_the_definition(data, native_library):
+    num_kv_heads, head_dim, max_len = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 70)), data.draw(st.integers(1, 150))
+    num_tokens = data.draw(st.integers(1, min(max_len, 20)))
+    starts = tuple(data.draw(st.lists(st.integers(-1, max_len - num_tokens), min_size=1, max_size=4)))
+    case = AttentionCase(starts=starts, num_tokens=num_tokens, num_heads=num_kv_heads * data.draw(st.integers(1, 5)), num_kv_heads=num_kv_heads,
+                         head_dim=head_dim, num_rotated=2 * data.draw(st.integers(0, head_dim // 2)), max_len=max_len,
+                         window=data.draw(st.none() | st.integers(1, 2 * max_len)), cache_dtype=data.draw(st.sampled_from(CACHE_DTYPES)))
+    arrays = make_attention(case)
+    for name in library.instruction_sets():
+        with library.use_instruction_set(name):
+            out, *cache = map(np.asarray, attend(**arrays, **case.how()))
+        wanted = definition(rotated(arrays["q_BTNH"], arrays["rope"]), cache, case.positions, rows_B=None, **case.how())
+        np.testing.assert_allclose(out, wanted, atol=1e-3)
 
 
 def changed(case, **changes):
@@ -229,6 +249,6 @@ def test_what_does_not_belong_together_is_an_error_that_python_raises(changes, e
 @pytest.mark.parametrize("scales", [(3, 2, 200), (4, 2, 199)])
 def test_scales_of_an_int8_cache_must_be_its_own(scales, native_library):
     case = dataclasses.replace(AttentionCase(), cache_dtype="int8")
-    given = changed(case, cache=lambda cache: (*cache[:2], jnp.ones(scales), jnp.ones(scales)))
+    arrays = changed(case, cache=lambda cache: (*cache[:2], jnp.ones(scales), jnp.ones(scales)))
     with pytest.raises(Exception, match="shape"):
-        jax.block_until_ready(attend(**given, **case.how()))
+        jax.block_until_ready(attend(**arrays, **case.how()))

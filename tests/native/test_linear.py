@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pallas_kernels.quant_matmul import int8_matmul_reference, quant_matmul_reference
@@ -135,7 +135,7 @@ def test_extreme_activations_give_no_nan(case, instruction_set):
     assert error(out[0], reference[0]) < 1e-2
 
 
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=12, deadline=None)
 @given(data=st.data())
 def test_any_shape_is_the_reference(data, native_library):
     case = data.draw(st.sampled_from([Case(Format.F32), Case(Format.BF16), Case(Format.I8, scale_dtype="float32"),

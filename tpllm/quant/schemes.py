@@ -78,4 +78,4 @@ def quantize(rows_NK: np.ndarray, scheme: Scheme) -> tuple[np.ndarray, np.ndarra
         inverse = np.where(used == 0, np.float32(0), np.float32(1) / used)
     codes = np.multiply(groups_NGg, inverse[..., None])
     np.clip(np.rint(codes, out=codes), least, most, out=codes)
-    return codes.astype(np.int8).reshape(N, -1)[:, :K], scales
+    return codes.astype(np.int8).reshape(N, num_groups * group)[:, :K], scales

@@ -202,7 +202,7 @@ class Attention {
           task.num_rows = task.num_tokens * group;
           for (int64_t t = first; t < first + task.num_tokens; ++t) {
             const int64_t position = a.positions[batch * a.T + t];
-            if (position < 0) continue;
+            if (position < 0 || cache_row(batch) < 0 || cache_row(batch) >= a.P) continue;
             task.last_position = std::max(task.last_position, std::min(position, a.S - 1));
             task.first_position = std::min(task.first_position, a.window ? std::max<int64_t>(0, position - a.window + 1) : 0);
           }

@@ -70,6 +70,9 @@ ffi::Error read_weight(const ffi::RemainingArgs& args, size_t* next, ffi::Span<c
   };
   const int64_t padded_n = w.num_blocks() * kBlock, unit = unit_bytes(w.format);
   if (unit == 0 || w.n < 0 || w.k <= 0 || w.group < 0 || (w.group && (w.group < 16 || w.padded_k % w.group || (w.group > 16 && w.group % 32)))) return invalid("a weight's description is no valid one");
+  const bool is_known = w.quantizes_input ? w.format == Format::kI8 && !w.group : w.group == 0 ? w.format < Format::kQ5 && !a[8]
+                        : w.group == kBlock / 2 ? w.format == Format::kQ6 && !a[8] : w.format > Format::kBF16;
+  if (!is_known) return invalid("no kernel takes such groups, mins or int8 inputs with this format");
   const int64_t num_groups = w.group ? w.padded_k / w.group : 1, num_supers = w.super_group ? (w.padded_k + w.super_group - 1) / w.super_group : 0;
   auto codes = args.get<ffi::AnyBuffer>((*next)++);
   if (!codes || static_cast<int64_t>(codes->size_bytes()) < w.num_blocks() * w.num_units() * unit) return invalid("a weight's codes are shorter than its shape");

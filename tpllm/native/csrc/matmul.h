@@ -334,7 +334,7 @@ struct Product {
     }
     // Units are decoded once for all tiles, as many as stay in the first cache beside a tile's activations; groups are not cut.
     const int64_t most = tiles->math == Math::kFloats ? 4 : 8;
-    const int64_t step = weight->group > kBlock * most ? weight->group / kBlock : most;
+    const int64_t units_a_group = std::max<int64_t>(1, weight->group / kBlock), step = std::max(most / units_a_group, int64_t{1}) * units_a_group;
     uint8_t* panel = method.fill_panel ? scratch().get<uint8_t>(Slot::kPanel, step * method.panel_unit_bytes) : nullptr;
     for (int64_t unit = 0; unit < num_units; unit += step) {
       const int64_t count = std::min(step, num_units - unit);

@@ -188,6 +188,18 @@ def test_positions_beyond_the_cache_are_not_written(instruction_set):
     assert bits([keys[1, :, :198]]) == bits([arrays["cache"][0][1, :, :198]])
 
 
+@pytest.mark.parametrize("row", [-1, 5, 10**7, -10**7])
+def test_a_cache_row_that_is_not_there_gives_zeros_and_writes_nothing(row, instruction_set):
+    case = AttentionCase(starts=(70, 3), rows=(2, 0))
+    arrays = make_attention(case)
+    out, *cache = attend(**arrays, **case.how())
+    other, *other_cache = attend(**arrays | {"rows_B": jnp.array([row, 0], jnp.int32)}, **case.how())
+    assert not np.asarray(other[0]).any()
+    assert bits([other[1]]) == bits([out[1]])
+    assert bits([x[0] for x in other_cache]) == bits([x[0] for x in cache])
+    assert bits([x[1:] for x in other_cache]) == bits([x[1:] for x in arrays["cache"]])
+
+
 @pytest.mark.parametrize(("starts", "num_tokens"), [((), 1), ((3,), 0), ((-1, -1), 2)])
 def test_no_tokens_are_no_work(starts, num_tokens, instruction_set):
     case = AttentionCase(starts=(3,), rows=(1,))

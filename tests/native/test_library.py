@@ -166,3 +166,52 @@ def test_results_and_inputs_of_other_shapes_are_an_error(target, results, argume
 def test_other_kernels_called_with_other_shapes_are_an_error(target, results, arguments, attributes, native_library):
     with pytest.raises(jax.errors.JaxRuntimeError, match="INVALID_ARGUMENT"):
         library.call(target, results, *arguments, **attributes)
+
+
+def cast(dtype, *shape):
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+@pytest.mark.parametrize(("target", "results", "x"), [
+    ("linear", [cast(jnp.int8, 2, 40)], jnp.ones((2, 64))), ("linear", [cast(jnp.uint8, 2, 40)], jnp.ones((2, 64))),
+    ("linear", [floats(2, 40)], jnp.ones((2, 64), jnp.int8)), ("lookup", cast(jnp.int8, 2, 64), jnp.zeros(2, jnp.int32)),
+])
+def test_inputs_and_results_that_are_no_floats_are_an_error(target, results, x, native_library):
+    weight, _ = make_weight(WEIGHT)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="INVALID_ARGUMENT"):
+        library.call(target, results, x, *weight.arrays().values(), weights=np.array(weight.attributes(), np.int64))
+
+
+@pytest.mark.parametrize(("results", "arguments"), [
+    ([cast(jnp.int8, 2, 8)], [jnp.ones((2, 8)), jnp.ones(8)]),
+    ([cast(jnp.int8, 2, 8)], [jnp.ones((2, 8), jnp.int8), jnp.ones(8)]),
+    ([floats(2, 8)], [jnp.ones((2, 8)), jnp.ones(8), jnp.ones((2, 8))]),
+])
+def test_a_norm_that_is_no_float_or_lacks_a_result_is_an_error(results, arguments, native_library):
+    with pytest.raises(jax.errors.JaxRuntimeError, match="INVALID_ARGUMENT"):
+        library.call("rms_norm", results, *arguments, eps=np.float32(1))
+
+
+@pytest.mark.parametrize(("q_dtype", "cache_dtypes"), [
+    ("int8", ("float32", "float32")), ("float32", ("float32", "bfloat16")), ("float32", ("float32", "float32", "float32", "float32")),
+    ("float32", ("int8", "int8", "float16", "float16")), ("float32", ("int8", "int8")), ("float32", ("int32", "int32")),
+])
+def test_queries_and_caches_of_other_dtypes_are_an_error(q_dtype, cache_dtypes, native_library):
+    shapes = ((1, 2, 64, 8),) * 2 + ((1, 2, 64),) * 2
+    cache = [jnp.zeros(shape, dtype) for shape, dtype in zip(shapes, cache_dtypes, strict=False)]
+    q, position = jnp.ones((1, 1, 2, 8), q_dtype), jnp.zeros((1, 1), jnp.int32)
+    results = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, *cache)]
+    arguments = (q, q, q, jnp.ones((1, 1, 8)), jnp.ones((1, 1, 8)), position, jnp.zeros(0, jnp.int32), *cache)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="INVALID_ARGUMENT"):
+        library.call("attention", results, *arguments, aliases={7 + i: 1 + i for i in range(len(cache))}, scale=np.float32(1),
+                     softcap=np.float32(0), window=np.int64(0))
+
+
+@pytest.mark.parametrize("changes", [{GROUP: 16}, {MINS: 1, GROUP: 0}, {6: 1, 0: 6}, {6: 1, GROUP: 32}, {0: 7}, {0: 8}], ids=str)
+def test_formats_and_groups_that_no_kernel_takes_are_an_error(changes, native_library):
+    weight, _ = make_weight(WEIGHT)
+    attributes = np.array(weight.attributes(), np.int64)
+    attributes[list(changes)] = list(changes.values())
+    extra = [jnp.ones((2, 4, 32))] * (1 + changes.get(MINS, 0))
+    with pytest.raises(jax.errors.JaxRuntimeError, match="INVALID_ARGUMENT"):
+        library.call("linear", [floats(2, 40)], jnp.ones((2, 64)), jnp.zeros(8192, jnp.uint8), *extra, weights=attributes)

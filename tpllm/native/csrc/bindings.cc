@@ -42,9 +42,11 @@ bool to_dtype(ffi::DataType type, Dtype* out) {
   }
 }
 
+bool is_float(Dtype dtype) { return dtype == Dtype::kF32 || dtype == Dtype::kF16 || dtype == Dtype::kBF16; }
+
 bool to_rows(const ffi::AnyBuffer& buffer, Rows* rows) {
   const auto dims = buffer.dimensions();
-  if (dims.size() != 2 || !to_dtype(buffer.element_type(), &rows->dtype)) return false;
+  if (dims.size() != 2 || !to_dtype(buffer.element_type(), &rows->dtype) || !is_float(rows->dtype)) return false;
   rows->data = buffer.untyped_data(), rows->num_rows = dims[0], rows->num_columns = dims[1];
   return true;
 }
@@ -159,7 +161,7 @@ ffi::Error rms_norm(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer weigh
   TPLLM_RETURN_IF(check_kernels());
   Rows rows, normed, delta, sum;
   Dtype weight_dtype;
-  if (!to_rows(x, &rows) || !to_rows(*out, &normed) || !to_dtype(weight.element_type(), &weight_dtype) ||
+  if (!to_rows(x, &rows) || !to_rows(*out, &normed) || !to_dtype(weight.element_type(), &weight_dtype) || deltas.size() != sums.size() ||
       static_cast<int64_t>(weight.element_count()) != rows.num_columns || normed.num_rows != rows.num_rows || normed.num_columns != rows.num_columns)
     return invalid("the shapes of a norm do not match");
   const bool has_delta = deltas.size() == 1 && sums.size() == 1;
@@ -203,6 +205,8 @@ ffi::Error attention(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer k, f
   a.R = cos.dimensions().back();
   const bool is_int8 = a.cache_dtype == Dtype::kI8;
   const int64_t num_tokens = a.B * a.T;
+  if (!is_float(a.dtype) || out->element_type() != q.element_type() || (*values)->element_type() != (*keys)->element_type())
+    return invalid("queries are no floats, or keys and values of two dtypes");
   if (a.K < 1 || a.N % a.K || cache_dims[1] != a.K || cache_dims[3] != a.H || a.R > a.H || a.R % 2 || k.element_type() != q.element_type() ||
       v.element_type() != q.element_type() || static_cast<int64_t>(k.element_count()) != num_tokens * a.K * a.H || v.element_count() != k.element_count() ||
       static_cast<int64_t>(cos.element_count()) != num_tokens * a.R || sin.element_count() != cos.element_count() ||
@@ -217,7 +221,8 @@ ffi::Error attention(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer k, f
     auto given = cache.get<ffi::AnyBuffer>(i);
     auto result = updated.get<ffi::AnyBuffer>(i);
     if (!given || !result || given->untyped_data() != (*result)->untyped_data()) return invalid("the cache is not updated in place");
-    if (i >= 2 && static_cast<int64_t>((*result)->element_count()) != a.P * a.K * a.S) return invalid("the cache's scales have another shape");
+    if (i >= 2 && (static_cast<int64_t>((*result)->element_count()) != a.P * a.K * a.S || (*result)->element_type() != ffi::DataType::F32))
+      return invalid("the cache's scales have another shape");
     if (i >= 2) (i == 2 ? a.k_scales : a.v_scales) = static_cast<float*>((*result)->untyped_data());
   }
   a.scale = scale, a.softcap = softcap, a.window = window;

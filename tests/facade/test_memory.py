@@ -187,7 +187,7 @@ config = load_model(sys.argv[1], "tp=2")[0]
 
 def make():
     if sys.argv[2] == "folder":
-        return LLM(sys.argv[1], mesh="tp=2", max_num_seqs=2)
+        return LLM(sys.argv[1], dtype="float32", mesh="tp=2", max_num_seqs=2)
     return LLM.from_params(config, init_params(config, 0), max_num_seqs=2)
 
 def used():

@@ -5,6 +5,8 @@ import os
 import pathlib
 import platform
 
+from tpllm.errors import ConfigError
+
 
 def describe_environment(device_platform: str, device_kind: str) -> dict[str, str]:
     """Versions and hardware that decide the last bits of a result, for manifests."""
@@ -35,13 +37,13 @@ def num_threads() -> int | None:
     """``$TPLLM_NUM_THREADS``: how many threads compute on a CPU; None for one a core.
 
     Raises:
-        ValueError: it is no whole number of at least 1.
+        ConfigError: it is no whole number of at least 1.
     """
     text = os.environ.get("TPLLM_NUM_THREADS", "")
     if not text:
         return None
     if not text.isdecimal() or int(text) < 1:
-        raise ValueError(f"TPLLM_NUM_THREADS is {text!r}; it must be a whole number of at least 1")
+        raise ConfigError(f"TPLLM_NUM_THREADS is {text!r}; it must be a whole number of at least 1")
     return int(text)
 
 

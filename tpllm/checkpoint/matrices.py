@@ -7,6 +7,7 @@ import jax
 import numpy as np
 
 from tpllm.checkpoint.placement import place_all
+from tpllm.checkpoint.read import wait_for_all
 from tpllm.quant.quantized_tensor import QuantizedLayout, QuantizedTensor
 from tpllm.quant.storage import PackedMatrix, PackedWeight
 
@@ -35,12 +36,7 @@ def make_matrix(layout: PackedMatrix | QuantizedLayout, read_rows: Callable[[int
         step = max(1, CHUNK_BYTES // max(1, layout.shape[1] * layout.source_dtype.itemsize) // ROW_MULTIPLE) * ROW_MULTIPLE
         tasks = [pool.submit(store, shard, first, min(first + step, rows_a_shard))
                  for shard in sorted({n_shard for n_shard, _ in shards}) for first in range(0, rows_a_shard, step)]
-        try:
-            for task in tasks:
-                task.result()
-        finally:
-            for task in tasks:
-                task.cancel()
+        wait_for_all(tasks)
     return layout.build(place_all(_described(layout), fill, num_shards=layout.num_shards))
 
 

@@ -36,6 +36,16 @@ class Piece:
     out: np.ndarray
 
 
+def wait_for_all(tasks: Sequence[concurrent.futures.Future]) -> None:
+    """Wait for tasks of a pool; the first that fails raises here, and those that have not begun never do."""
+    try:
+        for task in tasks:
+            task.result()
+    finally:
+        for task in tasks:
+            task.cancel()
+
+
 class TensorReader:
     """Reads pieces of tensors with a pool of threads; a context manager that owns the pool and the open files."""
 
@@ -68,12 +78,7 @@ class TensorReader:
         tasks = [self.pool.submit(_read_block, fd, entry, block, group)
                  for rows, group in groups.items() for block in _blocks(entry, rows)]
         with self._refusing_overflow(entry, next(iter(groups.values()))[0].out.dtype if groups else None):
-            try:
-                for task in tasks:
-                    task.result()
-            finally:
-                for task in tasks:
-                    task.cancel()
+            wait_for_all(tasks)
 
     def read_here(self, entry: TensorEntry, pieces: Iterable[Piece]) -> None:
         """As :meth:`read`, by the calling thread; many may call it."""

@@ -1,6 +1,4 @@
 """The engine on packed weights: rows do not depend on their batch at any number of rows, and quantized weights mean what XLA makes of them."""
-import dataclasses
-
 import jax
 import numpy as np
 import pytest
@@ -9,6 +7,7 @@ from tpllm import LLM, SamplingParams, load_model, native
 from tpllm.checkpoint import memory
 from tpllm.errors import ConfigError, MemoryNeedError
 from tpllm.native.packed import PackedWeight
+from tpllm.quant.linear import lookup
 from tpllm.quant.quantized_tensor import QuantizedTensor
 
 pytestmark = pytest.mark.skipif(not native.is_available(), reason="the native library is not built here")
@@ -88,10 +87,13 @@ def test_the_memory_check_counts_quantized_weights_as_they_are_kept(monkeypatch)
     with pytest.raises(MemoryNeedError, match=r"needs \d+\.\d+ GiB of host memory, \d+\.\d+ GiB are free"):
         load_model("demo", "tp=1", quantization="int4", packed=True)
     monkeypatch.setattr(memory, "host_free_bytes", lambda: 10 * weights)
-    assert dataclasses.replace(config) == load_model("demo", "tp=1", quantization="int4", packed=True)[0]
+    assert config == load_model("demo", "tp=1", quantization="int4", packed=True)[0]
 
 
-def test_an_embedding_row_of_a_padded_vocabulary_is_zeros():
-    config, params, _ = load_model("demo", "tp=8", packed=True)
-    assert params.embed.shape[0] == config.padded_vocab_size
-    assert np.asarray(params.final_norm).dtype == params.dtype
+@pytest.mark.parametrize("mesh", ["tp=1", "tp=8"])
+def test_rows_of_a_packed_embedding_are_those_of_the_plain_one(mesh):
+    (config, packed, _), (_, plain, _) = (load_model("demo", mesh, dtype="float32", packed=is_packed) for is_packed in (True, False))
+    assert packed.embed.shape[0] == config.padded_vocab_size
+    assert packed.dtype == np.float32
+    tokens = np.array([[0, 5, 511, 512, 4095]], np.int32)
+    assert np.array_equal(lookup(tokens, packed.embed, packed.dtype), np.asarray(plain.embed)[tokens])

@@ -70,7 +70,7 @@ notebooks: $(VENV)/.notebooks $(VENV)/.native
 	$(VENV)/bin/python tools/run_notebooks.py
 
 docs: $(VENV)/.docs
-	$(VENV)/bin/python -m sphinx -q -n -W --keep-going docs build/docs
+	$(VENV)/bin/python -m sphinx -q -n -W -E --keep-going docs build/docs
 
 docs-commands: $(VENV)/.docs $(VENV)/.native
 	$(VENV)/bin/python tools/run_docs.py

@@ -3,9 +3,11 @@
   python benchmarks/cpu_vs_llama_cpp.py --shape tinyllama-1.1b
 
 Both models have the same sizes, random weights, and one thread a core (or TPLLM_NUM_THREADS). llama.cpp opens files that this script writes into a
-temporary folder (TMPDIR says where; 3.5 GB for tinyllama-1.1b) and removes; all matrices of a file have one type.
+temporary folder (TMPDIR says where; 3.5 GB for tinyllama-1.1b) and removes; all matrices of a file have one type, but those of Q4_K_M and Q5_K_M,
+which are mixed as llama.cpp's quantizer mixes them.
 
   bf16   ours in bfloat16; theirs F16         int8   theirs Q8_0         int4   theirs Q4_0
+  q8_0, q4_0, q4_k_m, q5_k_m, q6_k            both open the same file
 
 For each kind of weights there are these cells, in tokens/s; --contexts, --prompts, --batch-size and --decode-steps change them, --cells chooses:
 
@@ -33,11 +35,8 @@ import argparse
 import contextlib
 import dataclasses
 import datetime
-import json
-import os
+import functools
 import pathlib
-import shutil
-import tempfile
 from typing import Any
 
 import jax
@@ -45,6 +44,7 @@ import llama_cpp
 import numpy as np
 from llama_cpp_peer import gguf_file, peer
 from llama_cpp_peer.cells import PAUSE_S, Cell, num_threads
+from llama_cpp_peer.kinds import ALL_TYPES, FILE_TYPES, PEER_TYPES, check_build, compare_kinds
 from llama_cpp_peer.memory import measure_memory
 from llama_cpp_peer.ours import open_ours, our_turns
 from rich.console import Console
@@ -52,7 +52,7 @@ from rich.table import Table
 
 from tpllm import LLM
 from tpllm.bench.bandwidth import Bandwidth, host_bandwidth
-from tpllm.bench.latency import at_least, check_writable
+from tpllm.bench.command import at_least, check_writable
 from tpllm.bench.machine import describe_machine
 from tpllm.bench.pairs import STEADY_SHARE, measure_pairs, summarize
 from tpllm.bench.report import bandwidth_entry
@@ -63,7 +63,6 @@ from tpllm.errors import ConfigError
 from tpllm.model.config import ModelConfig
 
 RESULTS = pathlib.Path(__file__).parent / "results"
-PEER_TYPES = {"bf16": "F16", "int8": "Q8_0", "int4": "Q4_0"}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -82,22 +81,14 @@ def main(argv: list[str] | None = None) -> int:
     setup = {**{name: value for name, value in vars(args).items() if name != "output"}, "num_threads": num_threads(), "peer_kv_cache": "f16",
              "peer_micro_batch": peer.MICRO_BATCH, "num_trials": peer.NUM_TRIALS, "pause_s": PAUSE_S}
     report = {"benchmark": "CPU vs llama.cpp", "machine": machine, "setup": setup, "kinds": {}}
-    with tempfile.TemporaryDirectory(prefix="tpllm-gguf-") as folder:
-        check_disk(config, args.kinds, folder)
-        f16 = pathlib.Path(folder) / "F16.gguf"
-        gguf_file.write_f16(f16, config)
-        for kind in args.kinds:
-            report["kinds"][kind] = compare_kind(kind, f16, cells, args)
-            path.write_text(json.dumps({**report, "load_average_after": list(os.getloadavg())}, indent=1) + "\n")
-            print_kind(report, kind)
-    print(f"written to {path}")
-    return 0
+    return compare_kinds(report, path, config, functools.partial(compare_kind, cells=cells, args=args), print_kind)
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", default="tinyllama-1.1b", help="as for tpllm bench latency")
-    parser.add_argument("--kinds", nargs="+", choices=PEER_TYPES, default=list(PEER_TYPES), help="of weights (default: all)")
+    parser.add_argument("--kinds", nargs="+", choices=ALL_TYPES, default=list(PEER_TYPES),
+                        help=f"of weights (default: {' '.join(PEER_TYPES)})")
     parser.add_argument("--cells", nargs="+", metavar="CELL", help="what to measure (default: all)")
     parser.add_argument("--contexts", type=at_least(1), nargs="+", default=[128, 1900], help="to decode at (default 128 1900)")
     parser.add_argument("--prompts", type=at_least(1), nargs="+", default=[128, 1024], help="tokens to prefill (default 128 1024)")
@@ -154,36 +145,20 @@ def check_references(references: list[tuple[str, str, float]], cells: list[Cell]
             raise ConfigError(f"--peer-at-least {kind}:{cell} is not measured; kinds: {', '.join(kinds)}; cells: {', '.join(names)}")
 
 
-def check_build(*, is_slow_allowed: bool) -> None:
-    """Refuse a llama.cpp that was built for a lesser CPU: it would be a bad peer."""
-    line = peer.system_line()
-    if (missing := peer.missing_features(line, peer.cpu_flags())) and not is_slow_allowed:
-        raise ConfigError(f"this CPU has {', '.join(missing)}, which this build of llama.cpp does not use ({line}); build it here, by "
-                          "CMAKE_ARGS=-DGGML_NATIVE=ON pip install --force-reinstall --no-binary llama-cpp-python llama-cpp-python, "
-                          "or measure against it as it is with --allow-slow-peer")
-
-
-def check_disk(config: ModelConfig, kinds: list[str], folder: str) -> None:
-    """Refuse a temporary folder that cannot hold the F16 file and the largest other one."""
-    needed = gguf_file.file_bytes(config, "F16") + max(gguf_file.file_bytes(config, PEER_TYPES[kind]) if kind != "bf16" else 0 for kind in kinds)
-    free = shutil.disk_usage(folder).free
-    if needed > free:
-        raise ConfigError(f"the files need {needed / 1e9:.1f} GB, {tempfile.gettempdir()} has {free / 1e9:.1f} free; name another folder with TMPDIR")
-
-
 def compare_kind(kind: str, f16: pathlib.Path, cells: list[Cell], args: argparse.Namespace) -> dict[str, Any]:
     """Every cell with one kind of weights, then the memory; JSON-able."""
-    peer_type, quantization = PEER_TYPES[kind], None if kind == "bf16" else kind
+    peer_type, is_file = ALL_TYPES[kind], kind in FILE_TYPES
     path = f16.with_name(f"{peer_type}.gguf")
     if path != f16:
         gguf_file.quantize(f16, path, peer_type)
-    gguf_file.check_types(path, find_shape(args.shape), peer_type)
+    if peer_type not in gguf_file.MIXED:
+        gguf_file.check_types(path, find_shape(args.shape), peer_type)
+    ours = {"path": str(path)} if is_file else {"shape": args.shape, "quantization": None if kind == "bf16" else f"*={kind}"}
     references = {cell: speed for named, cell, speed in args.peer_at_least if named == kind}
-    with (contextlib.closing(open_ours(args.shape, quantization, context_len=cells[0].context_len, num_seqs=1)) as first,
+    with (contextlib.closing(open_ours(**ours, context_len=cells[0].context_len, num_seqs=1)) as first,
           contextlib.closing(peer.PeerModel(path)) as model):
         entries = {cell.name: compare_cell(cell, first, model, args, references.get(cell.name)) for cell in cells}
-    memory = None if args.no_memory else measure_memory(path, shape=args.shape, quantization=quantization, prompt_len=max(args.prompts),
-                                                        num_steps=args.decode_steps)
+    memory = None if args.no_memory else measure_memory(path, ours, prompt_len=max(args.prompts), num_steps=args.decode_steps)
     entry = {"peer_type": peer_type, "peer_file_bytes": path.stat().st_size, "cells": entries, "memory": memory}
     if path != f16:
         path.unlink()

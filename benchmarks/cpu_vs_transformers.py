@@ -33,7 +33,7 @@ from rich.table import Table
 
 from tpllm import LLM, SamplingParams
 from tpllm.bench.bandwidth import Bandwidth, host_bandwidth
-from tpllm.bench.latency import at_least, check_writable
+from tpllm.bench.command import at_least, check_writable
 from tpllm.bench.machine import describe_machine
 from tpllm.bench.pairs import Pair, measure_pairs, summarize
 from tpllm.bench.report import bandwidth_entry

@@ -30,7 +30,7 @@ python_maximum_signature_line_length = 100
 
 # Names of other packages: the build reads no inventory over the network.
 nitpick_ignore_regex = [("py:.*", r"(jax|jaxlib|numpy|np|flax|tokenizers|collections|typing|pathlib)(\..*)?"),
-                        ("py:class", r"tpllm\.tokenizer\.folder\.TokenizerFolder")]
+                        ("py:class", r"tpllm\.(tokenizer\.folder\.TokenizerFolder|quant\.policy\.Policy)")]
 
 
 def _parsable(app, what, name, obj, options, signature, return_annotation):

@@ -1,6 +1,9 @@
 """Causal self-attention over the tokens of one call (no cache): training, and the oracle of the cached path.
 
-    out[t] = softmax_s(scale * q[t] . k[s]) v[s],   over s <= t and, with a sliding window W, s > t - W
+    out[t] = softmax_s(cap(scale * q[t] . k[s])) v[s],   over s <= t and, with a sliding window W, s > t - W
+
+A sink is one more logit of each softmax, learned for each query head, whose value is zero: it takes weight away (Xiao et al. 2023, arXiv:2309.17453;
+as a logit: gpt-oss, OpenAI 2025, arXiv:2508.10925).
 
 Grouped-query attention (Ainslie et al. 2023, arXiv:2305.13245): query head n reads KV head n // (N / K).
 """
@@ -13,7 +16,8 @@ MASKED = -1e30  # finite, so that a fully masked row gives no NaN
 
 
 def flash_attention_reference(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, positions_BT: jax.Array, *,
-                              scale: float, window: int | None = None) -> jax.Array:
+                              scale: float, window: int | None = None, softcap: float | None = None,
+                              sinks_N: jax.Array | None = None) -> jax.Array:
     """Attention of every token to itself and the tokens before it.
 
     Args:
@@ -22,6 +26,8 @@ def flash_attention_reference(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.
         positions_BT: int32 absolute positions; a negative one marks padding, which nothing attends to.
         scale: multiplies the scores (usually 1 / sqrt(H)).
         window: how many latest positions a token sees, itself included; None for all.
+        softcap: see :func:`soft_cap`; None for none.
+        sinks_N: float32; None for none.
 
     Returns:
         [B, T, N, H] in the dtype of ``q_BTNH``. Softmax and sums are float32.
@@ -32,9 +38,18 @@ def flash_attention_reference(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.
     products = {"preferred_element_type": jnp.float32, "precision": matmul_precision(q_BTNH.dtype)}
     scores_BKGTS = jnp.einsum("btkgh,bskh->bkgts", q_BTKGH, k_BTKH, **products) * scale
     visible_BTS = attention_mask(positions_BT, positions_BT, window)
-    probs_BKGTS = jax.nn.softmax(jnp.where(visible_BTS[:, None, None], scores_BKGTS, MASKED), axis=-1)
+    scores_BKGTS = jnp.where(visible_BTS[:, None, None], soft_cap(scores_BKGTS, softcap), MASKED)
+    if sinks_N is not None:
+        sinks_BKGT1 = jnp.broadcast_to(sinks_N.reshape(1, K, N // K, 1, 1), (*scores_BKGTS.shape[:-1], 1))
+        scores_BKGTS = jnp.concatenate([scores_BKGTS, sinks_BKGT1], axis=-1)
+    probs_BKGTS = jax.nn.softmax(scores_BKGTS, axis=-1)[..., :T]
     out_BTKGH = jnp.einsum("bkgts,bskh->btkgh", probs_BKGTS.astype(v_BTKH.dtype), v_BTKH, **products)
     return out_BTKGH.reshape(B, T, N, H).astype(q_BTNH.dtype)
+
+
+def soft_cap(x: jax.Array, softcap: float | None) -> jax.Array:
+    """``softcap * tanh(x / softcap)``: nearly x where it is small, never beyond the cap (Gemma 2 report, arXiv:2408.00118); None for x."""
+    return x if softcap is None else softcap * jnp.tanh(x / softcap)
 
 
 def attention_mask(query_positions_BT: jax.Array, key_positions_BS: jax.Array, window: int | None) -> jax.Array:

@@ -2,6 +2,7 @@
 
     y = (act(x gate.T) * (x up.T)) down.T
 """
+import dataclasses
 import functools
 
 import jax
@@ -17,14 +18,40 @@ ACTIVATIONS = {
 }
 
 
-def gated_mlp_reference(x_MD: jax.Array, gate_FD: jax.Array, up_FD: jax.Array, down_DF: jax.Array, *, activation: str) -> jax.Array:
+@dataclasses.dataclass(frozen=True)
+class ClampedGlu:
+    """In place of an activation: ``gate sigmoid(alpha gate) (up + 1)`` of a gate and an up that are cut off (gpt-oss: OpenAI 2025, arXiv:2508.10925).
+
+    Attributes:
+        limit: the most that gate is, and up in size.
+        alpha: 1.702 makes of ``gate sigmoid(alpha gate)`` an approximate GELU (Hendrycks & Gimpel 2016, arXiv:1606.08415).
+    """
+
+    limit: float
+    alpha: float = 1.702
+
+
+Activation = str | ClampedGlu
+"""A key of ``ACTIVATIONS``, or a rule for gate and up together."""
+
+
+def gated(gate_F: jax.Array, up_F: jax.Array, activation: Activation) -> jax.Array:
+    """What the down projection multiplies; ``act(gate) * up`` of plain activations."""
+    if not isinstance(activation, ClampedGlu):
+        return ACTIVATIONS[activation](gate_F) * up_F
+    gate_F = jnp.minimum(gate_F, activation.limit)
+    return gate_F * jax.nn.sigmoid(activation.alpha * gate_F) * (jnp.clip(up_F, -activation.limit, activation.limit) + 1)
+
+
+def gated_mlp_reference(x_MD: jax.Array, gate_FD: jax.Array, up_FD: jax.Array, down_DF: jax.Array, *,
+                        activation: Activation) -> jax.Array:
     """The layer on dense weights, in float32 but for the inner activations, which have ``x_MD``'s dtype; [M, D] in it.
 
     Args:
         x_MD: activations.
         gate_FD, up_FD, down_DF: weights.
-        activation: a key of ``ACTIVATIONS``.
+        activation: see :func:`gated`.
     """
     gate_MF, up_MF = (quant_matmul_reference(x_MD, weight, dtype=jnp.float32) for weight in (gate_FD, up_FD))
-    inner_MF = (ACTIVATIONS[activation](gate_MF) * up_MF).astype(x_MD.dtype)
+    inner_MF = gated(gate_MF, up_MF, activation).astype(x_MD.dtype)
     return quant_matmul_reference(inner_MF, down_DF)

@@ -1,52 +1,70 @@
 """Writing new keys or values into a KV cache, in place where the cache is donated.
 
-    cache[row(b), :, positions[b, t]] = new[b, t]
+    cache[page(b, t), :, positions[b, t] % S] = new[b, t],   page from the table
 """
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.page_table import PageTable, one_page_a_row
 
-def kv_append_reference(cache_PKSH: jax.Array, new_BTKH: jax.Array, positions_BT: jax.Array, rows_B: jax.Array | None = None) -> jax.Array:
+
+def kv_append_reference(cache_PKSH: jax.Array, new_BTKH: jax.Array, positions_BT: jax.Array, table: PageTable | None = None) -> jax.Array:
     """One layer's cache with the new entries in it.
 
     Args:
-        cache_PKSH: keys or values; P rows of S positions.
+        cache_PKSH: keys or values; P pages of S tokens.
         new_BTKH: what to write; cast to the cache's dtype.
-        positions_BT: int32; the tokens of a row are consecutive, padding (negative positions) comes last and writes nothing, and
-            ``positions_BT[:, 0] + T <= S``.
-        rows_B: int32, the distinct cache row of each batch row; None where batch row b is cache row b.
+        positions_BT: int32, distinct within a row; negative marks padding, which writes nothing, and so does what has no page.
+        table: where the rows' tokens lie; None where batch row b is page b.
 
     Returns:
         [P, K, S, H] in the cache's dtype.
     """
-    B, T = positions_BT.shape
+    P, _, S, _ = cache_PKSH.shape
+    pages_BT = (one_page_a_row(positions_BT.shape[0]) if table is None else table).pages_of(positions_BT, S)
+    pages_BT = jnp.where((pages_BT < 0) | (pages_BT >= P), P, pages_BT)  # out of bounds is dropped; a far one would wrap in scatter_entries
+    offsets_BT = positions_BT % S
     new_BTKH = new_BTKH.astype(cache_PKSH.dtype)
-    if B == 1 and T > 1 and not _is_narrow_float(cache_PKSH.dtype):
-        return _write_slice(cache_PKSH, new_BTKH, positions_BT, rows_B)
-    rows_B = jnp.arange(B) if rows_B is None else rows_B
 
     def scatter_bits(cache_PKSH, new_BTKH):
-        return from_bits(_scatter(as_bits(cache_PKSH), as_bits(new_BTKH), rows_B, positions_BT), cache_PKSH.dtype)
+        return from_bits(_scatter(as_bits(cache_PKSH), as_bits(new_BTKH), pages_BT, offsets_BT), cache_PKSH.dtype)
     return jax.lax.platform_dependent(cache_PKSH, new_BTKH, cpu=scatter_bits,
-                                      tpu=lambda cache, new: scatter_entries(cache, new, rows_B, positions_BT),
-                                      default=lambda cache, new: _scatter(cache, new, rows_B, positions_BT))
+                                      tpu=lambda cache, new: scatter_entries(cache, new, pages_BT, offsets_BT),
+                                      default=lambda cache, new: _scatter(cache, new, pages_BT, offsets_BT))
 
 
-def scatter_entries(cache_PKSH: jax.Array, new_BTKH: jax.Array, rows_B: jax.Array, positions_BT: jax.Array) -> jax.Array:
+def quantize_entries(new_BTKH: jax.Array, dtype) -> tuple[jax.Array, jax.Array]:
+    """Keys or values for a cache of int8 or float8_e4m3fn, one scale a head and token: the largest magnitude over the largest code.
+
+    Args:
+        new_BTKH: floats.
+        dtype: of the cache.
+
+    Returns:
+        (codes [B, T, K, H], scales float32 [B, T, K]).
+    """
+    is_integer = jnp.issubdtype(dtype, jnp.integer)
+    largest = 127.0 if is_integer else float(jnp.finfo(dtype).max)
+    x = new_BTKH.astype(jnp.float32)
+    most_BTK = jnp.max(jnp.abs(x), axis=-1)
+    inverse_BTK = jnp.where(most_BTK > 0, largest / jnp.where(most_BTK > 0, most_BTK, 1.0), 0.0)
+    scaled = jnp.clip(x * inverse_BTK[..., None], -largest, largest)
+    return (jnp.round(scaled) if is_integer else scaled).astype(dtype), most_BTK / largest
+
+
+def scatter_entries(cache_PKSH: jax.Array, new_BTKH: jax.Array, pages_BT: jax.Array, offsets_BT: jax.Array) -> jax.Array:
     """:func:`kv_append_reference` for a TPU: the entries are rows of one matrix.
 
     Into [P, K, S, H] its compiler would scatter in a layout of its own, and copy the whole cache there and back.
     """
     P, K, S, H = cache_PKSH.shape
-    entries_BTK = (rows_B[:, None, None] * K + jnp.arange(K)) * S + positions_BT[:, :, None]
-    entries_BTK = jnp.where(positions_BT[:, :, None] < 0, P * K * S, entries_BTK)
+    entries_BTK = (pages_BT[:, :, None] * K + jnp.arange(K)) * S + offsets_BT[:, :, None]
     cache_EH = cache_PKSH.reshape(P * K * S, H).at[entries_BTK.reshape(-1)].set(new_BTKH.reshape(-1, H), mode="drop", unique_indices=True)
     return cache_EH.reshape(P, K, S, H)
 
 
-def _scatter(cache_PKSH: jax.Array, new_BTKH: jax.Array, rows_B: jax.Array, positions_BT: jax.Array) -> jax.Array:
-    positions_BT = jnp.where(positions_BT < 0, cache_PKSH.shape[2], positions_BT)
-    return cache_PKSH.at[rows_B[:, None], :, positions_BT].set(new_BTKH, mode="drop", unique_indices=True)
+def _scatter(cache_PKSH: jax.Array, new_BTKH: jax.Array, pages_BT: jax.Array, offsets_BT: jax.Array) -> jax.Array:
+    return cache_PKSH.at[pages_BT, :, offsets_BT].set(new_BTKH, mode="drop", unique_indices=True)
 
 
 def as_bits(x: jax.Array) -> jax.Array:
@@ -60,14 +78,6 @@ def as_bits(x: jax.Array) -> jax.Array:
 def from_bits(x: jax.Array, dtype) -> jax.Array:
     """The inverse of :func:`as_bits`."""
     return x if x.dtype == dtype else jax.lax.bitcast_convert_type(x, dtype)
-
-
-def _write_slice(cache_PKSH: jax.Array, new_1TKH: jax.Array, positions_1T: jax.Array, rows_1: jax.Array | None) -> jax.Array:
-    new_1KTH = new_1TKH.transpose(0, 2, 1, 3)
-    start = (0 if rows_1 is None else rows_1[0], 0, jnp.maximum(positions_1T[0, 0], 0), 0)
-    old_1KTH = jax.lax.dynamic_slice(cache_PKSH, start, new_1KTH.shape)
-    is_real_1T1 = (positions_1T[0] >= 0)[None, None, :, None]
-    return jax.lax.dynamic_update_slice(cache_PKSH, jnp.where(is_real_1T1, new_1KTH, old_1KTH), start)
 
 
 def _is_narrow_float(dtype) -> bool:

@@ -53,10 +53,15 @@ def int8_matmul_reference(x_MK: jax.Array, codes_NK: jax.Array, scales_N: jax.Ar
     Returns:
         [M, N].
     """
+    codes_MK, row_scales_M = int8_rows(x_MK)
+    sums_MN = jax.lax.dot_general(codes_MK.astype(jnp.int32), codes_NK.astype(jnp.int32), (((1,), (1,)), ((), ())))
+    return (sums_MN.astype(jnp.float32) * row_scales_M[:, None] * scales_N).astype(dtype or x_MK.dtype)
+
+
+def int8_rows(x_MK: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(codes from -127 to 127 in float32 [M, K], scales [M]) of activations."""
     x32 = x_MK.astype(jnp.float32)
     largest_M = jnp.max(jnp.abs(x32), axis=1)
     inverse_M = jnp.where(largest_M > 0, 127.0 / jnp.where(largest_M > 0, largest_M, 1.0), 0.0)
-    codes_MK = jnp.round(jnp.clip(x32 * inverse_M[:, None], -127.0, 127.0)).astype(jnp.int32)
-    sums_MN = jax.lax.dot_general(codes_MK, codes_NK.astype(jnp.int32), (((1,), (1,)), ((), ())))
-    row_scales_M = largest_M / jnp.where(largest_M >= 0, 127.0, jnp.nan)  # by a constant XLA would not divide but multiply with its reciprocal
-    return (sums_MN.astype(jnp.float32) * row_scales_M[:, None] * scales_N).astype(dtype or x_MK.dtype)
+    codes_MK = jnp.round(jnp.clip(x32 * inverse_M[:, None], -127.0, 127.0))
+    return codes_MK, largest_M / jnp.where(largest_M >= 0, 127.0, jnp.nan)  # by a constant XLA would not divide but multiply with its reciprocal

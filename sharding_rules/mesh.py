@@ -6,7 +6,8 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh
 
-MESH_AXES = ("dp", "tp")
+MESH_AXES = ("dp", "ep", "tp")
+ALWAYS = ("dp", "tp")
 
 
 class MeshError(ValueError):
@@ -39,7 +40,7 @@ def parse_mesh(text: str | Mapping[str, int]) -> dict[str, int]:
 
 
 def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh with axes ``dp`` and ``tp`` (size 1 where not given) over the first devices, partitioned automatically by XLA.
+    """A mesh over the first devices, partitioned automatically by XLA: ``dp`` and ``tp`` (size 1 where not given), and ``ep`` between where given.
 
     Args:
         sizes: axis name -> number of devices along it.
@@ -49,14 +50,15 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
         MeshError: the mesh asks for more devices than there are.
     """
     devices = list(jax.local_devices() if devices is None else devices)
-    shape = tuple(sizes.get(axis, 1) for axis in MESH_AXES)
+    axes = tuple(axis for axis in MESH_AXES if axis in ALWAYS or axis in sizes)
+    shape = tuple(sizes.get(axis, 1) for axis in axes)
     needed = math.prod(shape)
     if needed > len(devices):
         hint = (f"; on a CPU, JAX_NUM_CPU_DEVICES={needed} in the environment gives that many virtual ones"
                 if devices[0].platform == "cpu" else "")
         raise MeshError(f"mesh {_sizes_text(sizes)} needs {needed} devices but {len(devices)} "
                         f"{'is' if len(devices) == 1 else 'are'} available ({devices[0].platform}); ask for a smaller mesh{hint}")
-    return Mesh(np.array(devices[:needed]).reshape(shape), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+    return Mesh(np.array(devices[:needed]).reshape(shape), axes, axis_types=(AxisType.Auto,) * len(axes))
 
 
 def mesh_text(mesh: Mesh) -> str:

@@ -6,7 +6,7 @@ import jax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from sharding_rules.resolve import partition_spec, resolve
+from sharding_rules.resolve import num_parts, partition_spec, resolve
 from sharding_rules.rules import Rules
 
 
@@ -24,7 +24,7 @@ class Partition:
 
     def size(self, logical: str) -> int:
         """Into how many parts a logical axis is cut (1 where it is replicated)."""
-        return self.mesh.shape.get(self.rules.mesh_axis(logical), 1)
+        return num_parts(self.rules.mesh_axis(logical), self.mesh)
 
     def spec(self, axes: Sequence[str | None]) -> P:
         """The ``PartitionSpec`` of an array with these logical axes."""

@@ -1,12 +1,12 @@
 """The rule sets most meshes need."""
-from sharding_rules.axes import BATCH, HEADS, KV_HEADS, MLP, VOCAB
+from sharding_rules.axes import BATCH, EXPERT_MLP, EXPERTS, HEADS, KV_HEADS, MLP, VOCAB
 from sharding_rules.rules import Rules
 
 REPLICATED = Rules()
 """Every device holds everything."""
 
-TENSOR = Rules(((VOCAB, "tp"), (HEADS, "tp"), (KV_HEADS, "tp"), (MLP, "tp")))
-"""Megatron's split of attention by heads, the MLP by its inner dim, and both embeddings by vocabulary.
+TENSOR = Rules(((VOCAB, "tp"), (HEADS, "tp"), (KV_HEADS, "tp"), (MLP, "tp"), (EXPERTS, "ep"), (EXPERT_MLP, ("ep", "tp"))))
+"""Megatron's split of attention by heads, the MLP by its inner dim, and both embeddings by vocabulary; experts over ``ep``.
 
 Shoeybi et al. 2019, arXiv:1909.08053.
 """

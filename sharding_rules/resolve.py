@@ -1,4 +1,5 @@
 """From logical axes to a ``NamedSharding``."""
+import math
 from collections.abc import Sequence
 
 from jax.sharding import Mesh, NamedSharding
@@ -13,8 +14,20 @@ class ShardingError(ValueError):
 
 def partition_spec(axes: Sequence[str | None], rules: Rules, mesh: Mesh) -> P:
     """The ``PartitionSpec`` of an array with these logical axes; mesh axes that ``mesh`` lacks count as replicated."""
-    names = (rules.mesh_axis(axis) for axis in axes)
-    return P(*(name if name in mesh.shape else None for name in names))
+    return P(*(present_axes(rules.mesh_axis(axis), mesh) for axis in axes))
+
+
+def present_axes(names: str | tuple[str, ...] | None, mesh: Mesh) -> str | tuple[str, ...] | None:
+    """Those of some mesh axes that ``mesh`` has; None where it has none."""
+    if isinstance(names, tuple):
+        found = tuple(name for name in names if name in mesh.shape)
+        return found if len(found) > 1 else next(iter(found), None)
+    return names if names in mesh.shape else None
+
+
+def num_parts(names: str | tuple[str, ...] | None, mesh: Mesh) -> int:
+    """Into how many parts some mesh axes cut a dim."""
+    return math.prod(mesh.shape.get(name, 1) for name in (names if isinstance(names, tuple) else (names,)))
 
 
 def resolve(axes: Sequence[str | None], rules: Rules, mesh: Mesh, *, shape: Sequence[int] | None = None,
@@ -35,7 +48,7 @@ def resolve(axes: Sequence[str | None], rules: Rules, mesh: Mesh, *, shape: Sequ
     for dim, (axis, mesh_axis) in enumerate(zip(axes, spec, strict=True)):
         if shape is None or mesh_axis is None:
             continue
-        parts = mesh.shape[mesh_axis]
+        parts = num_parts(mesh_axis, mesh)
         if shape[dim] % parts:
             raise ShardingError(f"{name}: dim {dim} ({axis!r}) of shape {tuple(shape)} is {shape[dim]}, which mesh axis {mesh_axis!r} of "
                                 f"size {parts} does not divide; choose a size that divides {shape[dim]}, or replicate {axis!r}")

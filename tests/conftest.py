@@ -10,6 +10,8 @@ os.environ.setdefault("TPLLM_CACHE_DIR", str(pathlib.Path(__file__).parents[1] /
 import jax
 import pytest
 
+from tpllm.native import library
+
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_compilation_cache_dir", os.environ["TPLLM_CACHE_DIR"])
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
@@ -20,3 +22,10 @@ jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 def num_devices() -> int:
     """How many virtual devices there are."""
     return len(jax.devices())
+
+
+@pytest.fixture(scope="session")
+def native_library() -> None:
+    """Skips where the native library is not built."""
+    if not library.is_available():
+        pytest.skip("the native library is not built here")

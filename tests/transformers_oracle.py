@@ -1,12 +1,14 @@
 """What ``transformers`` computes for a tiny model: logits of the prompt and greedy tokens, in float32 with eager attention."""
 import copy
 import dataclasses
-import itertools
+import re
 
 import numpy as np
 import torch
 import transformers
 from tiny_models import LEAST_DISTINCT, LEAST_GAP, NUM_STEPS, TinyModel
+
+MOST_SEEDS = 100
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,12 +34,30 @@ def hf_config(hf) -> transformers.PreTrainedConfig:
 def build(model: TinyModel) -> transformers.PreTrainedModel:
     """The model with our weights; every tensor of it is set and every tensor of ours is used."""
     reference = transformers.AutoModelForCausalLM.from_config(hf_config(model.hf), attn_implementation="eager", dtype=torch.float32).eval()
-    state = {name: torch.from_numpy(array) for name, array in model.weights().items()}
+    state = _with_stacked_experts({name: torch.from_numpy(array) for name, array in model.weights().items()})
     missing, unexpected = reference.load_state_dict(state, strict=False)
     tied = ["lm_head.weight"] if model.hf["tie_word_embeddings"] else []
     if missing != tied or unexpected:
         raise ValueError(f"{model.name}: weights missing {missing}, unexpected {unexpected}")
     return reference
+
+
+def _with_stacked_experts(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Checkpoints hold a tensor for each expert, modules of transformers 5 one for all: [E, 2 F, D] of gate and up, [E, D, F] of down."""
+    stacked, experts = {}, {}
+    for name, tensor in state.items():
+        name = name.replace(".block_sparse_moe.", ".mlp.")
+        match = re.fullmatch(r"(.+\.experts)\.(\d+)\.(\w+)\.weight", name)
+        if match is None:
+            stacked[name] = tensor
+        else:
+            experts.setdefault(match[1], {}).setdefault(int(match[2]), {})[match[3]] = tensor
+    for prefix, by_index in experts.items():
+        gate, up, down = ("w1", "w3", "w2") if "w1" in by_index[0] else ("gate_proj", "up_proj", "down_proj")
+        ordered = [by_index[index] for index in sorted(by_index)]
+        stacked[f"{prefix}.gate_up_proj"] = torch.stack([torch.cat([one[gate], one[up]]) for one in ordered])
+        stacked[f"{prefix}.down_proj"] = torch.stack([one[down] for one in ordered])
+    return stacked
 
 
 @torch.no_grad()
@@ -56,9 +76,9 @@ def answer(model: TinyModel) -> Reference:
 
 def first_clear_seed(model: TinyModel) -> tuple[TinyModel, Reference]:
     """The model with the first seed whose tokens decide something (see ``LEAST_GAP`` and ``LEAST_DISTINCT``), and its answers."""
-    for seed in itertools.count():
+    for seed in range(MOST_SEEDS):
         seeded = dataclasses.replace(model, seed=seed)
         reference = answer(seeded)
         if reference.gap >= LEAST_GAP and len(set(reference.tokens)) >= LEAST_DISTINCT:
             return seeded, reference
-    raise AssertionError
+    raise AssertionError(f"{model.name}: with none of {MOST_SEEDS} seeds do its tokens decide anything; does it repeat one? Untie its embeddings")

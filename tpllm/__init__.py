@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 _WHERE = {
-    "LLM": "tpllm.llm", "SamplingParams": "tpllm.engine.sampling_params", "RequestOutput": "tpllm.engine.outputs",
+    "LLM": "tpllm.llm", "AsyncLLM": "tpllm.async_llm", "SamplingParams": "tpllm.engine.sampling_params", "RequestOutput": "tpllm.engine.outputs",
     "CompletionOutput": "tpllm.engine.outputs", "load_model": "tpllm.loading", "init_cache": "tpllm.model.kv_cache",
     "forward": "tpllm.model.decoder",
 }
-__all__ = ["LLM", "CompletionOutput", "RequestOutput", "SamplingParams", "__version__", "forward", "init_cache", "load_model"]
+__all__ = ["LLM", "AsyncLLM", "CompletionOutput", "RequestOutput", "SamplingParams", "__version__", "forward", "init_cache", "load_model"]
 
 if TYPE_CHECKING:
+    from tpllm.async_llm import AsyncLLM
     from tpllm.engine.outputs import CompletionOutput, RequestOutput
     from tpllm.engine.sampling_params import SamplingParams
     from tpllm.llm import LLM

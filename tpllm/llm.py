@@ -2,6 +2,7 @@
 import contextlib
 import dataclasses
 import gc
+import itertools
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Literal
@@ -10,23 +11,26 @@ import jax
 from jax.sharding import Mesh
 
 from sharding_rules import Rules, mesh_text
+from tpllm.engine.cache_size import least_cache_bytes
 from tpllm.engine.description import Description, describe, kernels_of
 from tpllm.engine.engine import Engine
+from tpllm.engine.options import EngineOptions, build_engine
 from tpllm.engine.outputs import CompletionDelta, RequestOutput, failed_output
 from tpllm.engine.prompts import Messages, Prompt, encode_prompt
 from tpllm.engine.request import Request
 from tpllm.engine.runner import Runner
 from tpllm.engine.sampling_params import SamplingParams
-from tpllm.engine.shapes import EngineShapes, choose_shapes
+from tpllm.engine.shapes import EngineShapes
+from tpllm.engine.snapshot import Snapshot, take_snapshot
 from tpllm.environment import describe_environment, enable_compile_cache
 from tpllm.errors import ConfigError, TpllmError
 from tpllm.loading import choose_cache_dtype, load_weights, open_model
 from tpllm.model.config import ModelConfig
-from tpllm.model.kv_cache import cache_bytes_per_device
 from tpllm.model.params import DecoderParams
 from tpllm.native.packed import PackedWeight
 from tpllm.ops import uses_native
 from tpllm.progress import progress_bar
+from tpllm.quant.policy import Quantization
 from tpllm.tokenizer import Tokenizer
 
 
@@ -45,12 +49,22 @@ class LLM:
         rules: how logical axes map to mesh axes; by default tensor parallel over ``tp``, rows over ``dp``.
         dtype: ``"auto"`` (the checkpoint's own), ``"float32"``, ``"bfloat16"``, ``"float16"``: of activations, and of weights that are not
             quantized.
-        quantization: how matrices are quantized while they are loaded: ``"int8"`` (8 bits, one scale an output) or ``"int4"`` (4 bits, one
-            scale for 32 inputs); activations keep their dtype. None keeps what the checkpoint holds.
-        kv_cache_dtype: the same choices, for keys and values; ``"auto"`` follows ``dtype``.
+        quantization: how matrices are quantized while they are loaded: ``"int8"`` (one scale an output), ``"w8a8"`` (activations too),
+            ``"llm.int8"`` (all but the 16 largest of a row), ``"fp8"``,
+            ``"fp8-e5m2"``, ``"int4"`` (one scale for 32 inputs), ``"int4-g64"``, ``"int4-g128"``, ``"q4_k"``, ``"none"``, or one of them for each
+            pattern of parameter names, as in ``{"*.mlp.*": "int4", "*": "none"}``. None keeps what the checkpoint holds.
+        kv_cache_dtype: of keys and values: the same choices, of which ``"auto"`` follows ``dtype``, or ``"int8"`` or ``"fp8"`` (e4m3), with one
+            float32 scale for each head and token.
         max_model_len: tokens a row can hold, prompt and completion together; None for the model's context, at most 4096.
         max_num_seqs: rows computed together; None for 8 on CPU and 32 elsewhere.
         prefill_chunk_size: most prompt tokens computed at once, a power of two; None for 512 (128 on a CPU without native kernels).
+        page_size: tokens of a page of the KV cache: 16, 32, 64 or 128; None for 32.
+        kv_cache_tokens: tokens that the KV cache has room for, of all rows together; None for as many as ``memory_share`` allows.
+        memory_share: of the memory that the weights leave free on a device, how much the KV cache gets: above 0, at most 1. None for 0.9, and on a
+            CPU for what ``max_num_seqs`` rows of ``max_model_len`` need, at most half of the free memory.
+        enable_prefix_caching: whether rows share the keys and values of what their prompts have in common.
+        preemption: what becomes of a row whose pages are needed by those before it: ``"recompute"`` computes its keys and values again,
+            ``"swap"`` keeps them on the host, ``"auto"`` recomputes where that gives the same bits.
         batch_invariant: give a row the same tokens whatever shares its batch. Native CPU kernels always do; elsewhere decode always computes
             ``max_num_seqs`` rows for it, and False computes only as many as are busy.
         seed: chooses the randomness of requests that bring no seed.
@@ -64,20 +78,23 @@ class LLM:
     _engine: Engine | None = None  # none before it is made, none once it is closed
     _description: Description | None = None
     _owns_params = False
-    _quantization: str | None = None
+    _quantization: Quantization = None
 
     def __init__(self, model: str, *, mesh: str | Mapping[str, int] | Mesh = "auto", rules: Rules | None = None, dtype: str = "auto",
-                 quantization: str | None = None, kv_cache_dtype: str = "auto", max_model_len: int | None = None, max_num_seqs: int | None = None,
-                 prefill_chunk_size: int | None = None, batch_invariant: bool = True, seed: int = 0, revision: str | None = None):
+                 quantization: Quantization = None, kv_cache_dtype: str = "auto", max_model_len: int | None = None, max_num_seqs: int | None = None,
+                 prefill_chunk_size: int | None = None, page_size: int | None = None, kv_cache_tokens: int | None = None,
+                 memory_share: float | None = None, enable_prefix_caching: bool = True, preemption: str = "auto", batch_invariant: bool = True,
+                 seed: int = 0, revision: str | None = None):
+        options = EngineOptions(max_model_len=max_model_len, max_num_seqs=max_num_seqs, prefill_chunk_size=prefill_chunk_size, page_size=page_size,
+                                kv_cache_tokens=kv_cache_tokens, memory_share=memory_share, enable_prefix_caching=enable_prefix_caching,
+                                preemption=preemption, batch_invariant=batch_invariant)
         opened = open_model(model, mesh, rules=rules, dtype=dtype, quantization=quantization, revision=revision)
-        shapes = choose_shapes(opened.config, max_model_len=max_model_len, max_num_seqs=max_num_seqs, prefill_chunk_size=prefill_chunk_size,
-                               batch_invariant=batch_invariant, is_packed=uses_native(opened.config.partition))
+        shapes = options.shapes(opened.config, is_packed=uses_native(opened.config.partition))
         cache_dtype = choose_cache_dtype(kv_cache_dtype, opened.dtype)
-        cache_bytes = cache_bytes_per_device(opened.config, shapes.max_num_seqs, shapes.cache_len, cache_dtype)
         self._model_fingerprint, self._quantization = opened.checkpoint.fingerprint(), quantization
-        params = load_weights(opened, cache_bytes_per_device=cache_bytes)
+        params = load_weights(opened, cache_bytes_per_device=least_cache_bytes(opened.config, shapes, cache_dtype, kv_cache_tokens=kv_cache_tokens))
         try:
-            self._start(opened.config, params, opened.tokenizer, shapes=shapes, cache_dtype=cache_dtype, seed=seed,
+            self._start(opened.config, params, opened.tokenizer, options=options, shapes=shapes, cache_dtype=cache_dtype, seed=seed,
                         model=str(model), family=opened.checkpoint.family.name)
         except BaseException:  # a notebook keeps its traceback, and that keeps this frame
             for leaf in jax.tree.leaves(params):
@@ -88,37 +105,38 @@ class LLM:
 
     @classmethod
     def from_params(cls, config: ModelConfig, params: DecoderParams, tokenizer: Tokenizer | None = None, *, kv_cache_dtype: str = "auto",
-                    max_model_len: int | None = None, max_num_seqs: int | None = None, prefill_chunk_size: int | None = None,
-                    batch_invariant: bool = True, seed: int = 0) -> "LLM":
+                    seed: int = 0, **engine: Any) -> "LLM":
         """An engine over parameters that are already on their mesh, such as ``load_model`` or ``init_params`` gives.
 
         Without a tokenizer prompts must be token ids, and outputs have no text. The parameters stay the caller's: ``close()`` lets go of them
-        but does not delete them.
+        but does not delete them. ``engine`` takes the options from ``max_model_len`` to ``batch_invariant`` of the class.
         """
         if config.partition is None:
             raise ConfigError("from_params needs a config that is fitted to a mesh; use fit_to_mesh(config, mesh, rules)")
+        options = EngineOptions(**engine)
         enable_compile_cache()
         llm = cls.__new__(cls)
         llm._model_fingerprint = {}
-        shapes = choose_shapes(config, max_model_len=max_model_len, max_num_seqs=max_num_seqs, prefill_chunk_size=prefill_chunk_size,
-                               batch_invariant=batch_invariant, is_packed=isinstance(params.embed, PackedWeight))
-        llm._start(config, params, tokenizer, shapes=shapes, cache_dtype=choose_cache_dtype(kv_cache_dtype, params.dtype), seed=seed)
+        llm._start(config, params, tokenizer, options=options, shapes=options.shapes(config, is_packed=isinstance(params.embed, PackedWeight)),
+                   cache_dtype=choose_cache_dtype(kv_cache_dtype, params.dtype), seed=seed)
         return llm
 
-    def _start(self, config: ModelConfig, params: DecoderParams, tokenizer: Tokenizer | None, *, shapes: EngineShapes, cache_dtype,
-               seed: int, model: str | None = None, family: str | None = None) -> None:
+    def _start(self, config: ModelConfig, params: DecoderParams, tokenizer: Tokenizer | None, *, options: EngineOptions, shapes: EngineShapes,
+               cache_dtype, seed: int, model: str | None = None, family: str | None = None) -> None:
         self.config, self.shapes, self.seed, self._tokenizer = config, shapes, seed, tokenizer
-        runner = Runner(config, params, shapes=shapes, eos_ids=tokenizer.eos_token_ids if tokenizer else frozenset(), cache_dtype=cache_dtype)
-        self._description = describe(config, params, shapes=shapes, cache_dtype=cache_dtype, model=model, family=family)
-        self._engine = Engine(runner, tokenizer, seed=seed)
+        engine = build_engine(config, params, tokenizer, options=options, shapes=shapes, cache_dtype=cache_dtype, seed=seed)
+        self._description = describe(config, params, shapes=shapes, num_pages=engine.runner.num_pages, cache_dtype=cache_dtype, model=model,
+                                     family=family)
+        self._engine = engine
 
     def generate(self, prompts: Prompt | Iterable[Prompt], sampling_params: SamplingParams | Iterable[SamplingParams] | None = None, *,
-                 show_progress: bool | None = None) -> list[RequestOutput]:
+                 priority: int | Iterable[int] = 0, show_progress: bool | None = None) -> list[RequestOutput]:
         """Complete prompts.
 
         Args:
             prompts: one or many: text, ``{"prompt": ...}``, ``{"prompt_token_ids": [...]}`` or ``{"messages": [...]}``.
             sampling_params: one for all, or one each; None takes the model's own defaults (``default_sampling``).
+            priority: one for all, or one each; lower ones come first, and among equals those that came first.
             show_progress: a progress bar on standard error; None shows it for more than one prompt on a terminal.
 
         Returns:
@@ -134,40 +152,47 @@ class LLM:
         sampling_params = list(sampling_params)
         if len(sampling_params) != len(prompts):
             raise ConfigError(f"{len(prompts)} prompts but {len(sampling_params)} sampling_params; give one for all, or one each")
-        for prompt, params in zip(prompts, sampling_params, strict=True):
-            self._live_engine.check_request(prompt["prompt_token_ids"], params)
+        priorities = list(itertools.islice(_each(priority), len(prompts)))
+        if len(priorities) != len(prompts):
+            raise ConfigError(f"{len(prompts)} prompts but {len(priorities)} priorities; give one for all, or one each")
+        for prompt, params, one in zip(prompts, sampling_params, priorities, strict=True):
+            self._live_engine.admission.check_request(prompt["prompt_token_ids"], params, one)
+        order = sorted(range(len(prompts)), key=priorities.__getitem__)
         outputs: list[RequestOutput | None] = [None] * len(prompts)
         with progress_bar(len(prompts), is_shown=show_progress) as advance:
-            for output in self.generate_iter(prompts, sampling_params):
-                outputs[int(output.request_id)] = output
+            for output in self.generate_iter(*([values[index] for index in order] for values in (prompts, sampling_params)),
+                                             priority=[priorities[index] for index in order]):
+                index = order[int(output.request_id)]
+                output.request_id, outputs[index] = str(index), output
                 advance(output)
         return outputs
 
     def generate_iter(self, prompts: Iterable[Prompt], sampling_params: SamplingParams | Iterable[SamplingParams] | None = None, *,
-                      on_error: Literal["raise", "return"] = "raise") -> Iterator[RequestOutput]:
+                      priority: int | Iterable[int] = 0, on_error: Literal["raise", "return"] = "raise") -> Iterator[RequestOutput]:
         """Complete prompts, each given back as soon as it ends.
 
         Prompts are read as slots become free, so their number does not matter for memory. Closing the iterator gives up what is running.
 
         Args:
-            prompts, sampling_params: as for :meth:`generate`; any iterables.
+            prompts, sampling_params, priority: as for :meth:`generate`; any iterables.
             on_error: ``"raise"``, or ``"return"`` to give back a bad prompt as an output whose ``finish_reason`` is ``"error"``.
 
         Yields:
             Outputs; ``request_id`` is the prompt's position, as text.
         """
-        requests = enumerate(_with_params(prompts, self._default_params() if sampling_params is None else sampling_params))
+        sampling_params = self._default_params() if sampling_params is None else sampling_params
+        requests = enumerate(zip(prompts, *(_each(value) for value in (sampling_params, priority)), strict=False))
         running: dict[str, Request] = {}
         is_exhausted = False
         try:
             while running or not is_exhausted:
                 while not is_exhausted and self._live_engine.num_waiting < self.shapes.max_num_seqs:
-                    index, (prompt, params) = next(requests, (None, (None, None)))
+                    index, (prompt, params, order) = next(requests, (None, (None,) * 3))
                     if index is None:
                         is_exhausted = True
                         break
                     try:
-                        running[str(index)] = self._submit(str(index), prompt, params)
+                        running[str(index)] = self.submit(str(index), prompt, params, priority=order)
                     except TpllmError as error:
                         if on_error == "raise":
                             raise
@@ -191,7 +216,7 @@ class LLM:
             The new text and tokens of one completion at a time.
         """
         prompt = {"messages": prompt} if isinstance(prompt, list) else prompt
-        request = self._submit("0", prompt, sampling_params or self._default_params())
+        request = self.submit("0", prompt, sampling_params)
         seen = [(0, 0)] * len(request.sequences)
         running = list(request.sequences)
         try:
@@ -234,6 +259,14 @@ class LLM:
     def warm_up(self, *, has_prompt_logprobs: bool = False) -> None:
         """Compile every program now; afterwards nothing compiles."""
         self._live_engine.runner.warm_up(has_prompt_logprobs=has_prompt_logprobs)
+
+    def metrics(self) -> Snapshot:
+        """What the engine is doing and has done; ``metrics().to_prometheus()`` is the text that Prometheus scrapes."""
+        return take_snapshot(self._live_engine)
+
+    def reset_prefix_cache(self) -> None:
+        """Forget the keys and values of earlier prompts; rows that run keep theirs."""
+        self._live_engine.scheduler.reset_prefix_cache()
 
     def close(self) -> None:
         """Give the memory of parameters and cache back at once; ``params`` taken from it before are deleted too. Closing twice is fine."""
@@ -297,9 +330,11 @@ class LLM:
             raise ConfigError("this LLM is closed; make a new one")
         return self._engine
 
-    def _submit(self, request_id: str, prompt: Prompt, params: SamplingParams) -> Request:
+    def submit(self, request_id: str, prompt: Prompt, params: SamplingParams | None = None, *, priority: int = 0) -> Request:
+        """Queue a request with the engine, for those who step it themselves; see :class:`.AsyncLLM` for services."""
         encoded = encode_prompt(prompt, self._tokenizer)
-        return self._live_engine.add_request(request_id, encoded.get("prompt"), encoded["prompt_token_ids"], params)
+        return self._live_engine.add_request(request_id, encoded.get("prompt"), encoded["prompt_token_ids"], params or self._default_params(),
+                                             priority=priority)
 
     def _default_params(self) -> SamplingParams:
         return SamplingParams(**self.default_sampling)
@@ -311,7 +346,6 @@ def _wait_for(runner: Runner) -> None:
         jax.block_until_ready(runner.state)
 
 
-def _with_params(prompts: Iterable[Prompt], params: SamplingParams | Iterable[SamplingParams]) -> Iterator[tuple[Prompt, SamplingParams]]:
-    if isinstance(params, SamplingParams):
-        return ((prompt, params) for prompt in prompts)
-    return zip(prompts, params, strict=True)
+def _each(values: Any | Iterable[Any]) -> Iterator[Any]:
+    """One value again and again, or each of several."""
+    return itertools.repeat(values) if isinstance(values, SamplingParams | int) else iter(values)

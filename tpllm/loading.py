@@ -1,28 +1,33 @@
 """From the name of a model to its configuration, parameters and tokenizer on a mesh."""
 import dataclasses
+import functools
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import ml_dtypes
 import numpy as np
 from jax.sharding import Mesh
 
 from sharding_rules import DATA_TENSOR, Partition, Rules, make_mesh, parse_mesh
-from tpllm.checkpoint import Checkpoint, check_memory, load_params, needed_bytes, open_checkpoint, refuse_quantized
+from tpllm.checkpoint import Checkpoint, check_memory, find_entries, load_params, needed_bytes, open_checkpoint, stored_schemes
+from tpllm.checkpoint.entries import Source
 from tpllm.environment import enable_compile_cache
 from tpllm.errors import ConfigError
 from tpllm.model.config import ModelConfig
 from tpllm.model.params import DecoderParams
 from tpllm.model.partition import fit_to_mesh, largest_tensor_axis
 from tpllm.ops import uses_native
-from tpllm.quant.schemes import Scheme, find_scheme
+from tpllm.quant.policy import AS_STORED, Policy, Quantization, parse_policy
 from tpllm.quant.storage import Storage
 from tpllm.tokenizer import Tokenizer
+from tpllm.tokenizer.gguf import tokenizer_from_gguf
 
 log = logging.getLogger("tpllm")
 
 DTYPES = ("float32", "bfloat16", "float16")
+SMALL_CACHES = {"int8": np.dtype(np.int8), "fp8": np.dtype(ml_dtypes.float8_e4m3fn)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,22 +39,27 @@ class OpenedModel:
         config: fitted to the mesh.
         tokenizer: its tokenizer.
         dtype: of activations, and of weights that are not quantized.
-        scheme: how matrices are quantized while they are loaded, or None.
+        policy: how matrices are quantized while they are loaded.
     """
 
     checkpoint: Checkpoint
     config: ModelConfig
     tokenizer: Tokenizer
     dtype: np.dtype
-    scheme: Scheme | None = None
+    policy: Policy = AS_STORED
+
+    @functools.cached_property
+    def entries(self) -> dict[str, Source]:
+        """Where each parameter lies in the checkpoint."""
+        return find_entries(self.checkpoint, self.config)
 
     def storage(self, *, is_packed: bool) -> Storage:
         """How the matrices will be kept."""
-        return Storage(self.dtype, self.scheme, is_packed=is_packed)
+        return Storage(self.dtype, self.policy, is_packed=is_packed, stored=stored_schemes(self.entries, self.config))
 
 
 def load_model(model: str, mesh: str | Mapping[str, int] | Mesh = "auto", *, rules: Rules | None = None, dtype: str = "auto",
-               quantization: str | None = None, packed: bool = False, revision: str | None = None) -> tuple[ModelConfig, DecoderParams, Tokenizer]:
+               quantization: Quantization = None, packed: bool = False, revision: str | None = None) -> tuple[ModelConfig, DecoderParams, Tokenizer]:
     """Load a model for use with ``init_cache`` and ``forward``.
 
     Args:
@@ -73,15 +83,14 @@ def load_model(model: str, mesh: str | Mapping[str, int] | Mesh = "auto", *, rul
 
 
 def open_model(model: str, mesh: str | Mapping[str, int] | Mesh = "auto", *, rules: Rules | None = None, dtype: str = "auto",
-               quantization: str | None = None, packed: bool = True, revision: str | None = None) -> OpenedModel:
+               quantization: Quantization = None, packed: bool = True, revision: str | None = None) -> OpenedModel:
     """As :func:`load_model`, up to the weights."""
     enable_compile_cache()
-    scheme = find_scheme(quantization)
+    policy = parse_policy(quantization)
     checkpoint = open_checkpoint(model, revision=revision)
-    refuse_quantized(checkpoint)
     config = fit_to_mesh(checkpoint.config, choose_mesh(mesh, checkpoint.config), DATA_TENSOR if rules is None else rules)
-    return OpenedModel(checkpoint, config, Tokenizer.from_folder(checkpoint.folder),
-                       choose_dtype(dtype, checkpoint.hf_config, config.partition, packed=packed), scheme)
+    tokenizer = Tokenizer.from_folder(checkpoint.folder) if checkpoint.gguf is None else tokenizer_from_gguf(checkpoint.gguf)
+    return OpenedModel(checkpoint, config, tokenizer, choose_dtype(dtype, checkpoint.hf_config, config.partition, packed=packed), policy)
 
 
 def load_weights(opened: OpenedModel, *, cache_bytes_per_device: int = 0, packed: bool = True) -> DecoderParams:
@@ -93,7 +102,7 @@ def load_weights(opened: OpenedModel, *, cache_bytes_per_device: int = 0, packed
     storage = opened.storage(is_packed=packed and uses_native(opened.config.partition))
     needed, staging = needed_bytes(opened.config, dtype=opened.dtype, cache_bytes_per_device=cache_bytes_per_device, storage=storage)
     check_memory(needed, staging_bytes=staging)
-    return load_params(opened.checkpoint, opened.config, dtype=opened.dtype, storage=storage)
+    return load_params(opened.checkpoint, opened.config, dtype=opened.dtype, storage=storage, entries=opened.entries)
 
 
 def choose_mesh(mesh: str | Mapping[str, int] | Mesh, config: ModelConfig) -> Mesh:
@@ -114,17 +123,23 @@ def choose_dtype(dtype: str, hf_config: Mapping[str, Any], partition: Partition,
     """The dtype of weights and activations. ``"auto"`` is the checkpoint's own, and float32 on a CPU where the weights are not packed for native
     kernels: XLA reads 16-bit ones there at a twentieth of the memory's speed."""
     if dtype == "auto":
-        stored = str(hf_config.get("dtype") or hf_config.get("torch_dtype") or "bfloat16")
-        dtype = "float32" if partition.platform == "cpu" and not (packed and uses_native(partition)) else stored
+        dtype = "float32" if partition.platform == "cpu" and not (packed and uses_native(partition)) else stored_dtype(hf_config)
     return _known_dtype("dtype", dtype)
 
 
+def stored_dtype(hf_config: Mapping[str, Any]) -> str:
+    """What config.json calls the dtype of the weights; bfloat16 where it says nothing."""
+    return str(hf_config.get("dtype") or hf_config.get("torch_dtype") or "bfloat16")
+
+
 def choose_cache_dtype(kv_cache_dtype: str, weight_dtype: np.dtype) -> np.dtype:
-    """The dtype of keys and values; ``"auto"`` is that of the weights."""
-    return weight_dtype if kv_cache_dtype == "auto" else _known_dtype("kv_cache_dtype", kv_cache_dtype)
+    """The dtype of keys and values; ``"auto"`` is that of the weights, ``"fp8"`` float8_e4m3fn."""
+    if kv_cache_dtype in SMALL_CACHES:
+        return SMALL_CACHES[kv_cache_dtype]
+    return weight_dtype if kv_cache_dtype == "auto" else _known_dtype("kv_cache_dtype", kv_cache_dtype, (*DTYPES, *SMALL_CACHES))
 
 
-def _known_dtype(name: str, dtype: str) -> np.dtype:
-    if dtype not in DTYPES:
-        raise ConfigError(f"{name} is {dtype!r}; it must be one of auto, {', '.join(DTYPES)}")
+def _known_dtype(name: str, dtype: str, known: Sequence[str] = DTYPES) -> np.dtype:
+    if dtype not in known:
+        raise ConfigError(f"{name} is {dtype!r}; it must be one of auto, {', '.join(known)}")
     return np.dtype(dtype)

@@ -9,7 +9,10 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.flash_attention import flash_attention_reference
-from pallas_kernels.kv_append import kv_append_reference
+from pallas_kernels.gated_mlp import Activation
+from pallas_kernels.kv_append import kv_append_reference, quantize_entries
+from pallas_kernels.layer_norm import layer_norm_reference
+from pallas_kernels.page_table import PageTable
 from pallas_kernels.paged_attention import paged_attention_reference
 from pallas_kernels.rms_norm import rms_norm_reference
 from pallas_kernels.rope import rope_reference
@@ -22,10 +25,11 @@ from tpllm.native.packed import PackedWeight
 
 QUERY_AXES = (BATCH, None, HEADS, HEAD_DIM)
 NEW_KV_AXES = (BATCH, None, KV_HEADS, HEAD_DIM)
-CACHE_AXES = (BATCH, KV_HEADS, None, HEAD_DIM)
+CACHE_AXES = (BATCH, KV_HEADS, None, HEAD_DIM)  # pages; each data group has its own
+SCALE_AXES = CACHE_AXES[:3]
 POSITION_AXES = (BATCH, None)
 ROPE_AXES = (BATCH, None, None)
-ROW_AXES = (BATCH,)
+HEAD_AXES = (HEADS,)
 HIDDEN_AXES = (BATCH, None, None)
 
 
@@ -36,72 +40,121 @@ def uses_native(partition: Partition | None) -> bool:
 
 
 def self_attention(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, positions_BT: jax.Array, *, rope: tuple[jax.Array, jax.Array],
-                   scale: float, window: int | None, partition: Partition | None) -> jax.Array:
+                   scale: float, window: int | None, softcap: float | None, partition: Partition | None,
+                   sinks_N: jax.Array | None = None) -> jax.Array:
     """Causal attention of a call's tokens to each other, queries and keys rotated; [B, T, N, H]. See ``flash_attention_reference``."""
-    def attend(q, k, v, positions, *rope):
-        return flash_attention_reference(rope_reference(q, *rope), rope_reference(k, *rope), v, positions, scale=scale, window=window)
-    return _on_shards(attend, partition, (QUERY_AXES, NEW_KV_AXES, NEW_KV_AXES, POSITION_AXES, ROPE_AXES, ROPE_AXES), (QUERY_AXES,))(
-        q_BTNH, k_BTKH, v_BTKH, positions_BT, *rope)
+    def attend(q, k, v, positions, cos, sin, *sinks):
+        q, k = rope_reference(q, cos, sin), rope_reference(k, cos, sin)
+        return flash_attention_reference(q, k, v, positions, scale=scale, window=window, softcap=softcap, sinks_N=(*sinks, None)[0])
+    sinks, sink_axes = _optional(sinks_N, HEAD_AXES)
+    return _on_shards(attend, partition, (QUERY_AXES, NEW_KV_AXES, NEW_KV_AXES, POSITION_AXES, ROPE_AXES, ROPE_AXES, *sink_axes), (QUERY_AXES,))(
+        q_BTNH, k_BTKH, v_BTKH, positions_BT, *rope, *sinks)
 
 
-def cached_attention(q_BTNH: jax.Array, new_kv: tuple[jax.Array, jax.Array], cache_kv: tuple[jax.Array, jax.Array],
-                     positions_BT: jax.Array, *, rope: tuple[jax.Array, jax.Array], rows_B: jax.Array | None, scale: float, window: int | None,
-                     partition: Partition | None) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _optional(array: jax.Array | None, axes: tuple[str | None, ...]) -> tuple[tuple[jax.Array, ...], tuple[tuple[str | None, ...], ...]]:
+    """(the array, its axes) as arguments of a shard's function; none where there is none."""
+    return ((), ()) if array is None else ((array,), (axes,))
+
+
+def cached_attention(q_BTNH: jax.Array, new_kv: tuple[jax.Array, jax.Array], cache_kv: tuple[jax.Array, ...],
+                     positions_BT: jax.Array, *, rope: tuple[jax.Array, jax.Array], table: PageTable | None, scale: float, window: int | None,
+                     softcap: float | None, partition: Partition | None, sinks_N: jax.Array | None = None) -> tuple[jax.Array, ...]:
     """Rotate queries and keys, append keys and values to one layer's cache, then attend to it.
 
     Args:
         q_BTNH: queries.
         new_kv: (k_BTKH, v_BTKH) of the same tokens.
-        cache_kv: (k_PKSH, v_PKSH).
+        cache_kv: (k_PKSH, v_PKSH), and the scales (k_PKS, v_PKS) of those that have some.
         positions_BT: int32; negative marks padding.
         rope: (cos_BTR, sin_BTR) of the tokens.
-        rows_B: int32 cache row of each batch row, or None where they are the same. Under a data axis they count within each data group.
-        scale, window: see ``paged_attention_reference``.
+        table: where the rows' tokens lie, or None where batch row b is page b. Under a data axis rows and pages count within each data group.
+        scale, window, softcap, sinks_N: see ``paged_attention_reference``.
         partition: the model's mesh and rules.
 
     Returns:
-        (out_BTNH, k_PKSH, v_PKSH).
+        (out_BTNH, the arrays of the cache ...).
     """
-    attend = _native_cached_attention if uses_native(partition) else _cached_attention_reference
-    arguments = (q_BTNH, *new_kv, *cache_kv, positions_BT, *rope)
-    in_axes = (QUERY_AXES, NEW_KV_AXES, NEW_KV_AXES, CACHE_AXES, CACHE_AXES, POSITION_AXES, ROPE_AXES, ROPE_AXES)
-    if rows_B is not None:
-        arguments, in_axes = (*arguments, rows_B), (*in_axes, ROW_AXES)
-    function = functools.partial(attend, scale=scale, window=window)
-    return _on_shards(function, partition, in_axes, (QUERY_AXES, CACHE_AXES, CACHE_AXES))(*arguments)
+    attend = native_attention.attention if uses_native(partition) else _cached_attention_reference
+    cache_axes = (CACHE_AXES, CACHE_AXES, SCALE_AXES, SCALE_AXES)[:len(cache_kv)]
+    table_arrays = () if table is None else tuple(x for x in (table.pages_RL, table.rows) if x is not None)
+    table_axes, (sinks, sink_axes) = tuple((BATCH, None)[:x.ndim] for x in table_arrays), _optional(sinks_N, HEAD_AXES)
+    num_cache, num_table = len(cache_kv), len(table_arrays)
+
+    def on_shard(q, new_k, new_v, positions, cos, sin, *rest):
+        cache, own_table, sinks = rest[:num_cache], rest[num_cache:num_cache + num_table], rest[num_cache + num_table:]
+        return attend(q, (new_k, new_v), cache, positions, rope=(cos, sin), table=PageTable(*own_table) if own_table else None, scale=scale,
+                      window=window, softcap=softcap, sinks_N=(*sinks, None)[0])
+    in_axes = (QUERY_AXES, NEW_KV_AXES, NEW_KV_AXES, POSITION_AXES, ROPE_AXES, ROPE_AXES, *cache_axes, *table_axes, *sink_axes)
+    arguments = (q_BTNH, *new_kv, positions_BT, *rope, *cache_kv, *table_arrays, *sinks)
+    return _on_shards(on_shard, partition, in_axes, (QUERY_AXES, *cache_axes))(*arguments)
 
 
-def _native_cached_attention(q, new_k, new_v, cache_k, cache_v, positions, cos, sin, rows=None, *, scale, window):
-    return native_attention.attention(q, (new_k, new_v), (cache_k, cache_v), positions, rope=(cos, sin), rows_B=rows, scale=scale, window=window,
-                                      softcap=None)
+def has_scales(cache_dtype) -> bool:
+    """Whether keys and values of this dtype have a scale for each head and token."""
+    return jnp.dtype(cache_dtype) in native_attention.SCALED_DTYPES
 
 
-def _cached_attention_reference(q, new_k, new_v, cache_k, cache_v, positions, cos, sin, rows=None, *, scale, window):
-    cache_k = kv_append_reference(cache_k, rope_reference(new_k, cos, sin), positions, rows)
-    cache_v = kv_append_reference(cache_v, new_v, positions, rows)
-    out = paged_attention_reference(rope_reference(q, cos, sin), cache_k, cache_v, positions, rows_B=rows, scale=scale, window=window)
-    return out, cache_k, cache_v
+def _cached_attention_reference(q, new_kv, cache, positions, *, rope, table, **how):
+    new, updated = (rope_reference(new_kv[0], *rope), new_kv[1]), []
+    if len(cache) == 4:
+        quantized = [quantize_entries(x, cache[0].dtype) for x in new]
+        new = (*(codes for codes, _ in quantized), *(scales[..., None] for _, scales in quantized))
+    for old, entries in zip(cache, new, strict=True):
+        updated.append(kv_append_reference(old if old.ndim == 4 else old[..., None], entries, positions, table).reshape(old.shape))
+    out = paged_attention_reference(rope_reference(q, *rope), *updated[:2], positions, scales=tuple(updated[2:]) or None, table=table, **how)
+    return out, *updated
 
 
-def rms_norm(x_D: jax.Array, weight_D: jax.Array, *, eps: float, partition: Partition | None,
+def rms_norm(x_D: jax.Array, weight_D: jax.Array, *, eps: float, partition: Partition | None, offset: float = 0.0,
              axes: tuple[str | None, ...] = HIDDEN_AXES) -> jax.Array:
-    """Normalize the last dim; see ``rms_norm_reference``. ``axes`` are the logical axes of ``x_D``."""
-    return _norm(x_D, None, weight_D, eps=eps, partition=partition, axes=axes)[0]
+    """Normalize the last dim; see ``rms_norm_reference``.
+
+    Args:
+        x_D, weight_D, eps: see there.
+        partition: the model's mesh and rules.
+        offset: is added to the weight, in float32.
+        axes: the logical axes of ``x_D``; the mesh may cut the last dim.
+    """
+    return _norm(x_D, None, weight_D, eps=eps, offset=offset, partition=partition, axes=axes)[0]
 
 
-def add_rms_norm(x_BTD: jax.Array, delta_BTD: jax.Array, weight_D: jax.Array, *, eps: float,
-                 partition: Partition | None) -> tuple[jax.Array, jax.Array]:
+def add_rms_norm(x_BTD: jax.Array, delta_BTD: jax.Array, weight_D: jax.Array, *, eps: float, partition: Partition | None,
+                 offset: float = 0.0) -> tuple[jax.Array, jax.Array]:
     """(normalized sum, sum) of the residual stream and what a layer adds to it."""
-    return _norm(x_BTD, delta_BTD, weight_D, eps=eps, partition=partition, axes=HIDDEN_AXES)
+    return _norm(x_BTD, delta_BTD, weight_D, eps=eps, offset=offset, partition=partition, axes=HIDDEN_AXES)
 
 
-def _norm(x, delta, weight, *, eps, partition, axes):
+def layer_norm(x_BTD: jax.Array, weight_D: jax.Array, bias_D: jax.Array, *, eps: float, partition: Partition | None,
+               offset: float = 0.0) -> jax.Array:
+    """Center and normalize the last dim; see ``layer_norm_reference`` and :func:`rms_norm`."""
+    if not uses_native(partition):
+        return layer_norm_reference(x_BTD, _shifted(weight_D, offset), bias_D, eps=eps)
+    x32_BTD = x_BTD.astype(jnp.float32)
+    centered_BTD = x32_BTD - row_sums(x32_BTD, HIDDEN_AXES, partition)[..., None] / x_BTD.shape[-1]
+    normed_BTD = rms_norm(centered_BTD, weight_D, eps=eps, partition=partition, offset=offset)
+    return (normed_BTD + bias_D.astype(jnp.float32)).astype(x_BTD.dtype)
+
+
+def _shifted(weight_D: jax.Array, offset: float) -> jax.Array:
+    return weight_D.astype(jnp.float32) + offset if offset else weight_D
+
+
+def _norm(x, delta, weight, *, eps, offset, partition, axes):
+    weight = _shifted(weight, offset)
     if not uses_native(partition):
         total = x if delta is None else x + delta
         return rms_norm_reference(total, weight, eps=eps), total
-    arguments, in_axes = ((x, weight), (axes, (None,))) if delta is None else ((x, weight, delta), (axes, (None,), axes))
+    if partition is not None and partition.size(axes[-1]) > 1:
+        return _norm_of_cut_dim(x, weight, eps=eps, partition=partition, axes=axes), x
+    arguments, in_axes = ((x, weight), (axes, axes[-1:])) if delta is None else ((x, weight, delta), (axes, axes[-1:], axes))
     outs = _on_shards(functools.partial(_native_norm, eps), partition, in_axes, (axes,) * (len(arguments) - 1))(*arguments)
     return outs if delta is not None else (outs, x)
+
+
+def _norm_of_cut_dim(x_D, weight_D, *, eps, partition, axes):
+    x32_D = x_D.astype(jnp.float32)
+    mean_square = row_sums(jnp.square(x32_D), axes, partition)[..., None] / x_D.shape[-1]
+    return (x32_D / jnp.sqrt(mean_square + eps) * weight_D.astype(jnp.float32)).astype(x_D.dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -121,17 +174,34 @@ _native_norm.defvjp(lambda eps, *arguments: (_native_norm(eps, *arguments), argu
 
 
 def vocab_sums(x_BV: jax.Array, partition: Partition | None) -> jax.Array:
-    """[B, ...]: float32 sums over the vocabulary, the last dim; on native kernels a row's has the same bits at any number of rows."""
+    """[B, ...]: sums over the vocabulary, the last dim; see :func:`row_sums`."""
+    return row_sums(x_BV, (BATCH, *(None,) * (x_BV.ndim - 2), VOCAB), partition)
+
+
+def row_sums(x_D: jax.Array, axes: tuple[str | None, ...], partition: Partition | None) -> jax.Array:
+    """[...]: float32 sums over the last dim; on native kernels a row's has the same bits at any number of rows.
+
+    Args:
+        x_D: [..., D], float32.
+        axes: its logical axes.
+        partition: the model's mesh and rules.
+    """
     if not uses_native(partition):
-        return jnp.sum(x_BV, axis=-1)
-    if partition is None or partition.mesh.size == 1:
-        return native_attention.row_sums(x_BV)
+        return jnp.sum(x_D, axis=-1)
 
     def add_up(x):
-        sums, axis = native_attention.row_sums(x), partition.rules.mesh_axis(VOCAB)
-        return sums if partition.size(VOCAB) == 1 else jax.lax.psum(sums, axis)
-    lead = (BATCH, *(None,) * (x_BV.ndim - 2))
-    return _on_shards(add_up, partition, ((*lead, VOCAB),), (lead,))(x_BV)
+        sums = _native_row_sums(x)
+        is_cut = partition is not None and partition.size(axes[-1]) > 1
+        return jax.lax.psum(sums, partition.rules.mesh_axis(axes[-1])) if is_cut else sums
+    return _on_shards(add_up, partition, (axes,), (axes[:-1],))(x_D)
+
+
+@jax.custom_vjp
+def _native_row_sums(x):
+    return native_attention.row_sums(x)
+
+
+_native_row_sums.defvjp(lambda x: (_native_row_sums(x), x), lambda x, gradient: (jnp.broadcast_to(gradient[..., None], x.shape),))
 
 
 def packed_linears(x_D: jax.Array, weights: Sequence[PackedWeight], biases: Sequence[jax.Array | None], dtype=None) -> tuple[jax.Array, ...]:
@@ -158,7 +228,7 @@ def packed_linears(x_D: jax.Array, weights: Sequence[PackedWeight], biases: Sequ
 
 
 def packed_gated_mlp(x_BTD: jax.Array, weights: tuple[PackedWeight, PackedWeight, PackedWeight],
-                     biases: tuple[jax.Array | None, jax.Array | None, jax.Array | None], *, activation: str) -> jax.Array:
+                     biases: tuple[jax.Array | None, jax.Array | None, jax.Array | None], *, activation: Activation) -> jax.Array:
     """``down(act(gate(x)) * up(x))`` for packed (gate, up, down), in one call a shard."""
     layout = weights[2].layout
     mlp_axis, is_summed = layout.axes[1], layout.num_shards[1] > 1
@@ -191,11 +261,15 @@ def _on_weight_shards(function, partition: Partition | None, x_axes, weights: Se
     if partition is None or partition.mesh.size == 1:
         return function
 
-    def specs(weight):
-        return weight.replace(**{name: partition.spec(weight.layout.array_axes(name)) for name in weight.arrays()})
     bias_specs = tuple(None if bias is None else partition.spec(axes) for bias, axes in zip(biases, bias_axes, strict=True))
-    return jax.shard_map(function, mesh=partition.mesh, in_specs=(partition.spec(x_axes), tuple(map(specs, weights)), bias_specs),
+    weight_specs = tuple(packed_specs(weight, partition) for weight in weights)
+    return jax.shard_map(function, mesh=partition.mesh, in_specs=(partition.spec(x_axes), weight_specs, bias_specs),
                          out_specs=tuple(map(partition.spec, out_axes)), check_vma=False)
+
+
+def packed_specs(weight: PackedWeight, partition: Partition) -> PackedWeight:
+    """The ``PartitionSpec`` of each of a packed weight's arrays, in its place."""
+    return weight.replace(**{name: partition.spec(weight.layout.array_axes(name)) for name in weight.arrays()})
 
 
 def _on_shards(function, partition: Partition | None, in_axes, out_axes):

@@ -15,8 +15,11 @@ from llama_cpp_peer.peer import show_only_errors
 from tpllm.errors import ConfigError
 from tpllm.model.config import ModelConfig
 
-FTYPES = {"F16": llama_cpp.LLAMA_FTYPE_MOSTLY_F16, "Q8_0": llama_cpp.LLAMA_FTYPE_MOSTLY_Q8_0, "Q4_0": llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_0}
-BYTES_PER_WEIGHT = {"F16": 2.0, "Q8_0": 34 / 32, "Q4_0": 18 / 32}
+FTYPES = {"F16": llama_cpp.LLAMA_FTYPE_MOSTLY_F16, "Q8_0": llama_cpp.LLAMA_FTYPE_MOSTLY_Q8_0, "Q4_0": llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_0,
+          **{name: getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{name}") for name in ("Q4_K_M", "Q5_K_M", "Q6_K")}}
+BYTES_PER_WEIGHT = {"F16": 2.0, "Q8_0": 34 / 32, "Q4_0": 18 / 32, "Q4_K_M": 0.61, "Q5_K_M": 0.71, "Q6_K": 210 / 256}
+MIXED = ("Q4_K_M", "Q5_K_M")
+"""Of which the quantizer keeps some matrices larger."""
 
 
 def tensor_shapes(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -66,14 +69,14 @@ def write_f16(path: pathlib.Path, config: ModelConfig) -> None:
 
 
 def quantize(source: pathlib.Path, target: pathlib.Path, weight_type: str) -> None:
-    """Write an F16 file once more, with every matrix in the given type.
+    """Write an F16 file once more, with every matrix in the given type, or in the types that it mixes.
 
     Raises:
         ConfigError: llama.cpp could not.
     """
     show_only_errors()
     params = llama_cpp.llama_model_quantize_default_params()
-    params.ftype, params.pure = FTYPES[weight_type], True
+    params.ftype, params.pure = FTYPES[weight_type], weight_type not in MIXED
     if code := llama_cpp.llama_model_quantize(str(source).encode(), str(target).encode(), ctypes.byref(params)):
         raise ConfigError(f"llama.cpp could not write {target} as {weight_type} (error {code}); give another folder with TMPDIR, or another shape")
 

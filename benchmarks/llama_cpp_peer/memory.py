@@ -13,7 +13,7 @@ from typing import Any
 STATUS = pathlib.Path("/proc/self/status")
 
 
-def measure_memory(path: pathlib.Path, *, shape: str, quantization: str | None, prompt_len: int, num_steps: int) -> dict[str, Any] | None:
+def measure_memory(path: pathlib.Path, opened: dict[str, str | None], *, prompt_len: int, num_steps: int) -> dict[str, Any] | None:
     """Peaks of both sides in bytes, and ours over what it may be: 1.1 times the peer's and what importing JAX takes.
 
     None where the system has no /proc. Ours is measured twice: as it compiles its programs, and as it reads them from the compile cache (an empty
@@ -21,7 +21,7 @@ def measure_memory(path: pathlib.Path, *, shape: str, quantization: str | None, 
 
     Args:
         path: the peer's GGUF file.
-        shape, quantization: as for ``llm_of_shape``.
+        opened: ``path``, or ``shape`` and ``quantization``, as for ``open_ours``.
         prompt_len: tokens of the one prompt.
         num_steps: decode steps.
     """
@@ -30,7 +30,7 @@ def measure_memory(path: pathlib.Path, *, shape: str, quantization: str | None, 
     lengths = {"prompt_len": prompt_len, "num_steps": num_steps}
     peer = _run_child("peer", {"path": str(path), **lengths})
     with tempfile.TemporaryDirectory(prefix="tpllm-cache-") as cache:
-        compiling, ours = (_run_child("ours", {"shape": shape, "quantization": quantization, **lengths}, TPLLM_CACHE_DIR=cache) for _ in range(2))
+        compiling, ours = (_run_child("ours", {"opened": opened, **lengths}, TPLLM_CACHE_DIR=cache) for _ in range(2))
     limit = 1.1 * peer["peak_bytes"] + ours["import_bytes"]
     return {**lengths, "ours": ours, "ours_compiling": compiling, "peer": peer, "limit_bytes": limit, "ratio": ours["peak_bytes"] / limit,
             "ratio_compiling": compiling["peak_bytes"] / limit}
@@ -43,7 +43,7 @@ def _run_child(side: str, options: dict[str, Any], **environment: str) -> dict[s
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def use_ours(shape: str, quantization: str | None, *, prompt_len: int, num_steps: int) -> dict[str, int]:
+def use_ours(opened: dict[str, str | None], *, prompt_len: int, num_steps: int) -> dict[str, int]:
     """What importing JAX and tpllm left resident, and the peak once weights are made and one prompt is completed."""
     import jax  # noqa: F401
 
@@ -52,7 +52,7 @@ def use_ours(shape: str, quantization: str | None, *, prompt_len: int, num_steps
     import_bytes = _status_bytes("VmRSS")
     from llama_cpp_peer.ours import open_ours
 
-    llm = open_ours(shape, quantization, context_len=prompt_len + num_steps + 1, num_seqs=1)
+    llm = open_ours(**opened, context_len=prompt_len + num_steps + 1, num_seqs=1)
     greedy = tpllm.SamplingParams(temperature=0, max_tokens=num_steps + 1, ignore_eos=True)
     llm.generate([{"prompt_token_ids": [1] * prompt_len}], greedy, show_progress=False)
     return {"import_bytes": import_bytes, "peak_bytes": _status_bytes("VmHWM")}

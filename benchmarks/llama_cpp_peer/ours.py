@@ -2,26 +2,42 @@
 import time
 from collections.abc import Callable
 
+import jax.numpy as jnp
 import numpy as np
 
 from llama_cpp_peer.cells import PAUSE_S, Cell
+from sharding_rules import DATA_TENSOR, make_mesh
 from tpllm import LLM, SamplingParams
 from tpllm.bench.shapes import llm_of_shape
 from tpllm.bench.timing import Workload
 from tpllm.bench.traffic import decode_traffic
+from tpllm.checkpoint import find_entries, load_params, open_checkpoint, stored_schemes
+from tpllm.environment import enable_compile_cache
 from tpllm.errors import ConfigError, TpllmError
+from tpllm.model.partition import fit_to_mesh
+from tpllm.ops import uses_native
+from tpllm.quant.storage import Storage
 
 LONG_PROMPT = 1024
 
 
-def open_ours(shape: str, quantization: str | None, *, context_len: int, num_seqs: int) -> LLM:
-    """Our side on one CPU device: random weights of a shape, computed in bfloat16.
+def open_ours(shape: str = "", quantization: str | None = None, *, path: str | None = None, context_len: int, num_seqs: int) -> LLM:
+    """Our side on one CPU device, computed in bfloat16: random weights of a shape, or a GGUF file's.
 
     Args:
         shape, quantization: as for ``llm_of_shape``; None leaves the weights in bfloat16.
+        path: the file, which may have no vocabulary; then there is neither shape nor quantization.
         context_len: tokens of a row, prompt and completion.
         num_seqs: rows.
     """
+    if path is not None:
+        checkpoint = open_checkpoint(path)
+        config = fit_to_mesh(checkpoint.config, make_mesh({"tp": 1}), DATA_TENSOR)
+        enable_compile_cache()
+        storage = Storage(np.dtype(jnp.bfloat16), is_packed=uses_native(config.partition),
+                          stored=stored_schemes(find_entries(checkpoint, config), config))
+        params = load_params(checkpoint, config, dtype=jnp.bfloat16, storage=storage)
+        return LLM.from_params(config, params, max_model_len=context_len, max_num_seqs=num_seqs)
     return llm_of_shape(shape, mesh="tp=1", dtype="bfloat16", quantization=quantization, max_model_len=context_len, max_num_seqs=num_seqs)
 
 

@@ -38,7 +38,7 @@ class Case:
 
     @property
     def num_sampled_rows(self) -> int:
-        return SHAPES.max_num_seqs if self.step == "decode" else 1
+        return SHAPES.max_num_seqs
 
 
 def parameters(*models: tuple[str, int, str]) -> list:

@@ -1,18 +1,18 @@
 """The benchmark beside llama.cpp: files of the sizes and types asked for, a peer that is itself, and everything measured is written down."""
-import importlib.util
 import json
-import pathlib
 import re
+import shutil
+import sys
 
 import numpy as np
 import pytest
 
+from tests.bench.conftest import load_script
 from tpllm.bench import bandwidth
 from tpllm.bench.shapes import SHAPES
 from tpllm.bench.timing import RunTimes, Workload
 from tpllm.errors import ConfigError
 
-SCRIPT = pathlib.Path(__file__).parents[2] / "benchmarks" / "cpu_vs_llama_cpp.py"
 SMALL = ["--shape", "tiny", "--contexts", "16", "40", "--prompts", "16", "24", "--batch-size", "3", "--decode-steps", "4", "--rounds", "1",
          "--max-repeats", "0"]
 CELLS = ["decode-1-at-16", "decode-3-at-16", "decode-1-at-40", "prefill-16", "prefill-24"]
@@ -22,14 +22,7 @@ pytestmark = pytest.mark.oracle
 
 @pytest.fixture(scope="module")
 def script():
-    pytest.importorskip("llama_cpp", reason="the oracle extra brings llama-cpp-python")
-    pytest.importorskip("gguf", reason="the oracle extra brings gguf")
-    spec = importlib.util.spec_from_file_location("cpu_vs_llama_cpp", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(SCRIPT.parent)
-        spec.loader.exec_module(module)
-    return module
+    return load_script("cpu_vs_llama_cpp", llama_cpp="llama-cpp-python", gguf="gguf")
 
 
 @pytest.fixture(scope="module")
@@ -199,7 +192,7 @@ def test_quantized_kinds_stand_beside_quantized_files(script, tmp_path, small_bu
 
 
 def test_peak_memory_is_that_of_processes_of_their_own(script, files):
-    memory = script.measure_memory(files["F16"], shape="tiny", quantization=None, prompt_len=16, num_steps=2)
+    memory = script.measure_memory(files["F16"], {"shape": "tiny", "quantization": None}, prompt_len=16, num_steps=2)
     if memory is None:
         pytest.skip("this system has no /proc")
     for side in ("ours", "ours_compiling", "peer"):
@@ -233,9 +226,9 @@ def test_a_reference_that_is_no_speed_of_a_cell_is_refused(script, capsys):
 
 
 def test_a_temporary_folder_without_room_is_refused(script, monkeypatch, tmp_path):
-    monkeypatch.setattr(script.shutil, "disk_usage", lambda _: script.shutil._ntuple_diskusage(10**9, 0, 10**9))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 0, 10**9))
     with pytest.raises(ConfigError, match=r"the files need 3.4 GB, .* has 1.0 free; name another folder with TMPDIR"):
-        script.check_disk(SHAPES["tinyllama-1.1b"], ["bf16", "int8"], str(tmp_path))
+        sys.modules["llama_cpp_peer.kinds"].check_disk(SHAPES["tinyllama-1.1b"], ["bf16", "int8"], str(tmp_path))
 
 
 def test_a_result_that_could_not_be_written_is_refused_first(script, tmp_path):

@@ -1,27 +1,20 @@
 """The benchmark beside transformers: two models of the same sizes do the same work, and everything measured is written down."""
-import importlib.util
 import json
-import pathlib
 
 import pytest
 
+from tests.bench.conftest import load_script
 from tpllm.bench import bandwidth
 from tpllm.bench.shapes import SHAPES
 from tpllm.bench.timing import RunTimes, Workload
 
-SCRIPT = pathlib.Path(__file__).parents[2] / "benchmarks" / "cpu_vs_transformers.py"
 SMALL = ["--shape", "tiny", "--prompt-len", "20", "--output-len", "5", "--rounds", "2", "--max-repeats", "1"]
 pytestmark = pytest.mark.oracle
 
 
 @pytest.fixture(scope="module")
 def script():
-    pytest.importorskip("torch", reason="the oracle extra brings torch")
-    pytest.importorskip("transformers", reason="the oracle extra brings transformers")
-    spec = importlib.util.spec_from_file_location("cpu_vs_transformers", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("cpu_vs_transformers", torch="torch", transformers="transformers")
 
 
 @pytest.fixture(scope="module")

@@ -1,10 +1,11 @@
 """``tpllm bench latency`` from the command line."""
+import functools
 import json
 
 import pytest
 
+from tests.bench.conftest import bench
 from tpllm.bench import bandwidth, latency
-from tpllm.cli.main import main
 from tpllm.errors import MemoryNeedError
 from tpllm.native import instruction_set
 
@@ -28,11 +29,7 @@ def small_buffer(monkeypatch):
     monkeypatch.setattr(bandwidth, "BUFFER_BYTES", 2**22)
 
 
-def exit_code(*words: str) -> int:
-    try:
-        return main(["bench", "latency", *words])
-    except SystemExit as stop:
-        return stop.code
+exit_code = functools.partial(bench, "latency")
 
 
 def test_a_shape_gives_a_table_and_json_with_every_number(tmp_path, capsys):

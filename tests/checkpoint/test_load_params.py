@@ -189,23 +189,6 @@ def test_a_dtype_that_no_weight_can_have_is_refused(make_checkpoint):
         load_params(checkpoint, checkpoint.config, dtype=np.int8)
 
 
-@pytest.mark.parametrize("key", ["quantization_config", "compression_config"])
-def test_a_quantized_checkpoint_is_refused_with_its_method(make_checkpoint, key):
-    folder, _ = make_checkpoint("F8_E4M3", **{key: {"quant_method": "fp8"}})
-    checkpoint = open_checkpoint(folder)
-    with pytest.raises(CheckpointError, match=r"quant_method 'fp8'.*come in a later version"):
-        load_params(checkpoint, checkpoint.config, dtype=np.float32)
-
-
-def test_scales_beside_the_weights_mark_a_quantized_checkpoint(make_checkpoint):
-    folder, tensors = make_checkpoint("F8_E4M3")
-    name = "model.layers.0.mlp.up_proj.weight_scale_inv"
-    save_file({**tensors, name: np.ones((1, 1), np.float32)}, folder / "model.safetensors")
-    checkpoint = open_checkpoint(folder)
-    with pytest.raises(CheckpointError, match=f"tensor '{name}'.*come in a later version"):
-        load_params(checkpoint, checkpoint.config, dtype=np.float32)
-
-
 def test_a_file_cut_after_it_was_opened_is_an_error(make_checkpoint):
     folder, _ = make_checkpoint()
     checkpoint = open_checkpoint(folder)

@@ -37,7 +37,7 @@ def test_virtual_devices_share_the_hosts_memory(monkeypatch):
     devices = jax.devices()
     monkeypatch.setattr(memory, "host_free_bytes", lambda: 9 * GIB)
     check_memory(dict.fromkeys(devices, GIB), staging_bytes=GIB)
-    with pytest.raises(MemoryNeedError, match=r"needs 9.50 GiB of host memory, 9.00 GiB are free. Lower max_model_len or max_num_seqs"):
+    with pytest.raises(MemoryNeedError, match=r"needs 9.50 GiB of host memory, 9.00 GiB are free. Lower kv_cache_tokens"):
         check_memory(dict.fromkeys(devices, GIB), staging_bytes=GIB * 3 // 2)
 
 

@@ -127,7 +127,7 @@ def test_a_pipe_in_place_of_a_weight_file_is_refused(make_checkpoint):
 
 @pytest.mark.parametrize(("file", "message"), [
     ("pytorch_model.bin", "is a pickle.*save_pretrained"), ("model.pt", "is a pickle"), ("consolidated.00.pth", "is a pickle"),
-    ("model.ckpt", "is a pickle"), ("model.gguf", "GGUF files come in a later version"), ("readme.txt", r"holds no \*.safetensors"),
+    ("model.ckpt", "is a pickle"), ("model.gguf", "but 'model.gguf'; to open that, give the path"), ("readme.txt", r"holds no \*.safetensors"),
 ])
 def test_other_weight_formats_are_refused_with_what_to_do(make_checkpoint, file, message):
     folder, _ = make_checkpoint()
@@ -138,7 +138,7 @@ def test_other_weight_formats_are_refused_with_what_to_do(make_checkpoint, file,
 
 @pytest.mark.parametrize(("model", "message"), [
     ("no-such-folder", "there is no such folder; give a folder, a hub id 'owner/name', or 'demo'"), ("/no/such/folder", "no such folder"),
-    ("x/model.gguf", "GGUF files come in a later version"), ("", "no such folder|config.json"), ("x" * 5000, "no such folder"),
+    ("x/model.gguf", "there is no such file; give a GGUF file"), ("", "no such folder|config.json"), ("x" * 5000, "no such folder"),
     ("~nobody/model", "no such folder"),
 ])
 def test_a_model_that_is_not_there_is_an_error_of_one_line(model, message, tmp_path, monkeypatch):

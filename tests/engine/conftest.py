@@ -2,15 +2,18 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from sharding_rules import DATA_TENSOR, make_mesh
 from tests.tokenizer import tokenizer_folders
+from tpllm.bench.shapes import random_params
 from tpllm.llm import LLM
 from tpllm.model.config import ModelConfig
 from tpllm.model.params import init_params
 from tpllm.model.partition import fit_to_mesh
+from tpllm.quant.storage import Storage
 from tpllm.tokenizer import Tokenizer
 
 CONFIG = ModelConfig(vocab_size=96, hidden_size=64, num_layers=2, num_heads=8, num_kv_heads=8, head_dim=16, intermediate_size=128,
@@ -25,6 +28,13 @@ def make_llm(mesh: dict[str, int] | None = None, *, config: ModelConfig = CONFIG
     params = jax.tree.map(lambda leaf: leaf * 4 if leaf.ndim == 2 else leaf, params)  # logits that mean something
     shardings = jax.tree.map(lambda leaf: leaf.sharding, init_params(fitted, 0))
     return LLM.from_params(fitted, jax.device_put(params, shardings), **{**SHAPES, **options})
+
+
+def make_packed_llm(mesh: dict[str, int] | None = None, *, config: ModelConfig = CONFIG, dtype: str = "float32", **options) -> LLM:
+    """The like with weights packed for the native kernels, so that rows do not depend on how many tokens are computed with theirs."""
+    fitted = fit_to_mesh(config, make_mesh(mesh or {"tp": 1}), DATA_TENSOR)
+    params = random_params(fitted, Storage(jnp.dtype(dtype), is_packed=True))
+    return LLM.from_params(fitted, params, **{**SHAPES, **options})
 
 
 def random_prompts(*lengths: int, seed: int = 0) -> list[dict[str, list[int]]]:

@@ -11,9 +11,8 @@ from jax.sharding import PartitionSpec as P
 from sharding_rules import TENSOR, Partition, make_mesh
 from tests import numpy_sampler
 from tpllm import SamplingParams
-from tpllm.engine.batch import pack_prefill
+from tpllm.engine.batch import pack_row
 from tpllm.engine.request import new_request
-from tpllm.engine.scheduler import PrefillPlan
 from tpllm.model import sampling
 from tpllm.model.logit_adjustments import History, adjust, empty_history, remember
 from tpllm.model.sampling import SamplingRows, gumbel_noise, sample
@@ -87,14 +86,14 @@ def packed(rows: list[Row]) -> tuple[np.ndarray, SamplingRows, np.ndarray, Histo
     """(logits [B, V], sampling parameters, positions, history) as the device gets them."""
     sequences = []
     for slot, row in enumerate(rows):
-        request = new_request(str(slot), None, row.prompt, params=row.params, seed=1000 + slot, max_model_len=100, tokenizer=None)
+        request = new_request(str(slot), None, row.prompt, params=row.params, seed=1000 + slot, max_len=100, tokenizer=None)
         request.bad_words = row.bad_words
         sequences.append(request.sequences[0])
         sequences[-1].slot = slot
-    chunk = pack_prefill(PrefillPlan(rows=tuple((sequence, 0) for sequence in sequences), bucket=32), num_slots=len(rows), num_groups=len(rows),
-                         eos_ids=EOS_IDS, num_stop_ids=8, vocab_size=VOCAB)
+    states = [pack_row(sequence, is_alive=True, eos_ids=EOS_IDS, num_stop_ids=8, vocab_size=VOCAB) for sequence in sequences]
     positions = np.array([len(row.prompt) + len(row.completion) for row in rows], np.int32)
-    return np.stack([row.logits_V for row in rows]), chunk.sampling, positions, join([history_of(row.completion) for row in rows])
+    sampling, history = (join(trees) for trees in ([state.sampling for state in states], [history_of(row.completion) for row in rows]))
+    return np.stack([row.logits_V for row in rows]), sampling, positions, history
 
 
 def history_of(completion: list[int]) -> History:

@@ -11,7 +11,9 @@ from tpllm.aot.report import CompiledProgram, compile_lowered
 def compiled_decode(llm) -> CompiledProgram:
     runner = llm._engine.runner
     busy = np.ones(llm.shapes.max_num_seqs, bool)
-    return compile_lowered(runner._decode.lower(runner.params, runner.cache, runner.state, busy, np.int32(1), num_rows=llm.shapes.max_num_seqs))
+    table = llm._engine.scheduler.table
+    return compile_lowered(runner._programs.decode.lower(runner.params, runner.cache, runner.state, busy, table, np.int32(1),
+                                                         num_rows=llm.shapes.max_num_seqs))
 
 
 @pytest.mark.parametrize("tp", [2, 4, 8])

@@ -76,10 +76,27 @@ def test_a_family_says_which_biases_and_norms_there_are(family, features):
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
 def test_every_parameter_of_a_model_has_one_name_in_its_checkpoint(family):
-    names = [family.checkpoint_name(name) for name, _ in named_leaves(param_specs(read(config_json(family.name.lower()))))]
-    assert len(set(names)) == len(names)
-    assert "model.layers.1.self_attn.q_proj.weight" in names
-    assert not any("{" in name for name in names)
+    fields = {"rope_parameters": None} if family.name == "Gemma3" else {}
+    config = read(config_json(family.name.lower(), **fields))
+    rows = {}
+    for name, spec in named_leaves(param_specs(config)):
+        if (columns := family.columns_of(name)) is not None:  # every other row of a tensor, or all
+            stored = f"{family.checkpoint_name(name)}, {columns.first} of {columns.every}"
+            assert stored not in rows
+            rows[stored, spec.stack.rows] = [(0, spec.stack.rows)]
+            continue
+        num_rows = spec.shape[0] if spec.stack is None else spec.stack.rows
+        first, stop, total = family.row_range(name, config) or (0, num_rows, num_rows)
+        assert stop - first == num_rows
+        for tensor in family.checkpoint_names(name, spec.stack):
+            rows.setdefault((tensor, total), []).append((first, stop))
+    assert len({name for name, _ in rows}) == len(rows)
+    assert any(name.startswith("model.layers.1.self_attn.q") for name, _ in rows)
+    assert not any("{" in name for name, _ in rows)
+    for (_, total), ranges in rows.items():  # side by side, and together the whole tensor
+        ranges = sorted(ranges)
+        assert [first for first, _ in ranges] == [0, *(stop for _, stop in ranges[:-1])]
+        assert ranges[-1][1] == total
 
 
 def test_an_unknown_architecture_is_refused_with_those_known():
@@ -96,11 +113,18 @@ def test_an_unknown_architecture_is_refused_with_those_known():
     ({"num_key_value_heads": 3}, "num_attention_heads 8 is no multiple of num_key_value_heads 3"),
     ({"hidden_size": 41, "head_dim": None}, "hidden_size 41 is no multiple of num_attention_heads 8, and head_dim is not given"),
     ({"head_dim": 7}, "head_dim 7 is odd; rope needs an even one"), ({"hidden_act": "mish"}, "unknown hidden_act 'mish'; known: silu"),
-    ({"rope_parameters": {"rope_type": "longrope"}}, "unknown rope_type 'longrope'; known: default, linear, dynamic, llama3, yarn"),
+    ({"rope_parameters": {"rope_type": "ntk"}}, "unknown rope_type 'ntk'; known: default, linear, dynamic, llama3, yarn, longrope"),
+    ({"rope_parameters": {"rope_type": "longrope"}}, "short_factor is None; longrope needs a list"),
+    ({"rope_parameters": {"rope_type": "longrope", "short_factor": [1, 2, 3, 4], "long_factor": [1, 2, 3]}},
+     "long_factor has 3 numbers; it must have 4"),
+    ({"rope_parameters": {"rope_type": "longrope", "short_factor": [1, 2, 3, -4], "long_factor": [1, 2, 3, 4]}},
+     "short_factor is -4; it must be a number"),
     ({"rope_parameters": {"rope_type": "linear", "factor": 0.5}}, "rope factor 0.5 of rope_type 'linear' is below 1"),
-    ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor 0.5 is not supported"),
-    ({"partial_rotary_factor": 0.25}, "partial_rotary_factor 0.25 is not supported"),
+    ({"rope_parameters": {"partial_rotary_factor": 1.5}}, "partial_rotary_factor 1.5 rotates 12 of head_dim 8"),
+    ({"partial_rotary_factor": 0.4}, "partial_rotary_factor 0.4 rotates 3 of head_dim 8; it must be an even number"),
+    ({"hidden_act": ["silu"]}, r"unknown hidden_act \['silu'\]"),
     ({"max_position_embeddings": -1}, "max_position_embeddings is -1"),
+    ({"num_hidden_layers": 10**6}, "num_hidden_layers is 1000000; it may be 10000 at most"), ({"head_dim": 10**400}, "head_dim is 10+; it may be"),
 ])
 def test_a_config_that_cannot_be_run_is_refused_with_the_field_named(fields, message):
     with pytest.raises(ConfigError, match=message):
@@ -115,7 +139,8 @@ def test_a_config_that_cannot_be_run_is_refused_with_the_field_named(fields, mes
     ({"rope_parameters": "linear"}, "rope_parameters .* is 'linear'; it must be an object"),
     ({"rope_theta": "big", "rope_parameters": None}, "rope_theta is 'big'"), ({"rope_theta": 0, "rope_parameters": None}, "rope_theta is 0"),
     ({"rms_norm_eps": "tiny"}, "rms_norm_eps is 'tiny'"), ({"sliding_window": "wide"}, "sliding_window is 'wide'"),
-    ({"sliding_window": 0}, "sliding_window is 0"),
+    ({"sliding_window": 0}, "sliding_window is 0"), ({"max_window_layers": "4"}, "max_window_layers is '4'"),
+    ({"rms_norm_eps": 10**400}, "rms_norm_eps is 10+; it must be a number above 0"),
     ({"layer_types": ["sliding_attention"]}, "layer_types is .* for each of the 2 layers"),
     ({"layer_types": ["sliding_attention", "linear_attention"]}, "layer_types is .*linear_attention"),
 ])

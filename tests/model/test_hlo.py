@@ -2,13 +2,16 @@
 import dataclasses
 import functools
 import math
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels.page_table import PageTable, one_page_a_row
 from sharding_rules import DATA_TENSOR, TENSOR, make_mesh
+from tpllm import ops
 from tpllm.aot.hlo import replica_groups
 from tpllm.aot.report import CompiledProgram, compile_lowered
 from tpllm.model.config import ModelConfig
@@ -21,6 +24,7 @@ from tpllm.model.partition import fit_to_mesh
 CONFIG = ModelConfig(vocab_size=2048, hidden_size=128, num_layers=2, num_heads=16, num_kv_heads=8, head_dim=16, intermediate_size=256,
                      max_position=1024)
 NUM_ROWS, MAX_LEN, CHUNK = 4, 1024, 4
+PAGE_SIZE = 64
 MOVERS = ("copy", "transpose", "concatenate", "pad", "reverse", "gather", "all-gather")
 
 
@@ -48,9 +52,9 @@ def compiled(num_tokens, *, dp=1, tp=1, num_heads=16, num_kv_heads=8, dtype="flo
     cache = init_cache(config, NUM_ROWS, MAX_LEN, jnp.dtype(dtype))
     ints = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
     batch = NUM_ROWS if num_tokens == 1 else 1
-    rows = None if num_tokens == 1 else ints((1,))
+    table = None if num_tokens == 1 else PageTable(ints((NUM_ROWS, 1)), ints((1,)))
     program = jax.jit(functools.partial(forward, config=config, output="hidden"), donate_argnums=3)
-    lowered = program.lower(abstract_params(config, jnp.dtype(dtype)), ints((batch, num_tokens)), ints((batch, num_tokens)), cache, rows_B=rows)
+    lowered = program.lower(abstract_params(config, jnp.dtype(dtype)), ints((batch, num_tokens)), ints((batch, num_tokens)), cache, table=table)
     return Backbone(config, compile_lowered(lowered))
 
 
@@ -117,10 +121,53 @@ def test_every_cache_buffer_is_aliased_and_stays_at_its_address(num_tokens, dtyp
     before = pointers(cache)
     shape = (NUM_ROWS, 1) if num_tokens == 1 else (1, num_tokens)
     positions = np.broadcast_to(np.arange(num_tokens, dtype=np.int32), shape)
-    rows = None if num_tokens == 1 else np.full(1, 2, np.int32)
-    _, cache = backbone.program.executable(params, np.zeros(shape, np.int32), positions, cache, rows_B=rows)
+    table = None if num_tokens == 1 else one_page_a_row(NUM_ROWS, np.full(1, 2, np.int32))
+    _, cache = backbone.program.executable(params, np.zeros(shape, np.int32), positions, cache, table=table)
     assert pointers(cache) == before
     assert len(set(before)) == 2 * num_buffers
+
+
+@functools.cache
+def compiled_over_pages(call, *, dtype="float32", is_native=True):
+    """The backbone at tp 2 over a pool of pages as large as the padded cache, its table an argument: one token for every row, a chunk of one row,
+    or one of several rows."""
+    config = fit_to_mesh(CONFIG, make_mesh({"tp": 2}), TENSOR)
+    cache = init_cache(config, NUM_ROWS * MAX_LEN // PAGE_SIZE, PAGE_SIZE, jnp.dtype(dtype))
+    ints = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
+    tokens = ints((NUM_ROWS, 1) if call == "decode" else (1, CHUNK))
+    rows = {"decode": None, "chunk": ints((1,)), "ragged": ints((1, CHUNK))}[call]
+    program = jax.jit(functools.partial(forward, config=config, output="hidden"), donate_argnums=3)
+    with mock.patch.object(ops, "uses_native", ops.uses_native if is_native else lambda _: False):
+        lowered = program.lower(abstract_params(config, jnp.dtype(dtype)), tokens, tokens, cache,
+                                table=PageTable(ints((NUM_ROWS, MAX_LEN // PAGE_SIZE)), rows))
+    return Backbone(config, compile_lowered(lowered))
+
+
+@pytest.mark.parametrize("is_native", [True, False], ids=["native", "reference"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("call", ["decode", "chunk", "ragged"])
+def test_no_buffer_of_a_paged_cache_is_copied_or_upcast_and_all_are_aliased(call, dtype, is_native):
+    backbone = compiled_over_pages(call, dtype=dtype, is_native=is_native)
+    assert backbone.program.num_aliased == 2 * CONFIG.num_layers
+    size = cache_shard(backbone.config)
+    assert backbone.found((*MOVERS, "select", "convert"), min_elements=size) == []
+    if dtype != "float32":
+        assert backbone.found(min_elements=size, dtype="f32") == []
+    assert backbone.collectives() == ["all-reduce"] * (2 * CONFIG.num_layers + 1)
+
+
+@pytest.mark.parametrize("call", ["decode", "chunk", "ragged"])
+def test_the_pool_of_a_paged_cache_stays_at_its_address(call):
+    backbone = compiled_over_pages(call)
+    params = jax.tree.map(lambda leaf: jax.device_put(np.zeros(leaf.shape, leaf.dtype), leaf.sharding), abstract_params(backbone.config, jnp.float32))
+    cache = init_cache(backbone.config, NUM_ROWS * MAX_LEN // PAGE_SIZE, PAGE_SIZE)
+    before = pointers(cache)
+    pages_RL = np.random.default_rng(0).permutation(NUM_ROWS * MAX_LEN // PAGE_SIZE).reshape(NUM_ROWS, -1).astype(np.int32)
+    shape, rows = {"decode": ((NUM_ROWS, 1), None), "chunk": ((1, CHUNK), np.full(1, 2, np.int32)),
+                   "ragged": ((1, CHUNK), np.array([[2, 2, 0, 3]], np.int32))}[call]
+    positions = np.broadcast_to(np.arange(60, 60 + shape[1], dtype=np.int32), shape)
+    _, cache = backbone.program.executable(params, np.zeros(shape, np.int32), positions, cache, table=PageTable(pages_RL, rows))
+    assert pointers(cache) == before
 
 
 def pointers(cache):

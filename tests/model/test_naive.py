@@ -19,9 +19,9 @@ def test_the_naive_loop_chooses_the_tokens_of_the_cached_one(name):
 
 def test_the_naive_loop_runs_on_a_data_and_tensor_mesh_and_without_one():
     model = BY_NAME["qwen3-linear"]
-    meshless = place(model.weights(), model.config, find_family(model.hf).checkpoint_name)
+    meshless = place(model.weights(), model.config, find_family(model.hf))
     config = fit_to_mesh(model.config, make_mesh({"dp": 2, "tp": 2}), DATA_TENSOR)
-    params = place(model.weights(), config, find_family(model.hf).checkpoint_name)
+    params = place(model.weights(), config, find_family(model.hf))
     tokens = greedy(meshless, model.config, model.prompt(), num_steps=8)
     assert greedy(params, config, model.prompt(), num_steps=8) == tokens
 

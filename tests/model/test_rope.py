@@ -72,6 +72,29 @@ def test_dynamic_rope_gives_a_token_the_frequencies_of_its_own_row_at_its_own_le
     assert np.asarray(alone)[0].tobytes() == np.asarray(cos)[2].tobytes()
 
 
+def test_longrope_chooses_the_factors_of_a_token_by_its_own_row_at_its_own_length():
+    short, long = tuple(1 + 0.1 * i for i in range(6)), tuple(2 + 3.0 * i for i in range(6))
+    rope = RopeConfig(kind="longrope", theta=THETA, factor=4.0, original_max_position=32, partial_rotary_factor=0.75, short_factors=short,
+                      long_factors=long)
+    positions = np.array([[5, 6, 7], [30, 31, 32], [5, 6, -1]], np.int32)
+    cos, sin = rope_tables(positions, np.array([32, 20, 33], np.int32), head_dim=H, rope=rope)
+    plain = np.array([THETA ** (-2 * i / 12) for i in range(6)])
+    scale = math.sqrt(1 + math.log(4) / math.log(32))
+    for (b, t), is_long in np.ndenumerate([[False] * 3, [False, False, True], [True] * 3]):
+        angles = positions[b, t] * np.tile(plain / np.array(long if is_long else short), 2)
+        np.testing.assert_allclose(np.asarray(cos)[b, t], scale * np.cos(angles), atol=1e-5)
+        np.testing.assert_allclose(np.asarray(sin)[b, t], scale * np.sin(angles), atol=1e-5)
+    alone, _ = rope_tables(positions[2:], np.array([33], np.int32), head_dim=H, rope=rope)
+    assert np.asarray(alone)[0].tobytes() == np.asarray(cos)[2].tobytes()
+
+
+def test_a_layer_without_rope_rotates_nothing():
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(1, 2, 3, H)), jnp.float32)
+    rope = rope_tables(np.array([[3, 4]], np.int32), np.array([5], np.int32), head_dim=H, rope=None)
+    assert rope[0].shape == (1, 2, 0)
+    assert (np.asarray(rope_reference(x, *rope)) == np.asarray(x)).all()
+
+
 def test_a_rotation_keeps_lengths_and_scores_depend_on_distance_only():
     x = jnp.asarray(np.random.default_rng(0).normal(size=(1, 2, 1, H)), jnp.float32)
     def scores(first, second):

@@ -14,10 +14,3 @@ def instruction_set(request) -> Iterator[str]:
     """One instruction set, in use while the test runs."""
     with library.use_instruction_set(request.param):
         yield request.param
-
-
-@pytest.fixture(scope="session")
-def native_library() -> None:
-    """Skips where there is none."""
-    if not library.is_available():
-        pytest.skip(REASON)

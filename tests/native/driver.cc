@@ -100,7 +100,7 @@ struct Array {
   double operator[](int64_t i) const {
     switch (dtype) {
       case Dtype::kF32: return as<float>()[i];
-      case Dtype::kF16: return static_cast<float>(as<_Float16>()[i]);
+      case Dtype::kF16: return static_cast<float>(as<Half>()[i]);
       case Dtype::kBF16: {
         const uint32_t bits = static_cast<uint32_t>(as<uint16_t>()[i]) << 16;
         float x;
@@ -108,7 +108,8 @@ struct Array {
         return x;
       }
       case Dtype::kI8: return as<int8_t>()[i];
-      case Dtype::kU8: return as<uint8_t>()[i];
+      case Dtype::kU8: case Dtype::kE4M3: return as<uint8_t>()[i];
+      case Dtype::kE8M0: return std::ldexp(1.0, as<uint8_t>()[i] - 127);
     }
     return 0;
   }
@@ -116,7 +117,7 @@ struct Array {
     uint32_t bits;
     std::memcpy(&bits, &x, 4);
     if (dtype == Dtype::kF32) as<float>()[i] = x;
-    else if (dtype == Dtype::kF16) as<_Float16>()[i] = static_cast<_Float16>(x);
+    else if (dtype == Dtype::kF16) as<Half>()[i] = static_cast<Half>(x);
     else if (dtype == Dtype::kBF16) as<uint16_t>()[i] = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16;
     else as<uint8_t>()[i] = static_cast<uint8_t>(static_cast<int>(x));
   }
@@ -151,10 +152,14 @@ struct Case {
   int super_group = 0;
   bool quantizes_input = false;
   Dtype scale_dtype = Dtype::kF32;  // of dense formats: no scales
+  bool has_zeros = false;           // for mins
+
+  Dtype min_dtype() const { return has_zeros ? Dtype::kU8 : scale_dtype; }
 
   bool takes(int64_t k) const { return group == 0 || (k + kBlock - 1) / kBlock * kBlock % group == 0; }
 };
-constexpr Dtype F32 = Dtype::kF32, F16 = Dtype::kF16, BF16 = Dtype::kBF16, I8 = Dtype::kI8, U8 = Dtype::kU8;
+constexpr Dtype F32 = Dtype::kF32, F16 = Dtype::kF16, BF16 = Dtype::kBF16, I8 = Dtype::kI8, U8 = Dtype::kU8, E4M3 = Dtype::kE4M3,
+                E8M0 = Dtype::kE8M0;
 constexpr Dtype kWord = F32;  // whole numbers of 32 bits have no Dtype
 constexpr Case kCases[] = {
     {Format::kF32}, {Format::kF16}, {Format::kBF16}, {Format::kI8}, {Format::kI8, 0, 1}, {Format::kI8, 128, 0, false, 0, false, F16},
@@ -162,15 +167,18 @@ constexpr Case kCases[] = {
     {Format::kE4M3, 32, 0, true}, {Format::kE5M2, 0, 0, false, 0, false, BF16}, {Format::kE5M2, 64},
     {Format::kI4, 0, 8}, {Format::kI4, 32, 8, false, 0, false, F16}, {Format::kI4, 64, 0, true, 0, false, BF16}, {Format::kI4, 96, 8},
     {Format::kI4, 256, 0, true}, {Format::kI4, 32, 0, true, 256, false, U8},
+    {Format::kI4, 32, 0, true, 0, false, F16, true}, {Format::kQ2, 32, 2, false, 0, false, F16}, {Format::kQ2, 64, 0, true, 0, false, F32, true},
+    {Format::kQ3, 32, 4, false, 0, false, BF16}, {Format::kQ3, 128, 0, true, 0, false, F16, true},
     {Format::kQ5, 32, 16, false, 0, false, F16}, {Format::kQ5, 32, 0, true, 0, false, F16}, {Format::kQ5, 32, 0, true, 256, false, U8},
     {Format::kQ6, 16, 32, false, 0, false, F16}, {Format::kQ6, 32, 32}, {Format::kQ6, 16, 32, false, 256, false, I8},
+    {Format::kE2M1, 32, 0, false, 0, false, E8M0}, {Format::kE2M1, 16, 0, false, 0, false, E8M0}, {Format::kE2M1, 16, 0, false, 0, false, F16},
 };
 constexpr Dtype kFloats[] = {F32, BF16, F16};
 
-double fp8_value(int code, int mantissa, int bias) {
-  const int magnitude = code & 0x7F, exponent = magnitude >> mantissa;
+double float_value(int code, int sign, int mantissa, int bias) {
+  const int magnitude = code & (sign - 1), exponent = magnitude >> mantissa;
   const double rest = std::ldexp(magnitude & ((1 << mantissa) - 1), -mantissa);
-  return (code & 0x80 ? -1 : 1) * (exponent ? std::ldexp(1 + rest, exponent - bias) : std::ldexp(rest, 1 - bias));
+  return (code & sign ? -1 : 1) * (exponent ? std::ldexp(1 + rest, exponent - bias) : std::ldexp(rest, 1 - bias));
 }
 
 struct Matrix {
@@ -182,7 +190,7 @@ struct Matrix {
     const int64_t padded_k = (k + kBlock - 1) / kBlock * kBlock, blocks = (n + kBlock - 1) / kBlock, padded_n = blocks * kBlock;
     const bool is_dense = c.format <= Format::kBF16, is_e4m3 = c.format == Format::kE4M3, is_fp8 = is_e4m3 || c.format == Format::kE5M2;
     const Dtype item = is_dense ? static_cast<Dtype>(c.format) : c.format == Format::kI8 ? I8 : U8;  // dense ones have the same numbers
-    const int num_codes = c.format == Format::kI4 ? 16 : c.format == Format::kQ5 ? 32 : 64;
+    const int num_codes = c.format == Format::kQ2 ? 4 : c.format == Format::kQ3 ? 8 : c.format == Format::kI4 || c.format == Format::kE2M1 ? 16 : c.format == Format::kQ5 ? 32 : 64;
     const float largest = is_e4m3 ? 448 : c.format == Format::kE5M2 ? 57344 : item == I8 ? 127 : num_codes;
     Array rows = random.array(item, n * k, item == I8 ? -127 - c.zero : is_dense ? -1 : 0, is_dense ? 1 : item == I8 ? 127 : num_codes - 1);
     if (is_fp8)  // all but infinities and NaNs
@@ -192,10 +200,12 @@ struct Matrix {
 
     const int64_t num_groups = c.group ? padded_k / c.group : 1, num_supers = c.super_group ? (padded_k + c.super_group - 1) / c.super_group : 0;
     const bool has_levels = num_supers > 0;
-    if (!is_dense)
+    if (c.scale_dtype == E8M0) scales = random.array(E8M0, padded_n * num_groups, 118, 124);
+    else if (!is_dense)
       scales = random.array(c.scale_dtype, padded_n * num_groups, has_levels ? (c.scale_dtype == U8 ? 1 : -128) : 0.5f / largest,
                             has_levels ? (c.scale_dtype == U8 ? 63 : 127) : 1.5f / largest);
-    if (c.has_mins) mins = random.array(c.scale_dtype, padded_n * num_groups, has_levels ? 0 : -0.5f, has_levels ? 63 : 0.5f);
+    if (c.has_mins)
+      mins = random.array(c.min_dtype(), padded_n * num_groups, has_levels || c.has_zeros ? 0 : -0.5f, has_levels ? 63 : c.has_zeros ? num_codes - 1 : 0.5f);
     if (has_levels) super_scales = random.array(F16, padded_n * num_supers, 0.5f / 64 / largest, 1.5f / 64 / largest);
     if (has_levels && c.has_mins) super_mins = random.array(F16, padded_n * num_supers, 0.5f / 64, 1.5f / 64);
     if (has_bias) bias = random.array(x_dtype, n, -1, 1);
@@ -205,13 +215,14 @@ struct Matrix {
       const int64_t block = i / k / kBlock, lane = i / k % kBlock, at = i % k;
       const int64_t group = (block * num_groups + (c.group ? at / c.group : 0)) * kBlock + lane;
       const int64_t super = has_levels ? (block * num_supers + at / c.super_group) * kBlock + lane : 0;
-      double value = is_fp8 ? fp8_value(static_cast<int>(rows[i]), is_e4m3 ? 3 : 2, is_e4m3 ? 7 : 15) : rows[i] - (item == U8 ? c.zero : 0);
+      double value = is_fp8 ? float_value(static_cast<int>(rows[i]), 0x80, is_e4m3 ? 3 : 2, is_e4m3 ? 7 : 15) :
+                     c.format == Format::kE2M1 ? float_value(static_cast<int>(rows[i]), 8, 1, 1) : rows[i] - (item == U8 ? c.zero : 0);
       if (!is_dense) value *= scales[group] * (has_levels ? super_scales[super] : 1);
-      if (c.has_mins) value += mins[group] * (has_levels ? -super_mins[super] : 1);
+      if (c.has_mins) value += mins[group] * (has_levels ? -super_mins[super] : c.has_zeros ? -scales[group] : 1);
       dense[i] = value;
     }
     weight = {codes.data.get(), scales.data.get(), mins.data.get(), super_scales.data.get(), super_mins.data.get(), bias.data.get(), c.format,
-              c.scale_dtype, x_dtype, n, k, padded_k, c.group, c.super_group, c.zero, c.quantizes_input};
+              c.scale_dtype, c.min_dtype(), x_dtype, n, k, padded_k, c.group, c.super_group, c.zero, c.quantizes_input};
   }
 };
 
@@ -296,7 +307,7 @@ void test_linear(const Kernels& kernels, const std::string& what, const Case* co
   }
 }
 
-void test_gated_mlp(const Kernels& kernels, const std::string& what, const Case* const (&cases)[3], int64_t k, int64_t inner, Activation activation,
+void test_gated_mlp(const Kernels& kernels, const std::string& what, const Case* const (&cases)[3], int64_t k, int64_t inner, const Gating& gating,
                     Dtype dtype, Random random) {
   const int64_t n = 33;
   const Matrix gate(*cases[0], inner, k, true, dtype, random), up(*cases[1], inner, k, false, dtype, random);
@@ -307,7 +318,7 @@ void test_gated_mlp(const Kernels& kernels, const std::string& what, const Case*
     Arrays outs;
     outs.emplace_back(dtype, count * n);
     Team team(pool, 0);
-    kernels.gated_mlp(team, rows_of(part, count, k), gate.weight, up.weight, down.weight, activation, rows_of(outs[0], count, n));
+    kernels.gated_mlp(team, rows_of(part, count, k), gate.weight, up.weight, down.weight, gating, rows_of(outs[0], count, n));
     return outs;
   });
 }
@@ -357,6 +368,9 @@ struct AttentionCase {
   int window;
   float softcap;
   Dtype dtype, cache_dtype;
+  int page_size = 0;            // 0: a row is a page
+  std::vector<int> pieces = {};  // tokens of each row, one row after the other in one batch row, then the padding; T is not read
+  bool has_sinks = false;
 };
 const AttentionCase kAttentions[] = {
     {{70, 0, -1, 199}, 1, 0, 4, 2, 64, 64, 200, {}, 0, 0, F32, F32},
@@ -375,24 +389,67 @@ const AttentionCase kAttentions[] = {
     {{1099}, 1, 0, 4, 2, 31, 30, 1100, {1}, 0, 0, BF16, I8},
     {{1050}, 40, 1, 2, 1, 32, 32, 1100, {}, 0, 0, F32, F16},
     {{1050}, 5, 0, 40, 1, 9, 8, 1060, {}, 600, 2, F16, F16},
+    {{70, 0, 199}, 1, 0, 8, 2, 64, 64, 200, {}, 0, 0, F32, E4M3},
+    {{70, 0, -1, 199}, 1, 0, 4, 2, 64, 64, 200, {3, 0, 2, 1}, 0, 0, F32, F32, 16},
+    {{70, 0, -1, 207}, 1, 0, 4, 2, 40, 40, 208, {}, 0, 0, BF16, BF16, 16},
+    {{1, 64, 190}, 9, 4, 4, 2, 7, 6, 200, {2, 0, 1}, 0, 0, F16, F16, 32},
+    {{70}, 100, 3, 4, 2, 16, 16, 170, {2}, 0, 3, F32, I8, 64},
+    {{127, 64}, 2, 0, 12, 2, 33, 32, 160, {1, 0}, 64, 0, BF16, E4M3, 80},
+    {{1099}, 1, 0, 4, 2, 31, 30, 1100, {1}, 0, 0, BF16, I8, 128},
+    {{1099, 700}, 3, 0, 2, 1, 32, 32, 1104, {4, 1}, 600, 0, F32, F16, 48},
+    {{70, 90, 100}, 3, 0, 4, 2, 32, 32, 200, {5, 1, 4}, 0, 0, F32, BF16, 16},    // rows that lack pages
+    {{90, 70, 100}, 3, 0, 2, 2, 20, 8, 200, {5, 6, -1}, 0, 0, BF16, I8, 32},     // and rows that are not there
+    {{200, 205}, 9, 0, 3, 3, 1, 0, 208, {}, 20, 0, F32, F32, 16},               // beyond the last page
+    {{64, 70, 199}, 0, 6, 4, 2, 32, 32, 200, {2, 0, 3}, 0, 0, F32, F32, 16, {40, 1, 1}},
+    {{10, 1050, 3}, 0, 2, 12, 1, 33, 32, 1100, {1, 4, 0}, 300, 0, BF16, I8, 64, {1, 13, 30}},
+    {{90, 0, 60, 100}, 0, 1, 2, 2, 20, 8, 160, {5, 0, 6, 2}, 0, 1.5f, F16, BF16, 32, {3, 70, 2, 9}},
+    {{64, 70, 199}, 0, 6, 4, 2, 32, 32, 200, {2, 0, 3}, 0, 0, F32, F32, 0, {40, 1, 1}},
+    {{1099, 511, -1}, 1, 0, 4, 2, 31, 30, 1100, {}, 0, 0, BF16, I8, 0, {}, true},
+    {{70}, 100, 3, 6, 2, 16, 16, 170, {2}, 20, 3, F32, F32, 0, {}, true},
+    {{1099, 511, -1}, 1, 0, 4, 2, 31, 30, 1100, {}, 0, 0, BF16, F16, 32, {}, true},
+    {{10, 1050, 90}, 0, 2, 12, 1, 33, 32, 1100, {1, 4, 5}, 300, 0, F32, E4M3, 64, {1, 13, 30}, true},
 };
+
+// The pages of each of num_rows rows, in any order; some of the last row's are missing.
+Array shuffled_pages(int64_t num_rows, int64_t L, int64_t num_pages, Random& random) {
+  std::vector<int32_t> order(num_pages);
+  for (int64_t i = 0; i < num_pages; ++i) order[i] = static_cast<int32_t>(i);
+  for (int64_t i = num_pages - 1; i > 0; --i) std::swap(order[i], order[random.integer(0, static_cast<int>(i))]);
+  Array pages(kWord, num_rows * L);
+  for (int64_t i = 0; i < num_rows * L; ++i)
+    pages.as<int32_t>()[i] = i < (num_rows - 1) * L || i % 3 == 0 ? order[i] : i % 3 == 1 ? -1 : static_cast<int32_t>(num_pages) * (1 + i);
+  return pages;
+}
 
 // A row here is a token: all at once, or one after the other with the cache that the ones before have left.
 void test_attention(const Kernels& kernels, const std::string& what, const AttentionCase& c, Random random) {
-  const int64_t B = c.starts.size(), most = B * c.T, P = 6, entries = P * c.K * c.S;
+  const bool is_ragged = !c.pieces.empty(), is_paged = c.page_size > 0;
+  int64_t most = static_cast<int64_t>(c.starts.size()) * c.T;
+  if (is_ragged) {
+    most = c.num_padding;
+    for (const int piece : c.pieces) most += piece;
+  }
+  const int64_t B = is_ragged ? 1 : c.starts.size(), T = most / B, num_rows = 6;
+  const int64_t S = is_paged ? c.page_size : c.S, L = (c.S + S - 1) / S, P = num_rows * L + (is_paged ? 3 : 0), entries = P * c.K * S;
   const Array q = random.array(c.dtype, most * c.N * c.H, -2, 2), k = random.array(c.dtype, most * c.K * c.H, -2, 2);
   const Array v = random.array(c.dtype, most * c.K * c.H, -2, 2);
   const Array cos = random.array(F32, most * c.R, -1, 1), sin = random.array(F32, most * c.R, -1, 1);
-  const bool is_int8 = c.cache_dtype == I8;
+  const Array sinks = random.array(F32, c.N, -2, 4);
+  const bool is_int8 = c.cache_dtype == I8, is_e4m3 = c.cache_dtype == E4M3, is_scaled = is_int8 || is_e4m3;
   Arrays cache;
-  for (int i = 0; i < 2; ++i) cache.push_back(random.array(c.cache_dtype, entries * c.H, is_int8 ? -127 : -2, is_int8 ? 127 : 2));
-  for (int i = 0; i < 2; ++i) cache.push_back(random.array(F32, is_int8 ? entries : 0, 0.01f, 0.03f));
-  Array positions(kWord, most), rows(kWord, B);
-  for (int64_t i = 0; i < most; ++i) {
-    const bool is_padding = c.starts[i / c.T] < 0 || i >= most - c.num_padding;
-    positions.as<int32_t>()[i] = is_padding ? -1 : c.starts[i / c.T] + i % c.T;
+  for (int i = 0; i < 2; ++i)
+    cache.push_back(random.array(c.cache_dtype, entries * c.H, is_int8 ? -127 : is_e4m3 ? 0 : -2, is_int8 ? 127 : is_e4m3 ? 0x7E : 2));
+  for (int i = 0; i < 2; ++i) cache.push_back(random.array(F32, is_scaled ? entries : 0, 0.01f, 0.03f));
+  const Array pages = shuffled_pages(num_rows, L, P, random);
+  Array positions(kWord, most), rows(kWord, B), rows_of_tokens(kWord, most);
+  for (int64_t i = 0, piece = 0, t = 0; i < most; ++i, ++t) {
+    while (t == (!is_ragged ? T : piece < static_cast<int64_t>(c.pieces.size()) ? c.pieces[piece] : -1)) ++piece, t = 0;
+    const bool is_padding = i >= most - c.num_padding || c.starts[piece] < 0;
+    positions.as<int32_t>()[i] = is_padding ? -1 : c.starts[piece] + t;
+    const bool has_row = piece < static_cast<int64_t>(c.starts.size());
+    rows_of_tokens.as<int32_t>()[i] = !has_row ? 0 : c.rows.empty() ? piece : c.rows[piece];
   }
-  for (int64_t i = 0; i < B; ++i) rows.as<int32_t>()[i] = c.rows.empty() ? i : c.rows[i];
+  for (int64_t i = 0; i < B; ++i) rows.as<int32_t>()[i] = rows_of_tokens.as<int32_t>()[i * T];
 
   Arrays now;
   check(what, {most}, [&](Pool& pool, int64_t first, int64_t count) {
@@ -404,13 +461,14 @@ void test_attention(const Kernels& kernels, const std::string& what, const Atten
     const Array q_part = q.slice(first * c.N * c.H, count * c.N * c.H), k_part = k.slice(first * c.K * c.H, count * c.K * c.H);
     const Array v_part = v.slice(first * c.K * c.H, count * c.K * c.H), cos_part = cos.slice(first * c.R, count * c.R);
     const Array sin_part = sin.slice(first * c.R, count * c.R), positions_part = positions.slice(first, count);
-    const Array rows_part = rows.slice(first / c.T, is_whole ? B : 1);
+    const Array rows_part = is_ragged || !is_whole ? rows_of_tokens.slice(first, count) : rows.slice(0, B);
     Arrays outs;
     outs.emplace_back(c.dtype, count * c.N * c.H);
     AttentionArgs args{q_part.data.get(), k_part.data.get(), v_part.data.get(), now[0].data.get(), now[1].data.get(),
-                       is_int8 ? now[2].as<float>() : nullptr, is_int8 ? now[3].as<float>() : nullptr, positions_part.as<int32_t>(),
-                       is_whole && c.rows.empty() ? nullptr : rows_part.as<int32_t>(), cos_part.as<float>(), sin_part.as<float>(), outs[0].data.get(),
-                       c.dtype, c.cache_dtype, is_whole ? B : 1, is_whole ? c.T : 1, c.N, c.K, c.H, c.R, P, c.S,
+                       is_scaled ? now[2].as<float>() : nullptr, is_scaled ? now[3].as<float>() : nullptr, positions_part.as<int32_t>(),
+                       is_whole && c.rows.empty() ? nullptr : rows_part.as<int32_t>(), is_paged ? pages.as<int32_t>() : nullptr,
+                       cos_part.as<float>(), sin_part.as<float>(), c.has_sinks ? sinks.as<float>() : nullptr, outs[0].data.get(),
+                       c.dtype, c.cache_dtype, is_whole ? B : 1, is_whole ? T : 1, c.N, c.K, c.H, c.R, P, S, num_rows, L, is_ragged && is_whole,
                        1 / std::sqrt(static_cast<float>(c.H)), c.softcap, c.window};
     Team team(pool, 0);
     kernels.attention(team, args);
@@ -442,7 +500,7 @@ void add_tests(const Kernels& kernels, Tests& tests) {
       add("lookup" + which, [=, &kernels](const std::string& what, Random random) { test_lookup(kernels, what, *three[0], k, dtype, random); });
       if (k != 41 && k != 250) continue;
       add("gated MLP" + which, [=, &kernels](const std::string& what, Random random) {
-        test_gated_mlp(kernels, what, {three[0], three[1], three[2]}, k, k, static_cast<Activation>(i % 4), dtype, random);
+        test_gated_mlp(kernels, what, {three[0], three[1], three[2]}, k, k, Gating{static_cast<Activation>(i % 5), 0.7f, 1.702f}, dtype, random);
       });
     }
     for (int i = 0; i < 6; ++i)

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.gated_mlp import gated_mlp_reference
+from pallas_kernels.gated_mlp import ClampedGlu, gated_mlp_reference
 from pallas_kernels.quant_matmul import quant_matmul_reference
 from pallas_kernels.rms_norm import rms_norm_reference
 from tests.native.cases import Case, k_quant, make_weight
@@ -19,6 +19,7 @@ FORMATS = {
     "F32": {"format": Format.F32}, "F16": {"format": Format.F16}, "BF16": {"format": Format.BF16},
     "I8": {"format": Format.I8, "scale_dtype": "float32"}, "E4M3": {"format": Format.E4M3, "scale_dtype": "float32"},
     "I4": {"format": Format.I4, "group": 32, "zero": 8, "scale_dtype": "float16"},
+    "E2M1": {"format": Format.E2M1, "group": 32, "scale_dtype": "uint8"},
     "Q5 mins": {"format": Format.Q5, "group": 32, "has_mins": True, "scale_dtype": "float16"},
     "int8 inputs": {"format": Format.I8, "scale_dtype": "float32", "quantizes_input": True},
 }
@@ -55,7 +56,7 @@ def test_a_gated_mlp_is_its_reference_whatever_the_number_of_rows(name, dtype, i
         assert np.asarray(run_mlp(x[3:3 + num_rows], *packed, (None,) * 3, activation="silu")).tobytes() == out[3:3 + num_rows].tobytes()
 
 
-@pytest.mark.parametrize("activation", products.ACTIVATIONS)
+@pytest.mark.parametrize("activation", [*products.ACTIVATIONS, ClampedGlu(7.0), ClampedGlu(0.5, 1.0)], ids=str)
 @pytest.mark.parametrize("scale", [1.0, 30.0])
 def test_each_activation_is_that_of_the_reference(activation, scale, instruction_set):
     packed, dense = layer("F32", 33, 7)

@@ -12,7 +12,7 @@ from sharding_rules import DATA_TENSOR, Partition, make_mesh
 from tpllm import ops
 from tpllm.checkpoint.matrices import make_matrix
 from tpllm.quant.linear import linear
-from tpllm.quant.schemes import find_scheme
+from tpllm.quant.policy import parse_policy
 from tpllm.quant.storage import Storage
 
 pytestmark = pytest.mark.usefixtures("native_library")
@@ -28,7 +28,7 @@ SHAPES = {"up": ((F, D), ("mlp", "embed")), "gate": ((F, D), ("mlp", "embed")), 
 def matrices(kind, mesh=()):
     """Packed matrices of the same numbers on a mesh, or on one device."""
     partition = Partition(make_mesh(dict(mesh)), DATA_TENSOR) if mesh else None
-    storage = Storage(jnp.dtype("bfloat16" if kind == "bfloat16" else "float32"), find_scheme(kind if "int" in kind else None), is_packed=True)
+    storage = Storage(jnp.dtype("bfloat16" if kind == "bfloat16" else "float32"), parse_policy(kind if "int" in kind else None), is_packed=True)
     made = {}
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         for seed, (name, (shape, axes)) in enumerate(SHAPES.items()):

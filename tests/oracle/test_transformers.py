@@ -33,6 +33,17 @@ def test_logits_and_64_greedy_tokens_are_those_of_transformers(name, tp, record_
     assert tokens == reference.tokens
 
 
+@pytest.mark.parametrize(("ep", "tp"), [(2, 1), (2, 2)])
+@pytest.mark.parametrize("name", [model.name for model in MODELS if model.config.num_experts])
+def test_experts_over_their_own_axis(name, ep, tp):
+    model, reference = clear_seed(name)
+    params, config = model.on_mesh(tp, ep=ep)
+    assert config.partition.mesh.size == ep * tp
+    logits, tokens = cached_greedy(params, config, model.prompt(), num_steps=NUM_STEPS, prefill_chunk=16)
+    assert np.abs(logits - reference.logits).max() / reference.logits.std() <= 3e-4
+    assert tokens == reference.tokens
+
+
 @pytest.mark.parametrize("rope", ROPE)
 @pytest.mark.parametrize("family", ARCHITECTURES)
 def test_what_transformers_5_saves_and_what_4_saved_read_as_the_same_model(family, rope, tmp_path):
@@ -47,7 +58,8 @@ def test_what_transformers_5_saves_and_what_4_saved_read_as_the_same_model(famil
     assert find_family(saved).config_from_hf(saved) == expected
 
 
-@pytest.mark.parametrize("name", ["llama-yarn", "mistral-linear", "qwen2-llama3", "qwen3-dynamic"])
+@pytest.mark.parametrize("name", ["llama-yarn", "mistral-linear", "qwen2-llama3", "qwen3-dynamic", *(
+    model.name for model in MODELS if model.name.split("-")[0] not in ARCHITECTURES)])
 def test_a_folder_that_transformers_saved_loads_and_gives_its_tokens(name, tmp_path):
     model, reference = clear_seed(name)
     saved = transformers_oracle.build(model)

@@ -4,33 +4,27 @@ One document is one top-level definition (or the run of statements between two):
 path, is held out.
 """
 import ast
-import hashlib
 import itertools
 import pathlib
-import sysconfig
 import warnings
 from collections.abc import Iterator
 
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
+from tpllm.bench.held_out import library_files
+
 BOS, EOS, PAD, TURN, TURN_END = range(5)
 SPECIALS = ["<|bos|>", "<|eos|>", "<|pad|>", "<|im_start|>", "<|im_end|>"]
-LEFT_OUT = {"site-packages", "encodings", "pydoc_data", "__pycache__"}  # packages that are not the library's; tables, not code
 
 
 def sources(*, is_held_out: bool) -> Iterator[tuple[pathlib.PurePath, str, ast.Module]]:
     """(path below the library, text, its tree) of every file of one split, in order."""
-    root = pathlib.Path(sysconfig.get_paths()["stdlib"])
-    for path in sorted(root.rglob("*.py")):
-        name = path.relative_to(root)
-        if LEFT_OUT & set(name.parts) or (hashlib.sha256(str(name).encode()).digest()[0] < 26) != is_held_out:
-            continue
+    for name, text in library_files(is_held_out=is_held_out):
         try:
-            text = path.read_text("utf-8")
             with warnings.catch_warnings(action="ignore"):  # of escapes that are not any, in old files
                 tree = ast.parse(text)
-        except (UnicodeDecodeError, SyntaxError, ValueError):
+        except (SyntaxError, ValueError):
             continue  # files that test the parser's errors
         yield name, text, tree
 

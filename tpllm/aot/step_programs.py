@@ -7,11 +7,11 @@ from jax.sharding import Mesh
 
 from sharding_rules.axes import BATCH
 from tpllm import ops
-from tpllm.engine.batch import pack_prefill
+from tpllm.engine.batch import pack_chunk
+from tpllm.engine.plan import StepPlan
 from tpllm.engine.programs import SlotState, empty_slots, jit_programs, slot_shardings
 from tpllm.engine.runner import MAX_STEPS
 from tpllm.engine.sampling_params import MAX_STOP_TOKEN_IDS
-from tpllm.engine.scheduler import PrefillPlan
 from tpllm.engine.shapes import EngineShapes
 from tpllm.model.config import ModelConfig
 from tpllm.model.kv_cache import KVCache, init_cache
@@ -30,9 +30,9 @@ def lower_decode(config: ModelConfig, shapes: EngineShapes, *, weight_dtype: Any
         num_eos_ids: how many end-of-sequence ids the model has.
     """
     params, cache, state = _abstract_arguments(config, shapes, weight_dtype, cache_dtype, num_stop_ids=MAX_STOP_TOKEN_IDS + num_eos_ids)
-    _, decode = jit_programs(config, cache, state, max_steps=MAX_STEPS)
+    decode = jit_programs(config, cache, state, max_steps=MAX_STEPS).decode
     with jax.set_mesh(config.partition.mesh):
-        return decode.trace(params, cache, state, np.ones(shapes.max_num_seqs, bool), np.int32(1), num_rows=shapes.max_num_seqs).lower(
+        return decode.trace(params, cache, state, *_busy_slots(shapes), np.int32(1), num_rows=shapes.max_num_seqs).lower(
             lowering_platforms=_lowering_platforms(config.partition.mesh))
 
 
@@ -46,18 +46,18 @@ def lower_prefill(config: ModelConfig, shapes: EngineShapes, *, weight_dtype: An
     """
     num_stop_ids = MAX_STOP_TOKEN_IDS + num_eos_ids
     params, cache, state = _abstract_arguments(config, shapes, weight_dtype, cache_dtype, num_stop_ids=num_stop_ids)
-    prefill, _ = jit_programs(config, cache, state, max_steps=MAX_STEPS)
-    chunk = pack_prefill(PrefillPlan(rows=(), bucket=shapes.prefill_chunk), num_slots=shapes.max_num_seqs, num_groups=config.partition.size(BATCH),
-                         eos_ids=frozenset(), num_stop_ids=num_stop_ids, vocab_size=config.padded_vocab_size)
+    step = jit_programs(config, cache, state, max_steps=MAX_STEPS).step
+    chunk = pack_chunk(StepPlan(pieces=(), owners=(), bucket=shapes.prefill_chunk), num_slots=shapes.max_num_seqs,
+                       num_groups=config.partition.size(BATCH), is_ragged=shapes.has_invariant_kernels)
     with jax.set_mesh(config.partition.mesh):
-        return prefill.trace(params, cache, state, chunk, has_prompt_logprobs=has_prompt_logprobs).lower(
+        return step.trace(params, cache, state, chunk, *_busy_slots(shapes), scores_prompt=has_prompt_logprobs).lower(
             lowering_platforms=_lowering_platforms(config.partition.mesh))
 
 
 def abstract_cache(config: ModelConfig, shapes: EngineShapes, dtype: Any) -> KVCache:
-    """Shapes, dtype and shardings of the cache, without its memory."""
-    cache = jax.eval_shape(lambda: init_cache(config, shapes.max_num_seqs, shapes.cache_len, dtype))
-    return jax.tree.map(lambda leaf: _placed(leaf, config.partition.sharding(ops.CACHE_AXES, shape=leaf.shape, name="kv_cache")), cache)
+    """Shapes, dtype and shardings of a cache with pages for rows of full length, without its memory."""
+    cache = jax.eval_shape(lambda: init_cache(config, shapes.max_num_seqs * shapes.pages_per_row, shapes.page_size, dtype))
+    return jax.tree.map(lambda leaf: _placed(leaf, config.partition.sharding(ops.CACHE_AXES[:leaf.ndim], shape=leaf.shape, name="kv_cache")), cache)
 
 
 def abstract_slots(config: ModelConfig, shapes: EngineShapes, *, num_stop_ids: int) -> SlotState:
@@ -69,6 +69,12 @@ def abstract_slots(config: ModelConfig, shapes: EngineShapes, *, num_stop_ids: i
 def _abstract_arguments(config: ModelConfig, shapes: EngineShapes, weight_dtype: Any, cache_dtype: Any, *, num_stop_ids: int):
     return (abstract_params(config, weight_dtype), abstract_cache(config, shapes, cache_dtype),
             abstract_slots(config, shapes, num_stop_ids=num_stop_ids))
+
+
+def _busy_slots(shapes: EngineShapes) -> tuple[np.ndarray, np.ndarray]:
+    """Every slot is kept, and has all its pages."""
+    table = np.arange(shapes.max_num_seqs * shapes.pages_per_row, dtype=np.int32).reshape(shapes.max_num_seqs, -1)
+    return np.ones(shapes.max_num_seqs, bool), table
 
 
 def _placed(leaf: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:

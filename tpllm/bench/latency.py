@@ -10,35 +10,26 @@ faster than reading the weights and the valid part of the KV cache.
 import argparse
 import contextlib
 import dataclasses
-import json
-import os
-import pathlib
 import time
-from collections.abc import Callable
 from typing import Any
 
 import jax
 
-from sharding_rules import mesh_text
 from tpllm.bench.bandwidth import Bandwidth, device_bandwidth, host_bandwidth
+from tpllm.bench.command import at_least, measure_and_report
 from tpllm.bench.machine import describe_machine, peak_device_bytes, peak_host_bytes
 from tpllm.bench.report import bandwidth_entry, decode_reads, print_table
-from tpllm.bench.shapes import SHAPES, find_shape, llm_of_shape
+from tpllm.bench.shapes import find_shape
+from tpllm.bench.subject import add_model_arguments, make_llm, model_entry
 from tpllm.bench.timing import RunTimes, Speeds, Workload
 from tpllm.bench.traffic import Traffic, decode_traffic
 from tpllm.checkpoint.memory import host_free_bytes
-from tpllm.errors import ConfigError
 from tpllm.llm import LLM
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the benchmark's arguments."""
-    subject = parser.add_mutually_exclusive_group(required=True)
-    subject.add_argument("--model", help="a folder, a hub id, or 'demo'")
-    subject.add_argument("--shape", metavar="NAME", help=f"random weights of a known shape: {', '.join(SHAPES)}")
-    parser.add_argument("--mesh", default="auto", help="such as 'tp=4'; by default all local devices")
-    parser.add_argument("--dtype", default="auto", help="float32, bfloat16 or float16")
-    parser.add_argument("--quantization", help="of the weights: int8 or int4")
+    add_model_arguments(parser)
     parser.add_argument("--prompt-len", type=at_least(1), default=128, metavar="N", help="tokens of each prompt (default 128)")
     parser.add_argument("--output-len", type=at_least(2), default=32, metavar="N", help="tokens to generate for each (default 32)")
     parser.add_argument("--batch-size", type=at_least(1), default=1, metavar="N", help="prompts computed together (default 1)")
@@ -49,13 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measure, print the table, write the JSON; returns the exit code."""
-    if args.json:
-        check_writable(args.json)
-    report = measure(args)
-    if args.json:
-        pathlib.Path(args.json).write_text(json.dumps(report, indent=1) + "\n")
-    print_table(report)
-    return 0
+    return measure_and_report(args, measure, print_table)
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
@@ -80,41 +65,15 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             "decode_reads": decode_reads(traffic, speeds, before + after), "bandwidth": bandwidth_entry(before + after, measured)}
 
 
-def at_least(low: int) -> Callable[[str], int]:
-    """A reader of whole numbers of at least ``low`` for argparse."""
-    def whole_number(text: str) -> int:
-        if not text.isdecimal() or int(text) < low:
-            raise argparse.ArgumentTypeError(f"{text} is no whole number of at least {low}")
-        return int(text)
-    return whole_number
-
-
-def check_writable(path: str) -> None:
-    """Refuse a result file that could not be written, before anything is measured.
-
-    Raises:
-        ConfigError: its folder is missing or read-only, or it is a folder.
-    """
-    target = pathlib.Path(path)
-    if target.is_dir() or not target.parent.is_dir() or not os.access(target if target.exists() else target.parent, os.W_OK):
-        raise ConfigError(f"cannot write {path}; give a file in a folder that exists and is writable")
-
-
 def _make_llm(args: argparse.Namespace) -> LLM:
-    sizes = {"max_model_len": args.prompt_len + args.output_len, "max_num_seqs": args.batch_size}
-    if args.shape:
-        llm = llm_of_shape(args.shape, mesh=args.mesh, dtype=args.dtype, quantization=args.quantization, **sizes)
-    else:
-        llm = LLM(args.model, mesh=args.mesh, dtype=args.dtype, quantization=args.quantization, **sizes)
+    llm = make_llm(args, max_model_len=args.prompt_len + args.output_len, max_num_seqs=args.batch_size)
     jax.block_until_ready(llm.params)
     return llm
 
 
 def _setup(args: argparse.Namespace, llm: LLM) -> dict[str, Any]:
-    return {"model": args.shape or args.model, "has_random_weights": bool(args.shape), "mesh": mesh_text(llm.config.partition.mesh),
-            "dtype": str(llm.params.dtype), "quantization": args.quantization, "kernels": llm.fingerprint()["kernels"],
-            "kv_cache_dtype": llm.fingerprint()["kv_cache_dtype"], "prompt_len": args.prompt_len,
-            "output_len": args.output_len, "batch_size": args.batch_size, "num_runs": args.runs, "num_warmup": args.warmup}
+    return {**model_entry(args, llm), "prompt_len": args.prompt_len, "output_len": args.output_len, "batch_size": args.batch_size,
+            "num_runs": args.runs, "num_warmup": args.warmup}
 
 
 def _measure_llm(llm: LLM, args: argparse.Namespace) -> tuple[float, list[RunTimes], Speeds, Traffic]:

@@ -3,6 +3,7 @@ import concurrent.futures
 import math
 import os
 import zlib
+from typing import Any
 
 import jax
 import numpy as np
@@ -11,17 +12,17 @@ from sharding_rules import DATA_TENSOR
 from tpllm.checkpoint import check_memory, needed_bytes
 from tpllm.checkpoint.matrices import make_matrix
 from tpllm.checkpoint.placement import place
-from tpllm.engine.shapes import choose_shapes
+from tpllm.engine.cache_size import least_cache_bytes
+from tpllm.engine.options import EngineOptions
 from tpllm.environment import enable_compile_cache
 from tpllm.errors import ConfigError
 from tpllm.llm import LLM
-from tpllm.loading import choose_dtype, choose_mesh
+from tpllm.loading import choose_cache_dtype, choose_dtype, choose_mesh
 from tpllm.model.config import ModelConfig, RopeConfig
-from tpllm.model.kv_cache import cache_bytes_per_device
 from tpllm.model.params import DecoderParams, ParamSpec, init_params, map_specs, param_specs
 from tpllm.model.partition import fit_to_mesh
 from tpllm.ops import uses_native
-from tpllm.quant.schemes import find_scheme
+from tpllm.quant.policy import Quantization, parse_policy
 from tpllm.quant.storage import Storage
 
 ROWS_AT_ONCE = 1024
@@ -55,35 +56,35 @@ def find_shape(name: str) -> ModelConfig:
     return SHAPES[name]
 
 
-def llm_of_shape(name: str, *, mesh: str = "auto", dtype: str = "auto", quantization: str | None = None, max_model_len: int,
-                 max_num_seqs: int, prefill_chunk_size: int | None = None) -> LLM:
+def llm_of_shape(name: str, *, mesh: str = "auto", dtype: str = "auto", quantization: Quantization = None,
+                 kv_cache_dtype: str = "auto", **engine: Any) -> LLM:
     """An engine over random weights of a known shape; without a tokenizer.
 
     Args:
         name: a key of ``SHAPES``.
-        mesh, dtype, quantization, max_model_len, max_num_seqs, prefill_chunk_size: as for :class:`tpllm.llm.LLM`. ``dtype="auto"`` is bfloat16,
-            and float32 on a CPU without native kernels.
+        mesh, dtype, quantization, kv_cache_dtype, engine: as for :class:`tpllm.llm.LLM`. ``dtype="auto"`` is bfloat16, and float32 on a CPU
+            without native kernels.
 
     Raises:
         ConfigError: an unknown shape, or a context beyond its own.
         MemoryNeedError: weights and cache do not fit; nothing has been made then.
     """
-    config, scheme = find_shape(name), find_scheme(quantization)
+    config, policy = find_shape(name), parse_policy(quantization)
     enable_compile_cache()
     fitted = fit_to_mesh(config, choose_mesh(mesh, config), DATA_TENSOR)
     weight_dtype = choose_dtype(dtype, {}, fitted.partition)
-    storage = Storage(weight_dtype, scheme, is_packed=uses_native(fitted.partition))
-    sizes = choose_shapes(fitted, max_model_len=max_model_len, max_num_seqs=max_num_seqs, prefill_chunk_size=prefill_chunk_size, batch_invariant=True)
-    cache_bytes = cache_bytes_per_device(fitted, max_num_seqs, sizes.cache_len, weight_dtype)
+    storage = Storage(weight_dtype, policy, is_packed=uses_native(fitted.partition))
+    options = EngineOptions(**engine)
+    cache_dtype = choose_cache_dtype(kv_cache_dtype, weight_dtype)
+    cache_bytes = least_cache_bytes(fitted, options.shapes(fitted, is_packed=storage.is_packed), cache_dtype, kv_cache_tokens=options.kv_cache_tokens)
     needed, staging = needed_bytes(fitted, dtype=weight_dtype, cache_bytes_per_device=cache_bytes, storage=storage)
     check_memory(needed, staging_bytes=staging)
-    params = random_params(fitted, storage)
-    return LLM.from_params(fitted, params, max_model_len=max_model_len, max_num_seqs=max_num_seqs, prefill_chunk_size=prefill_chunk_size)
+    return LLM.from_params(fitted, random_params(fitted, storage), kv_cache_dtype=kv_cache_dtype, **engine)
 
 
 def random_params(config: ModelConfig, storage: Storage) -> DecoderParams:
     """Random weights, kept as ``storage`` says, in memory of the same kind as a checkpoint's: the kind decides how fast a CPU reads it."""
-    if config.partition.platform != "cpu" and storage.scheme is None:
+    if config.partition.platform != "cpu" and not storage.policy.rules:
         return jax.block_until_ready(init_params(config, 0, storage.dtype))
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
         return map_specs(lambda name, spec: _random_param(config, storage, name, spec, pool), param_specs(config))

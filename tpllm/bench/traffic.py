@@ -1,11 +1,9 @@
 """What decoding has to read: weights once a step, and the valid part of the KV cache once a row."""
 import dataclasses
 
-import jax
-
+from tpllm.engine.roofline import find_costs
 from tpllm.model.config import ModelConfig
-from tpllm.model.kv_cache import cache_bytes_per_device
-from tpllm.model.params import DecoderParams
+from tpllm.model.params import DecoderParams, bytes_per_device
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,12 +43,9 @@ def decode_traffic(config: ModelConfig, params: DecoderParams, *, kv_dtype, batc
         batch_size: rows of a step.
         prompt_len, output_len: tokens of each row.
     """
-    # Of an embedding table that is not the output head too, a step reads one line a row: not worth counting.
-    read = params if params.head is None else dataclasses.replace(params, embed=None)
-    num_tokens = sum(valid_tokens(prompt_len, output_len, window) for window in config.layer_windows)
-    row_token_bytes = cache_bytes_per_device(config, batch_size, 1, kv_dtype) / batch_size / config.num_layers  # one layer, on one device
-    return Traffic(weight_bytes=_num_bytes(params), weight_bytes_read=_num_bytes(read), batch_size=batch_size,
-                   kv_bytes_valid=round(row_token_bytes * batch_size * num_tokens * config.partition.mesh.size))
+    costs, num_tokens = find_costs(config, params, kv_dtype), sum(valid_tokens(prompt_len, output_len, window) for window in config.layer_windows)
+    return Traffic(weight_bytes=bytes_per_device(params) * config.partition.mesh.size, weight_bytes_read=costs.weight_bytes, batch_size=batch_size,
+                   kv_bytes_valid=round(costs.token_bytes / config.num_layers * batch_size * num_tokens))
 
 
 def valid_tokens(prompt_len: int, output_len: int, window: int | None) -> float:
@@ -60,7 +55,3 @@ def valid_tokens(prompt_len: int, output_len: int, window: int | None) -> float:
     """
     seen = [min(prompt_len + step + 1, window or prompt_len + step + 1) for step in range(output_len - 1)]
     return sum(seen) / len(seen)
-
-
-def _num_bytes(params: DecoderParams) -> int:
-    return sum(shard.data.nbytes for leaf in jax.tree.leaves(params) for shard in leaf.addressable_shards)

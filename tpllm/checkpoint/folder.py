@@ -6,16 +6,23 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from tpllm.checkpoint.formats import find_format
+from tpllm.checkpoint.gguf.config import config_from_gguf, harmless_tensors
+from tpllm.checkpoint.gguf.header import GgufFile, open_gguf
+from tpllm.checkpoint.gguf.names import gguf_weight_names
+from tpllm.checkpoint.gguf.weights import GgufFormat
 from tpllm.checkpoint.index import read_index
 from tpllm.checkpoint.safetensors import Header, TensorEntry, sample_digest
-from tpllm.checkpoint.source import find_folder, read_json, read_small
+from tpllm.checkpoint.source import GGUF, find_folder, only_gguf, read_json, read_small
+from tpllm.checkpoint.store import MANIFEST, StoreFormat
+from tpllm.checkpoint.stored import WeightFormat
 from tpllm.errors import CheckpointError, ConfigError, TpllmError
 from tpllm.families.family import Family
 from tpllm.families.registry import find_family
 from tpllm.model.config import ModelConfig
 
 IDENTITY_FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-                  "added_tokens.json", "chat_template.jinja", "chat_template.json")
+                  "added_tokens.json", "chat_template.jinja", "chat_template.json", MANIFEST)
 """Small files that decide what a model answers."""
 
 log = logging.getLogger("tpllm")
@@ -23,17 +30,19 @@ log = logging.getLogger("tpllm")
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """A folder in Hugging Face's layout, checked as far as it can be without reading the weights.
+    """A folder in Hugging Face's layout or a GGUF file, checked as far as it can be without reading the weights.
 
     Attributes:
-        folder: where it lies.
+        folder: where it lies; the file itself where it is GGUF.
         revision: the hub commit, or None for a folder.
-        hf_config: config.json.
+        hf_config: config.json, or what it would be.
         family: what it is to the loader.
         config: the model, not yet fitted to a mesh.
         generation_config: generation_config.json, or empty.
         tensors: name -> file, dtype, shape and place of every tensor.
-        headers: file name -> header of every safetensors file.
+        headers: file name -> header of every file of weights.
+        weights: what is known of quantized weights, or None for a plain checkpoint.
+        gguf: what is in the file, where it is GGUF.
     """
 
     folder: Path
@@ -44,6 +53,8 @@ class Checkpoint:
     generation_config: Mapping[str, Any]
     tensors: Mapping[str, TensorEntry]
     headers: Mapping[str, Header]
+    weights: WeightFormat | None = None
+    gguf: GgufFile | None = None
 
     def fingerprint(self) -> dict[str, Any]:
         """What tells this checkpoint from any other, as JSON: the revision, SHA-256 of the small files, and of each weight file its size and
@@ -59,7 +70,8 @@ def open_checkpoint(model: str | Path, *, revision: str | None = None) -> Checkp
     """Find a checkpoint, and read and check its configuration and the headers of its weights.
 
     Args:
-        model: a folder, a hub id ``owner/name``, ``"demo"`` or ``"demo-draft"`` (a folder of that name is ``"./demo"``).
+        model: a folder, a GGUF file, a hub id ``owner/name`` (``owner/name:Q4_K_M`` of GGUF files), ``"demo"`` or
+            ``"demo-draft"`` (a folder of that name is ``"./demo"``).
         revision: of a hub id: branch, tag or commit; all files come from the one commit it resolves to. The hub's cache is used as its own
             client does, also with ``HF_HUB_OFFLINE=1``.
 
@@ -68,15 +80,42 @@ def open_checkpoint(model: str | Path, *, revision: str | None = None) -> Checkp
         ConfigError: an architecture that is not known, or a model that cannot be built.
     """
     folder, commit = find_folder(model, revision)
+    gguf = folder if folder.suffix == GGUF else only_gguf(folder)
+    if gguf is not None:
+        return _open_gguf(gguf, commit)
     if not (folder / "config.json").exists():
         raise CheckpointError(f"{folder} holds no config.json; give the folder that holds it, beside the weights and the tokenizer")
     hf_config = read_json(folder, "config.json")
     family, config = _read_config(folder, hf_config)
-    has_generation_config = (folder / "generation_config.json").exists()
+    if (folder / MANIFEST).exists():
+        return _open_store(folder, commit, hf_config, family, config)
     tensors, headers = read_index(folder)
+    weights = find_format(hf_config, tensors)
     return Checkpoint(folder=folder, revision=commit, hf_config=hf_config, family=family, config=config,
-                      generation_config=read_json(folder, "generation_config.json") if has_generation_config else {},
-                      tensors=tensors, headers=headers)
+                      generation_config=_generation_config(folder), tensors=tensors, headers=headers, weights=weights)
+
+
+def _open_store(folder: Path, commit: str | None, hf_config: Mapping[str, Any], family: Family, config: ModelConfig) -> Checkpoint:
+    """A store, whose weights have the names of our parameters."""
+    return Checkpoint(folder=folder, revision=commit, hf_config=hf_config, config=config, tensors={}, headers={}, weights=StoreFormat(folder),
+                      family=family.renamed({name: name for name in family.weight_names}),
+                      generation_config=_generation_config(folder))
+
+
+def _generation_config(folder: Path) -> dict[str, Any]:
+    return read_json(folder, "generation_config.json") if (folder / "generation_config.json").exists() else {}
+
+
+def _open_gguf(path: Path, commit: str | None) -> Checkpoint:
+    """A GGUF file under the names that its family gives to a Hugging Face checkpoint."""
+    gguf = open_gguf(path)
+    hf_config = config_from_gguf(gguf)
+    family, config = _read_config(path, hf_config)
+    weights = GgufFormat(gguf)
+    return Checkpoint(folder=path, revision=commit, hf_config=hf_config, config=config, generation_config={}, weights=weights, gguf=gguf,
+                      family=family.renamed(gguf_weight_names(family.weight_names, gguf.arch)),
+                      tensors={name: entry for name, entry in weights.tensors.items() if name not in harmless_tensors(gguf)},
+                      headers={header.path.name: header for header in gguf.headers})
 
 
 def _read_config(folder: Path, hf_config: Mapping[str, Any]) -> tuple[Family, ModelConfig]:

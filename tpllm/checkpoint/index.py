@@ -66,5 +66,5 @@ def _no_weights(folder: Path) -> str:
                 "it: transformers' AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder) writes safetensors")
     ggufs = [name for name in files if name.endswith(".gguf")]
     if ggufs:
-        return f"{folder}: {ggufs[0]!r}: GGUF files come in a later version; give a folder of safetensors files"
+        return f"{folder} holds no *.safetensors file beside its config.json, but {ggufs[0]!r}; to open that, give the path of the file"
     return f"{folder} holds no *.safetensors file; it is no checkpoint, or its download is not complete"

@@ -1,33 +1,34 @@
 """Loading parameters by shard: every device's slice is read from the files into the memory it stays in."""
-import dataclasses
+import functools
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
 import numpy as np
 
-from sharding_rules.axes import KV_HEADS
 from tpllm.checkpoint.convert import TARGETS
+from tpllm.checkpoint.entries import Source, find_entries, order_of, warn_unused
 from tpllm.checkpoint.folder import Checkpoint
 from tpllm.checkpoint.matrices import make_matrix
 from tpllm.checkpoint.placement import Bounds, place
 from tpllm.checkpoint.read import Piece, TensorReader
 from tpllm.checkpoint.safetensors import TensorEntry
+from tpllm.checkpoint.stored import RowReader, StoredMatrix
 from tpllm.errors import CheckpointError
 from tpllm.model.config import ModelConfig
 from tpllm.model.params import DecoderParams, ParamSpec, map_specs, named_leaves, param_specs
-from tpllm.quant.quantized_tensor import QuantizedLayout, QuantizedTensor
-from tpllm.quant.storage import PackedMatrix, PackedWeight, Storage
+from tpllm.quant.schemes import QuantizedRows, Scheme, dequantize, join_rows
+from tpllm.quant.storage import Storage
 
-HARMLESS = ("rotary_emb.inv_freq",)
-QUANTIZED = (".qweight", ".weight_scale", ".weight_scale_inv", ".weight_packed")
-NUM_NAMED = 5
-
+Rows = np.ndarray | QuantizedRows
 log = logging.getLogger("tpllm")
+ROWS_AT_ONCE = 1024
+"""Of a quantized matrix that becomes a plain array."""
 
 
-def load_params(checkpoint: Checkpoint, config: ModelConfig, *, dtype: Any, storage: Storage | None = None) -> DecoderParams:
+def load_params(checkpoint: Checkpoint, config: ModelConfig, *, dtype: Any, storage: Storage | None = None,
+                entries: Mapping[str, Source] | None = None) -> DecoderParams:
     """The parameters of a checkpoint, on the devices and in the layout that ``config`` asks for.
 
     One tensor is read at a time, by several threads. On CPU the arrays are the buffers that were read into, and replicas share one; so the
@@ -38,108 +39,121 @@ def load_params(checkpoint: Checkpoint, config: ModelConfig, *, dtype: Any, stor
         config: its ``config`` fitted to a mesh, or as it is for the default device.
         dtype: of every parameter: float32, bfloat16 or float16.
         storage: how matrices are kept, in that dtype where they are not quantized; None for plain arrays.
+        entries: of ``find_entries``, where it was called before: it may read zeros and orders of columns.
 
     Raises:
-        CheckpointError: a tensor missing, of the wrong shape or dtype (named, before anything is read), quantized weights, or a failed read.
+        CheckpointError: a tensor missing, of the wrong shape or dtype (named, before anything is read), or a failed read.
     """
     dtype = np.dtype(dtype)
     if dtype not in TARGETS:
         raise CheckpointError(f"weights cannot be loaded as {dtype}; take one of {', '.join(map(str, TARGETS))}")
-    refuse_quantized(checkpoint)
-    entries = find_entries(checkpoint, config)
-    _warn_unused(checkpoint, entries)
+    entries = find_entries(checkpoint, config) if entries is None else entries
+    warn_unused(checkpoint, entries)
     with TensorReader() as reader:
         def load(name: str, spec: ParamSpec) -> Any:
-            layout = storage and storage.layout(spec.shape, spec.axes, config.partition, name=name)
-            if layout is None:
-                return _load_one(reader, entries[name], spec, config=config, name=name, dtype=dtype)
-            return _load_matrix(reader, entries[name], spec, layout, config)
+            source, layout = entries[name], storage and storage.layout(spec.shape, spec.axes, config.partition, name=name)
+            if layout is not None:
+                read = _row_reader(reader, source, spec, config, scheme=layout.scheme, dtype=layout.source_dtype)
+                weight, order = make_matrix(layout, read, reader.pool), source.order
+                return weight if order is None or source.scheme != layout.scheme else weight.replace(order=_replicated(order, config))
+            sharding = (jax.sharding.SingleDeviceSharding(jax.local_devices()[0]) if config.partition is None
+                        else config.partition.sharding(spec.axes, shape=spec.shape, name=name))
+            return place(spec.shape, sharding, dtype=dtype, fill=_filler(reader, source, spec, config))
         return map_specs(load, param_specs(config))
 
 
-def refuse_quantized(checkpoint: Checkpoint) -> None:
-    """Raise ``CheckpointError`` for weights that are more than plain arrays."""
-    quantization = checkpoint.hf_config.get("quantization_config") or checkpoint.hf_config.get("compression_config")
-    marked = next((name for name in checkpoint.tensors if name.endswith(QUANTIZED)), None)
-    if quantization or marked:
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else None
-        reason = f"quant_method {method!r}" if quantization else f"tensor {marked!r}"
-        raise CheckpointError(f"{checkpoint.folder}: the weights are quantized ({reason}); quantized checkpoints come in a later version: "
-                              "take the unquantized one")
+def stored_schemes(entries: Mapping[str, Source], config: ModelConfig) -> dict[str, Scheme]:
+    """The schemes of those parameters that can stay as the checkpoint keeps them: all but matrices whose columns are out of order (GPTQ's
+    act-order) and which the mesh cuts between columns."""
+    axes = {name: spec.axes for name, spec in named_leaves(param_specs(config))}
+    is_cut = {name: len(axes[name]) > 1 and config.partition is not None and config.partition.size(axes[name][1]) > 1 for name in entries}
+    lost = [name for name, source in entries.items() if source.order is not None and is_cut[name]]
+    if lost:
+        log.warning("%d matrices in act-order (%s, ...) are dequantized, for the mesh cuts them between columns; with tp=1 they stay small",
+                    len(lost), lost[0])
+    return {name: source.scheme for name, source in entries.items() if source.scheme is not None and name not in lost}
 
 
-def find_entries(checkpoint: Checkpoint, config: ModelConfig) -> dict[str, TensorEntry]:
-    """Parameter name -> its tensor, shapes checked against the model's own, without repeated heads and padding.
-
-    Raises:
-        CheckpointError: a tensor that is missing or of another shape; it names the tensor and both shapes.
-    """
-    logical = param_specs(dataclasses.replace(config, kv_repeat=1, padded_vocab_size=config.vocab_size))
-    found = {}
-    for name, spec in named_leaves(logical):
-        wanted = checkpoint.family.checkpoint_name(name)
-        entry = checkpoint.tensors.get(wanted)
-        if entry is None:
-            hint = "; if the head is the embedding, set tie_word_embeddings to true in config.json" if name == "head" else ""
-            raise CheckpointError(f"{checkpoint.folder}: tensor {wanted!r} of shape {spec.shape} is missing{hint}")
-        if entry.shape != spec.shape:
-            raise CheckpointError(f"{entry.path}: tensor {wanted!r} has shape {entry.shape}; config.json makes it {spec.shape}")
-        found[name] = entry
-    return found
+def _replicated(order_K: np.ndarray, config: ModelConfig) -> jax.Array:
+    return jax.device_put(order_K, None if config.partition is None else config.partition.sharding((None,)))
 
 
-def _warn_unused(checkpoint: Checkpoint, entries: dict[str, TensorEntry]) -> None:
-    known = {entry.name for entry in entries.values()}
-    if checkpoint.config.ties_embeddings:
-        known.add(checkpoint.family.checkpoint_name("head"))
-    unused = [name for name in checkpoint.tensors if name not in known and not name.endswith(HARMLESS)]
-    if unused:
-        log.warning("%s: %d tensors are not part of a %s model and are not read: %s%s", checkpoint.folder, len(unused), checkpoint.family.name,
-                    ", ".join(unused[:NUM_NAMED]), ", ..." if len(unused) > NUM_NAMED else "")
-
-
-def _load_one(reader: TensorReader, entry: TensorEntry, spec: ParamSpec, *, config: ModelConfig, name: str, dtype: np.dtype) -> jax.Array:
-    """One parameter: a buffer for every different slice the local devices hold, filled, and made one array."""
-    sharding = (jax.sharding.SingleDeviceSharding(jax.local_devices()[0]) if config.partition is None
-                else config.partition.sharding(spec.axes, shape=spec.shape, name=name))
-
+def _filler(reader: TensorReader, source: Source, spec: ParamSpec, config: ModelConfig) -> Callable[[Mapping[Bounds, np.ndarray]], None]:
+    """What writes the slices of a plain array."""
     def fill(buffers: Mapping[Bounds, np.ndarray]) -> None:
-        reader.read(entry, [piece for bounds, buffer in buffers.items() for piece in _pieces(bounds, buffer, entry=entry, spec=spec, config=config)])
-    return place(spec.shape, sharding, dtype=dtype, fill=fill)
+        pieces: dict[int, list[Piece]] = {}
+        for bounds, buffer in buffers.items():
+            for tensor, piece in _pieces(bounds, buffer, source, spec, config):
+                pieces.setdefault(tensor, []).append(piece)
+        for tensor, of_it in pieces.items():
+            reader.read(source.tensors[tensor], of_it)
+
+    def fill_by_rows(buffers: Mapping[Bounds, np.ndarray]) -> None:
+        dtype = next(iter(buffers.values())).dtype
+        read = _row_reader(reader, source, spec, config, scheme=None, dtype=dtype)
+        for (rows, *others), buffer in buffers.items():
+            columns = tuple(slice(*other) for other in others)
+            for first in range(*rows, ROWS_AT_ONCE):
+                last = min(first + ROWS_AT_ONCE, rows[1])
+                buffer[first - rows[0]:last - rows[0]] = read(first, last)[(slice(None), *columns)]
+    return fill if source.is_plain else fill_by_rows
 
 
-def _load_matrix(reader: TensorReader, entry: TensorEntry, spec: ParamSpec, layout: PackedMatrix | QuantizedLayout,
-                 config: ModelConfig) -> PackedWeight | QuantizedTensor:
-    """One matrix that is quantized or packed on the way; its rows are read whole, once."""
-    def read_rows(first: int, last: int) -> np.ndarray:
-        bounds = ((first, last), (0, spec.shape[1]))
-        rows = np.empty((last - first, spec.shape[1]), layout.source_dtype)
-        reader.read_here(entry, _pieces(bounds, rows, entry=entry, spec=spec, config=config))
+def _row_reader(reader: TensorReader, source: Source, spec: ParamSpec, config: ModelConfig, *, scheme: Scheme | None,
+                dtype: np.dtype) -> Callable[[int, int], Rows]:
+    """A function of stored rows [first, last): rows of ``scheme`` where the checkpoint keeps them so, else floats of ``dtype``."""
+    def read_plain(first: int, last: int) -> np.ndarray:
+        rows = np.empty((last - first, *spec.shape[1:]), dtype)
+        bounds = ((first, last), *((0, size) for size in spec.shape[1:]))
+        for tensor, piece in _pieces(bounds, rows, source, spec, config):
+            reader.read_here(source.tensors[tensor], [piece])
         return rows
-    return make_matrix(layout, read_rows, reader.pool)
+    if source.is_plain:
+        return read_plain
+    readers = _readers(reader, source)
+
+    def read_stored(first: int, last: int) -> Rows:
+        parts = [(stored - first, tensor, readers(tensor)(start, stop)) for stored, tensor, start, stop in source.runs(first, last, spec, config)]
+        if source.scheme is not None and source.scheme == scheme:
+            return join_rows([(at, part) for at, _, part in parts], last - first, scheme, spec.shape[1])
+        rows = np.zeros((last - first, *spec.shape[1:]), dtype)
+        for at, tensor, part in parts:
+            floats = part if isinstance(part, np.ndarray) else dequantize(part, source.tensors[tensor].scheme)
+            _cast(floats, rows[at:at + len(floats)], source.tensors[tensor])
+        return rows
+    return read_stored
 
 
-def _pieces(bounds: Bounds, buffer: np.ndarray, *, entry: TensorEntry, spec: ParamSpec,
-            config: ModelConfig) -> Iterator[Piece]:
-    """What one slice of a parameter is made of; rows of padding are set to zero here."""
+def _readers(reader: TensorReader, source: Source) -> Callable[[int], RowReader]:
+    """Opens each tensor when it is first asked for."""
+    @functools.cache
+    def open_tensor(index: int) -> RowReader:
+        tensor = source.tensors[index]
+        return functools.partial(_raw_rows, reader, tensor) if isinstance(tensor, TensorEntry) else tensor.open(reader)
+    return open_tensor
+
+
+def _raw_rows(reader: TensorReader, tensor: TensorEntry, first: int, last: int) -> np.ndarray:
+    return reader.read_raw(tensor, first, last).astype(np.float32)
+
+
+def _cast(values: np.ndarray, out: np.ndarray, tensor: TensorEntry | StoredMatrix) -> None:
+    order = order_of(tensor)
+    try:
+        with np.errstate(over="raise"):
+            out[... if order is None else (slice(None), order)] = values
+    except FloatingPointError:
+        name = tensor.name if isinstance(tensor, TensorEntry) else tensor.names[0]
+        raise CheckpointError(f"tensor {name!r} holds values beyond the range of {out.dtype}; load it as bfloat16 or float32") from None
+
+
+def _pieces(bounds: Bounds, buffer: np.ndarray, source: Source, spec: ParamSpec, config: ModelConfig) -> Iterator[tuple[int, Piece]]:
+    """What one slice of a plain parameter is made of, and of which tensor; rows of padding are set to zero here."""
     columns = bounds[1] if len(bounds) > 1 else (0, 1)
     out = buffer.reshape(buffer.shape[0], columns[1] - columns[0])
-    first = bounds[0][0]
-    is_repeated = spec.axes[0] == KV_HEADS and config.kv_repeat > 1
-    runs = _repeated_rows(*bounds[0], config) if is_repeated else [(first, first, min(bounds[0][1], entry.shape[0]))]
-    filled = 0
-    for stored, start, stop in runs:
-        if stop > start:
-            filled = stored - first + stop - start
-            yield Piece((start, stop), columns, out[stored - first:filled])
+    first, filled = bounds[0][0], 0
+    for stored, tensor, start, stop in source.runs(*bounds[0], spec, config):
+        out[filled:stored - first] = 0
+        filled = stored - first + stop - start
+        yield tensor, Piece((start, stop), columns, out[stored - first:filled])
     out[filled:] = 0
-
-
-def _repeated_rows(start: int, stop: int, config: ModelConfig) -> Iterator[tuple[int, int, int]]:
-    """(first stored row, source rows from, to) for each head of stored rows [start, stop): stored head j is source head j // kv_repeat."""
-    while start < stop:
-        head, within = divmod(start, config.head_dim)
-        length = min(config.head_dim - within, stop - start)
-        source = head // config.kv_repeat * config.head_dim + within
-        yield start, source, source + length
-        start += length

@@ -8,21 +8,24 @@ import numpy as np
 
 from tpllm.checkpoint.placement import place_all
 from tpllm.checkpoint.read import wait_for_all
+from tpllm.quant.quantize import quantize
 from tpllm.quant.quantized_tensor import QuantizedLayout, QuantizedTensor
+from tpllm.quant.schemes import QuantizedRows
 from tpllm.quant.storage import PackedMatrix, PackedWeight
 
-CHUNK_BYTES = 2**22
+CHUNK_BYTES = 2**20
 """Of the rows that one thread reads, quantizes and packs at a time."""
 ROW_MULTIPLE = 32
 
 
-def make_matrix(layout: PackedMatrix | QuantizedLayout, read_rows: Callable[[int, int], np.ndarray],
+def make_matrix(layout: PackedMatrix | QuantizedLayout, read_rows: Callable[[int, int], np.ndarray | QuantizedRows],
                 pool: concurrent.futures.Executor) -> PackedWeight | QuantizedTensor:
     """One matrix on its devices; the peak of host memory is its own size and a chunk a thread.
 
     Args:
         layout: how it is kept.
-        read_rows: gives stored rows [first, last) of the whole matrix, [last - first, K] in ``layout.source_dtype``; called by several threads.
+        read_rows: gives stored rows [first, last) of the whole matrix: [last - first, K] in ``layout.source_dtype``, which are quantized here, or
+            rows of ``layout.scheme``; called by several threads.
         pool: the threads.
     """
     rows_a_shard = layout.shape[0] // layout.num_shards[0]
@@ -30,6 +33,8 @@ def make_matrix(layout: PackedMatrix | QuantizedLayout, read_rows: Callable[[int
     def fill(shards: Mapping[tuple[int, int], dict[str, np.ndarray]]) -> None:
         def store(shard: int, first: int, last: int) -> None:
             rows = read_rows(shard * rows_a_shard + first, shard * rows_a_shard + last)
+            if layout.scheme is not None and isinstance(rows, np.ndarray):
+                rows = quantize(rows, layout.scheme)
             for (n_shard, k_shard), arrays in shards.items():
                 if n_shard == shard:
                     layout.write(rows, first, k_shard, arrays)

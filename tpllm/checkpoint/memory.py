@@ -15,7 +15,7 @@ from tpllm.quant.storage import Storage
 
 GIB = 2**30
 _UNLIMITED = 2**60  # version 1 of cgroups writes "no limit" as a number near 2^63
-_FIX = "Lower max_model_len or max_num_seqs, take a smaller dtype or model, or"
+_FIX = "Lower kv_cache_tokens, take a smaller dtype or model, or"
 
 
 def needed_bytes(config: ModelConfig, *, dtype: Any, cache_bytes_per_device: int,

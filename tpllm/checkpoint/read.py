@@ -20,6 +20,9 @@ from tpllm.errors import CheckpointError
 BLOCK_BYTES = 2**21
 """Read and converted at a time: small enough to stay in a core's cache between the two."""
 MAX_THREADS = 8
+RAW = STORED | {"U8": np.dtype(np.uint8), "I8": np.dtype(np.int8), "I16": np.dtype("<i2"), "U16": np.dtype("<u2"), "I32": np.dtype("<i4"),
+                "U32": np.dtype("<u4"), "I64": np.dtype("<i8"), "U64": np.dtype("<u8")}
+"""What :meth:`TensorReader.read_raw` reads."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +74,7 @@ class TensorReader:
         Raises:
             CheckpointError: a dtype that holds no weights, a value out of the wanted dtype's range, or a file that cannot be read.
         """
-        fd = self._open(entry)
+        fd = self._open_weights(entry)
         groups: dict[tuple[int, int], list[Piece]] = {}
         for piece in pieces:
             groups.setdefault(piece.rows, []).append(piece)
@@ -82,19 +85,36 @@ class TensorReader:
 
     def read_here(self, entry: TensorEntry, pieces: Iterable[Piece]) -> None:
         """As :meth:`read`, by the calling thread; many may call it."""
-        fd = self._open(entry)
+        fd = self._open_weights(entry)
         for piece in pieces:
             with self._refusing_overflow(entry, piece.out.dtype):
                 for block in _blocks(entry, piece.rows):
                     _read_block(fd, entry, block, [piece])
 
-    def _open(self, entry: TensorEntry) -> int:
+    def read_raw(self, entry: TensorEntry, first: int = 0, last: int | None = None) -> np.ndarray:
+        """Rows [first, last) of the first dim as the file has them, read by the calling thread.
+
+        Raises:
+            CheckpointError: a dtype of less than a byte, or a file that cannot be read.
+        """
+        if entry.dtype not in RAW:
+            raise CheckpointError(f"{entry.path}: tensor {entry.name!r} is {entry.dtype}; quantized weights are read from {', '.join(RAW)}")
+        last = entry.shape[0] if last is None and entry.shape else last
+        rows = np.empty((last - first, *entry.shape[1:]) if entry.shape else (), RAW[entry.dtype])
+        row_bytes = _num_columns(entry) * rows.dtype.itemsize
+        read_into(self._open(entry.path), entry.path, memoryview(rows.reshape(-1).view(np.uint8)), start=entry.start + first * row_bytes)
+        return rows
+
+    def _open_weights(self, entry: TensorEntry) -> int:
         if entry.dtype not in STORED:
             raise CheckpointError(f"{entry.path}: tensor {entry.name!r} is {entry.dtype}; weights are read from {', '.join(STORED)}")
+        return self._open(entry.path)
+
+    def _open(self, path: Path) -> int:
         with self._lock:
-            if entry.path not in self._files:
-                self._files[entry.path] = open_regular(entry.path)
-            return self._files[entry.path]
+            if path not in self._files:
+                self._files[path] = open_regular(path)
+            return self._files[path]
 
     @contextlib.contextmanager
     def _refusing_overflow(self, entry: TensorEntry, dtype: np.dtype | None) -> Iterator[None]:

@@ -17,6 +17,8 @@ BUNDLED = {"demo": DEMO_FOLDER, "demo-draft": DEMO_FOLDER.with_name("demo_draft"
 HUB_FILES = ("*.safetensors", "*.json", "*.jinja", "tokenizer.model", "*.tiktoken", "merges.txt", "vocab.txt")
 """What is asked of the hub: data only, never code and never pickles."""
 NOT_HUB_FILES = ("*/*", "consolidated*.safetensors")
+GGUF = ".gguf"
+_GGUF_PART = re.compile(r"-\d{5}-of-\d{5}\.gguf$")
 MAX_JSON_BYTES = 100_000_000
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
 
@@ -25,16 +27,20 @@ def find_folder(model: str | Path, revision: str | None) -> tuple[Path, str | No
     """The folder of a model, downloaded first where it must be.
 
     Args:
-        model: a folder, a hub id ``owner/name``, ``"demo"`` or ``"demo-draft"`` (a folder of that name is ``"./demo"``).
+        model: a folder, a GGUF file, a hub id ``owner/name`` (``owner/name:Q4_K_M`` of GGUF files), ``"demo"`` or
+            ``"demo-draft"`` (a folder of that name is ``"./demo"``).
         revision: of a hub id: branch, tag or commit.
 
     Returns:
-        (folder, the commit it was resolved to or None).
+        (folder or GGUF file, the commit it was resolved to or None).
 
     Raises:
         CheckpointError: no such folder, nothing cached and no network, or a kind of file that is not loaded.
     """
     path = Path(os.path.expanduser(model))
+    name, _, kind = str(model).partition(":")
+    if kind and _HUB_ID.fullmatch(name) and not os.path.exists(path):
+        return _download_gguf(name, kind, revision)
     is_hub_id = isinstance(model, str) and model not in BUNDLED and not os.path.exists(path) and _HUB_ID.fullmatch(model) is not None
     if is_hub_id and path.suffix not in (".gguf", ".safetensors", ".bin", ".pt", ".pth", ".ckpt"):
         return _download(model, revision)
@@ -42,8 +48,10 @@ def find_folder(model: str | Path, revision: str | None) -> tuple[Path, str | No
         raise CheckpointError(f"revision {revision!r} is given for {str(model)!r}, which is not a hub id; leave it out")
     if model in BUNDLED:
         return BUNDLED[model], None
-    if path.suffix == ".gguf":
-        raise CheckpointError(f"{model}: GGUF files come in a later version; give the folder of the safetensors checkpoint it was made from")
+    if path.suffix == GGUF:
+        if not path.is_file():
+            raise CheckpointError(f"model {str(model)!r}: there is no such file; give a GGUF file, a folder, a hub id, or 'demo'")
+        return path, None
     if os.path.isfile(path):
         raise CheckpointError(f"{model} is a file; give the folder that holds it, config.json and the tokenizer")
     if not os.path.isdir(path):
@@ -51,16 +59,42 @@ def find_folder(model: str | Path, revision: str | None) -> tuple[Path, str | No
     return path, None
 
 
-def _download(model: str, revision: str | None) -> tuple[Path, str]:
+def _download(model: str, revision: str | None, patterns: tuple[str, ...] = HUB_FILES) -> tuple[Path, str]:
     """One commit of a hub repository, from the cache where it is complete or the hub is not reached."""
     from huggingface_hub import snapshot_download  # imported here: it takes longer than all else at import
     try:
-        folder = Path(snapshot_download(model, revision=revision, allow_patterns=list(HUB_FILES), ignore_patterns=list(NOT_HUB_FILES)))
+        folder = Path(snapshot_download(model, revision=revision, allow_patterns=list(patterns),
+                                        ignore_patterns=[] if patterns is not HUB_FILES else list(NOT_HUB_FILES)))
     except Exception as error:  # the network, the disk, the hub and its client each raise their own kinds
         reason = " ".join(str(error).split()) or type(error).__name__
         raise CheckpointError(f"model {model!r}: there is no such folder, and as a hub id{f' at {revision!r}' if revision else ''} "
                               f"it cannot be had: {reason[:300]}") from None
     return folder, folder.name
+
+
+def _download_gguf(model: str, kind: str, revision: str | None) -> tuple[Path, str]:
+    """The GGUF file of a kind such as ``Q4_K_M`` in a hub repository, the first part of a split one."""
+    folder, commit = _download(model, revision, patterns=(f"*{kind}*{GGUF}", f"*{kind.lower()}*{GGUF}"))
+    found = _models_in(sorted(path for path in folder.rglob(f"*{GGUF}") if kind.lower() in path.name.lower()))
+    if len(found) != 1:
+        names = ", ".join(path.name for path in found) or "none"
+        raise CheckpointError(f"model {model!r} has {len(found)} GGUF files of kind {kind!r} ({names}); name one, as in '{model}:Q4_K_M'")
+    return found[0], commit
+
+
+def only_gguf(folder: Path) -> Path | None:
+    """The GGUF model of a folder that has no other: no config.json, and one file, whole or in parts."""
+    if (folder / "config.json").exists():
+        return None
+    found = _models_in(sorted(folder.glob(f"*{GGUF}")))
+    if len(found) > 1:
+        raise CheckpointError(f"{folder} holds {len(found)} GGUF models ({', '.join(path.name for path in found[:5])}); give the path of one")
+    return found[0] if found else None
+
+
+def _models_in(paths: list[Path]) -> list[Path]:
+    """Without the further parts of split files."""
+    return [path for path in paths if not _GGUF_PART.search(path.name) or "-00001-of-" in path.name]
 
 
 def inside(folder: Path, relative: str) -> Path:

@@ -6,7 +6,10 @@ from typing import Any
 
 from tpllm.cli.help_text import HelpFormatter, Parser
 
-BENCHES = {"latency": "time to first token, decode and prefill speed, load time, peak memory"}
+BENCHES = {"latency": "time to first token, decode and prefill speed, load time, peak memory",
+           "throughput": "requests of mixed lengths by continuous batching, beside static batching",
+           "serve-sim": "what users of a service wait for: requests that arrive at random times",
+           "quality": "perplexity of every quantization beside the model as it is"}
 
 
 class BenchParser(Parser):
@@ -14,7 +17,7 @@ class BenchParser(Parser):
 
     def load(self, name: str) -> None:
         """Take description and arguments from the benchmark."""
-        bench = importlib.import_module(f"tpllm.bench.{name}")
+        bench = importlib.import_module(f"tpllm.bench.{name.replace('-', '_')}")
         self.description = bench.__doc__
         self.set_defaults(run_bench=bench.run)
         bench.add_arguments(self)

@@ -20,7 +20,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--model", required=True, help="a folder in Hugging Face layout, a hub id, or 'demo'")
     group.add_argument("--mesh", default="auto", help="such as 'tp=4' or 'dp=2,tp=4'; default: all local devices on the tensor axis")
     group.add_argument("--dtype", default="auto", help="of weights and activations: auto, float32, bfloat16 or float16")
-    group.add_argument("--quantization", help="quantize weights while they are loaded: int8 or int4")
+    group.add_argument("--quantization", help="quantize weights while they are loaded: int8, int4, fp8, ... or 'PATTERN=NAME,...'")
     group.add_argument("--max-model-len", type=int, metavar="N", help="most tokens of prompt and completion together")
     group.add_argument("--revision", help="branch, tag or commit of a hub id")
 

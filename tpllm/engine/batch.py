@@ -1,46 +1,84 @@
-"""Packing sequences into the padded arrays that the device programs take."""
-from collections.abc import Iterable, Sequence
+"""Packing plans and rows into the padded arrays that the device programs take."""
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
-from tpllm.engine.programs import PrefillChunk
+from tpllm.engine.plan import Piece, StepPlan
+from tpllm.engine.programs import Chunk, SlotState
 from tpllm.engine.request import Sequence as RowSequence
-from tpllm.engine.scheduler import PrefillPlan
-from tpllm.model.logit_adjustments import MAX_BAD_WORD_TOKENS, MAX_BAD_WORDS, Adjustments
+from tpllm.model.logit_adjustments import MAX_BAD_WORD_TOKENS, MAX_BAD_WORDS, NEVER, Adjustments, History
 from tpllm.model.sampling import SamplingRows
 
 SMALLEST, LARGEST = 1e-30, 1e30  # a positive parameter beyond these acts like them in float32, and would overflow there
 
 
-def pack_prefill(plan: PrefillPlan, *, num_slots: int, num_groups: int, eos_ids: Iterable[int], num_stop_ids: int,
-                 vocab_size: int) -> PrefillChunk:
-    """One chunk a data group; groups without one are padded."""
-    rows_per_group = num_slots // num_groups
-    by_group: list[tuple[RowSequence, int] | None] = [None] * num_groups
-    for sequence, start in plan.rows:
-        by_group[sequence.slot // rows_per_group] = (sequence, start)
-    sequences = [row and row[0] for row in by_group]
-    tokens, positions, targets = (np.full((num_groups, plan.bucket), fill, np.int32) for fill in (0, -1, -1))
-    last = np.full(num_groups, -1, np.int32)
-    for group, row in enumerate(by_group):
-        if row is None:
-            continue
-        (sequence, start), prompt = row, row[0].request.output.prompt_token_ids
-        count = min(plan.bucket, len(prompt) - start)
-        tokens[group, :count] = prompt[start:start + count]
-        positions[group, :count] = np.arange(start, start + count)
-        following = prompt[start + 1:start + count + 1]
-        targets[group, :len(following)] = following
-        if start + count == len(prompt):
-            last[group] = count - 1
+def pack_chunk(plan: StepPlan, *, num_slots: int, num_groups: int, is_ragged: bool) -> Chunk:
+    """The tokens of a plan's pieces, and a place for the last one of each row that decodes beside them.
 
-    def ints(value, default):
-        return np.array([default if sequence is None else value(sequence) for sequence in sequences], np.int32)
-    return PrefillChunk(
-        tokens=tokens, positions=positions, targets=targets, row=ints(lambda s: s.slot % rows_per_group, 0), slot=ints(lambda s: s.slot, num_slots),
-        last=last, remaining=ints(lambda s: s.max_new_tokens, 0), prompt_len=ints(lambda s: s.prompt_len, 1),
-        sampling=_pack_sampling(sequences, eos_ids, num_stop_ids, vocab_size),
-        num_prompt_logprobs=ints(lambda s: -1 if s.request.params.prompt_logprobs is None else s.request.params.prompt_logprobs, -1))
+    Args:
+        plan: with pieces; none at all is a chunk of padding.
+        num_slots, num_groups: slots, and the data groups they are cut into in order.
+        is_ragged: whether a group's tokens may be of several rows.
+    """
+    rows_per_group, shape = num_slots // num_groups, (num_groups, plan.bucket)
+    tokens, positions, slots, targets, num_logprobs = (np.full(shape, fill, np.int32) for fill in (0, -1, -1, -1, -1))
+    rows = np.zeros(shape if is_ragged else num_groups, np.int32)
+    last, is_complete = np.full(num_slots, -1, np.int32), np.zeros(num_slots, bool)
+    used = [0] * num_groups
+
+    def take(slot: int, group: int, where: slice) -> tuple[int, slice]:
+        rows[(group, where) if is_ragged else group] = slot % rows_per_group
+        used[group] = where.stop
+        return group, where
+
+    for piece, *place in places_of(plan, num_slots=num_slots, num_groups=num_groups):
+        sequence, stop = piece.sequence, piece.start + piece.count
+        at = group, where = take(piece.slot, *place)
+        tokens[at], positions[at] = sequence.context(piece.start, stop), np.arange(piece.start, stop)
+        if stop == sequence.prefill_len:
+            last[piece.slot], is_complete[piece.slot] = where.stop - 1, True
+        if sequence.wants_prompt_logprobs:
+            following = sequence.request.output.prompt_token_ids[piece.start + 1:stop + 1]
+            targets[group, where.start:where.start + len(following)] = following
+            num_logprobs[at] = sequence.request.params.prompt_logprobs
+    for owner in plan.owners:
+        if not is_complete[owner.slot]:
+            group = owner.slot // rows_per_group
+            last[owner.slot] = used[group]
+            slots[take(owner.slot, group, slice(used[group], used[group] + 1))] = owner.slot
+    return Chunk(tokens=tokens, positions=positions, slot=slots, rows=rows, last=last, is_complete=is_complete, targets=targets,
+                 num_logprobs=num_logprobs)
+
+
+def places_of(plan: StepPlan, *, num_slots: int, num_groups: int) -> Iterator[tuple[Piece, int, slice]]:
+    """Each piece of a plan, its data group, and its place among the tokens of that group's chunk."""
+    used = [0] * num_groups
+    for piece in plan.pieces:
+        group = piece.slot * num_groups // num_slots
+        yield piece, group, slice(used[group], used[group] + piece.count)
+        used[group] += piece.count
+
+
+def pack_row(sequence: RowSequence | None, *, is_alive: bool, eos_ids: Iterable[int], num_stop_ids: int, vocab_size: int) -> SlotState:
+    """The state of one slot [1] whose row begins, or goes on after it lost its slot; None for an empty one.
+
+    Args:
+        sequence: the row.
+        is_alive: whether it decodes at once, its keys and values being there.
+        eos_ids, num_stop_ids, vocab_size: of the model; room for stop ids; padded.
+    """
+    def ints(value):
+        return np.array([0 if sequence is None else value(sequence)], np.int32)
+    completion = [] if sequence is None else sequence.completion.token_ids
+    counts, recent = np.zeros((1, vocab_size), np.int32), np.full((1, MAX_BAD_WORD_TOKENS - 1), NEVER, np.int32)
+    if completion:
+        np.add.at(counts[0], completion, 1)
+        recent[0, -len(completion):] = completion[1 - MAX_BAD_WORD_TOKENS:]
+    return SlotState(
+        token=ints(lambda row: row.context(row.context_len - 1, row.context_len)[0]), position=ints(lambda row: row.context_len - 1),
+        is_alive=np.array([is_alive]), remaining=ints(lambda row: row.max_new_tokens - len(row.completion.token_ids)),
+        prompt_len=ints(lambda row: row.prompt_len), sampling=_pack_sampling([sequence], eos_ids, num_stop_ids, vocab_size),
+        history=History(counts=counts, recent=recent))
 
 
 def _pack_sampling(sequences: Sequence[RowSequence | None], eos_ids: Iterable[int], num_stop_ids: int, vocab_size: int) -> SamplingRows:

@@ -4,6 +4,8 @@ import os
 
 import jax
 
+from tpllm.environment import return_freed_memory
+
 log = logging.getLogger("tpllm")
 
 _COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
@@ -36,6 +38,8 @@ class CompileGuard:
     def __exit__(self, *_) -> None:
         jax.monitoring.unregister_event_duration_listener(self._count)
         compiled = self.num_compiles - self._before
+        if compiled:
+            return_freed_memory()
         if not self.is_armed or not compiled:
             return
         message = f"{compiled} program(s) compiled after warm-up"

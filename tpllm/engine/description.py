@@ -3,14 +3,14 @@ import dataclasses
 import html
 import math
 
-import jax
 from rich.filesize import decimal
 
 from sharding_rules import mesh_text
+from sharding_rules.axes import BATCH
 from tpllm.engine.shapes import EngineShapes
 from tpllm.model.config import ModelConfig
 from tpllm.model.kv_cache import cache_bytes_per_device
-from tpllm.model.params import DecoderParams, named_leaves, param_specs
+from tpllm.model.params import DecoderParams, bytes_per_device, named_leaves, param_specs
 from tpllm.native import instruction_set
 from tpllm.native.packed import PackedWeight
 
@@ -67,22 +67,22 @@ class Description:
         return _TABLE.format("".join(cells))
 
 
-def describe(config: ModelConfig, params: DecoderParams, *, shapes: EngineShapes, cache_dtype, model: str | None = None,
+def describe(config: ModelConfig, params: DecoderParams, *, shapes: EngineShapes, num_pages: int, cache_dtype, model: str | None = None,
              family: str | None = None) -> Description:
     """The description of an engine over ``params``.
 
     Args:
         config: fitted to its mesh.
         params: on the mesh.
-        shapes, cache_dtype: the engine's.
+        shapes, num_pages, cache_dtype: the engine's.
         model, family: their names, where there are any.
     """
-    mesh, leaves = config.partition.mesh, jax.tree.leaves(params)
+    mesh = config.partition.mesh
     return Description(
         model=model, family=family, num_parameters=_num_parameters(config), dtype=str(params.dtype), kv_cache_dtype=str(cache_dtype),
         mesh=mesh_text(mesh), devices=f"{mesh.devices.size} {config.partition.platform} device{'s' * (mesh.devices.size > 1)}",
-        weight_bytes=sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves),
-        cache_bytes=cache_bytes_per_device(config, shapes.max_num_seqs, shapes.cache_len, cache_dtype),
+        weight_bytes=bytes_per_device(params),
+        cache_bytes=cache_bytes_per_device(config, num_pages * config.partition.size(BATCH), shapes.page_size, cache_dtype),
         max_model_len=shapes.max_model_len, max_num_seqs=shapes.max_num_seqs)
 
 

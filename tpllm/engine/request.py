@@ -1,6 +1,7 @@
 """One request and its ``n`` sequences, as the host sees them."""
 import dataclasses
 import time
+from typing import Any
 
 from tpllm.engine.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
 from tpllm.engine.sampling_params import SamplingParams
@@ -17,6 +18,8 @@ class Request:
         params: how it is sampled.
         seed: of its randomness, in [0, 2^64).
         bad_words: token sequences that may not appear.
+        priority: lower ones come first.
+        number: how many requests came before it.
         sequences: one for each completion.
     """
 
@@ -24,6 +27,8 @@ class Request:
     params: SamplingParams
     seed: int
     bad_words: list[list[int]] = dataclasses.field(default_factory=list)
+    priority: int = 0
+    number: int = 0
     sequences: list["Sequence"] = dataclasses.field(default_factory=list)
 
     @property
@@ -43,8 +48,15 @@ class Sequence:
         stops: the strings that end it.
         max_new_tokens: at most this many, the context's end included.
         slot: where it lives on the device, or None.
-        num_prefilled: prompt tokens whose programs have been dispatched.
-        num_dispatched: an upper bound of the tokens that dispatched programs will give.
+        pages: of the KV cache, in order of position; only while it has a slot.
+        page_keys: what the first full pages of its context are known by; see ``prefix_cache``.
+        num_pages_known: how many of its pages the prefix cache was told of.
+        prefill_len: tokens whose keys and values a prefill makes: the context when it last got its slot.
+        num_computed: positions whose keys and values dispatched programs write, at most.
+        num_dispatched: tokens that dispatched programs give, at most, those already here included.
+        num_preemptions: how often it lost its slot. What programs give that were dispatched before the last time is not wanted: it comes again.
+        saved: host copies of its pages, where it lost its slot and they were kept.
+        last_token_time: when it got its last token, in seconds of ``time.monotonic``.
     """
 
     request: Request
@@ -53,8 +65,15 @@ class Sequence:
     stops: StopStrings
     max_new_tokens: int
     slot: int | None = None
-    num_prefilled: int = 0
+    pages: list[int] = dataclasses.field(default_factory=list)
+    page_keys: list[bytes] = dataclasses.field(default_factory=list)
+    num_pages_known: int = 0
+    prefill_len: int = 0
+    num_computed: int = 0
     num_dispatched: int = 0
+    num_preemptions: int = 0
+    saved: Any = None
+    last_token_time: float | None = None
 
     @property
     def prompt_len(self) -> int:
@@ -62,9 +81,19 @@ class Sequence:
         return len(self.request.output.prompt_token_ids)
 
     @property
+    def context_len(self) -> int:
+        """Tokens of the prompt and of the completion so far."""
+        return self.prompt_len + len(self.completion.token_ids)
+
+    def context(self, start: int, stop: int) -> list[int]:
+        """Tokens ``start`` to ``stop`` of prompt and completion."""
+        prompt = self.request.output.prompt_token_ids
+        return prompt[start:stop] + self.completion.token_ids[max(start - len(prompt), 0):max(stop - len(prompt), 0)]
+
+    @property
     def wants_prompt_logprobs(self) -> bool:
-        """Whether every prompt token is to be scored."""
-        return self.request.params.prompt_logprobs is not None
+        """Whether its prefill scores every prompt token: that of the request's first completion does, the first time."""
+        return self.request.params.prompt_logprobs is not None and not self.completion.index and not self.completion.token_ids
 
     @property
     def is_finished(self) -> bool:
@@ -73,22 +102,42 @@ class Sequence:
 
     @property
     def is_prefilling(self) -> bool:
-        """Whether chunks of its prompt are still to be dispatched."""
-        return self.num_prefilled < self.prompt_len
+        """Whether tokens of its context are still to be dispatched."""
+        return self.num_computed < self.prefill_len
 
     @property
     def may_go_on(self) -> bool:
         """Whether another decode step may give it a token, as far as the host knows."""
         return not self.is_finished and not self.is_prefilling and self.num_dispatched < self.max_new_tokens
 
-    def push(self, token: int, logprob: float, top: dict[int, Logprob] | None) -> None:
-        """Take one drawn token."""
-        if not self.completion.token_ids and self.request.output.metrics.first_token_time is None:
-            self.request.output.metrics.first_token_time = time.monotonic()
+    def positions_of(self, num_steps: int) -> tuple[int, int]:
+        """First and one past the last position that its next decode steps write: so many, or as many as it may still take."""
+        start = self.prompt_len + self.num_dispatched - 1
+        return start, start + min(num_steps, self.max_new_tokens - self.num_dispatched)
+
+    @property
+    def num_sure_steps(self) -> int:
+        """How many more decode steps it takes at least, as far as its parameters say."""
+        params = self.request.params
+        ends_early = params.stop or params.stop_token_ids or not params.ignore_eos
+        return (min(params.min_tokens, self.max_new_tokens) if ends_early else self.max_new_tokens) - self.num_dispatched
+
+    @property
+    def order(self) -> tuple[int, int, int]:
+        """Who comes first: priority, arrival, index among ``n``."""
+        return self.request.priority, self.request.number, self.completion.index
+
+    def push(self, token: int, logprob: float, top: dict[int, Logprob] | None) -> float:
+        """Take one drawn token; the seconds since the one before it, or since the request came."""
+        now, metrics = time.monotonic(), self.request.output.metrics
+        if metrics.first_token_time is None:
+            metrics.first_token_time = now
+        seconds, self.last_token_time = now - (self.last_token_time or metrics.arrival_time), now
         self.completion.token_ids.append(token)
         self.completion.cumulative_logprob += logprob
         if top is not None:
             self.completion.logprobs.append(top)
+        return seconds
 
     def show(self, token: int) -> str | None:
         """Add one token to the text; the stop string that this completes, if any, and the text is cut there."""
@@ -123,14 +172,16 @@ class Sequence:
         return stop
 
 
-def new_request(request_id: str, prompt: str | None, prompt_token_ids: list[int], *, params: SamplingParams, seed: int, max_model_len: int,
-                tokenizer) -> Request:
-    """A request with its sequences, ready to be scheduled."""
+def new_request(request_id: str, prompt: str | None, prompt_token_ids: list[int], *, params: SamplingParams, seed: int, max_len: int,
+                tokenizer, priority: int = 0, number: int = 0, bad_words: list[list[int]] | None = None) -> Request:
+    """A request with its sequences, ready to be scheduled; a row holds at most ``max_len`` tokens."""
     output = RequestOutput(request_id=request_id, prompt=prompt, prompt_token_ids=prompt_token_ids, outputs=[],
                            metrics=RequestMetrics(arrival_time=time.monotonic()))
-    request = Request(output=output, params=params, seed=seed)
+    if params.prompt_logprobs is not None:
+        output.prompt_logprobs = [None]
+    request = Request(output=output, params=params, seed=seed, priority=priority, number=number, bad_words=bad_words or [])
     stops = StopStrings(params.stop, is_included=params.include_stop_str_in_output)
-    room = max_model_len - len(prompt_token_ids)
+    room = max_len - len(prompt_token_ids)
     for index in range(params.n):
         completion = CompletionOutput(index=index, logprobs=None if params.logprobs is None else [])
         output.outputs.append(completion)

@@ -6,12 +6,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from sharding_rules.axes import BATCH
-from tpllm.engine.batch import pack_prefill
+from tpllm.engine.batch import pack_chunk, pack_row
 from tpllm.engine.compile_guard import CompileGuard
-from tpllm.engine.programs import PrefillChunk, StepOutput, empty_slots, jit_programs, slot_shardings
+from tpllm.engine.plan import StepPlan
+from tpllm.engine.programs import Chunk, StepOutput, empty_slots, jit_programs, slot_shardings
+from tpllm.engine.request import Sequence
 from tpllm.engine.sampling_params import MAX_STOP_TOKEN_IDS
-from tpllm.engine.scheduler import DecodePlan, PrefillPlan
 from tpllm.engine.shapes import EngineShapes
+from tpllm.environment import return_freed_memory
 from tpllm.model.config import ModelConfig
 from tpllm.model.kv_cache import init_cache
 from tpllm.model.params import DecoderParams
@@ -22,83 +24,109 @@ MAX_STEPS = 32
 
 @dataclasses.dataclass(frozen=True)
 class Dispatched:
-    """A program on its way, and whose rows it carries."""
+    """A program on its way, and what it is for."""
 
-    plan: PrefillPlan | DecodePlan
-    output: StepOutput
+    plan: StepPlan
+    output: StepOutput | None = None
     prompt_scores: TokenScores | None = None
 
 
 class Runner:
-    """Runs plans on the device. Nothing here waits for a result.
+    """Runs plans on the device. Nothing here waits for a result, but for pages that are saved to the host.
 
     Args:
         config: the model, fitted to its mesh.
         params: its parameters.
         shapes: sizes of the programs.
+        num_pages: of the KV cache, of each data group.
         eos_ids: the model's end-of-sequence ids.
         cache_dtype: of keys and values.
     """
 
-    def __init__(self, config: ModelConfig, params: DecoderParams, *, shapes: EngineShapes, eos_ids: frozenset[int], cache_dtype):
+    def __init__(self, config: ModelConfig, params: DecoderParams, *, shapes: EngineShapes, num_pages: int, eos_ids: frozenset[int], cache_dtype):
         self.config, self.params, self.shapes, self.eos_ids = config, params, shapes, eos_ids
-        self.num_groups = config.partition.size(BATCH)
+        self.num_pages, self.num_groups = num_pages, config.partition.size(BATCH)
         self.num_stop_ids = MAX_STOP_TOKEN_IDS + len(eos_ids)
-        self.cache = init_cache(config, shapes.max_num_seqs, shapes.cache_len, cache_dtype)
+        self.cache = init_cache(config, num_pages * self.num_groups, shapes.page_size, cache_dtype)
         self.state = jax.jit(lambda: empty_slots(shapes.max_num_seqs, self.num_stop_ids, config.padded_vocab_size),
                              out_shardings=slot_shardings(config.partition))()
         self.guard = CompileGuard()
-        self._prefill, self._decode = jit_programs(config, self.cache, self.state, max_steps=MAX_STEPS)
+        self._programs = jit_programs(config, self.cache, self.state, max_steps=MAX_STEPS)
+        return_freed_memory()  # what loading left
 
-    def dispatch(self, plan: PrefillPlan | DecodePlan, is_kept: list[bool]) -> Dispatched:
+    def dispatch(self, plan: StepPlan, is_kept: list[bool], table: np.ndarray) -> Dispatched:
         """Start the program of a plan.
 
         Args:
             plan: what to run.
             is_kept: for each slot whether the row in it is still wanted.
+            table: int32 [B, L], the pages of each slot's row.
         """
         with self.guard:
-            return self._dispatch_prefill(plan) if isinstance(plan, PrefillPlan) else self._dispatch_decode(plan, is_kept)
+            for group, sequence, pages in plan.saves:
+                sequence.saved = jax.device_get(self._programs.read_pages(self.cache, self._padded(group, pages)))
+            for group, sequence, pages in plan.restores:
+                self.cache = self._programs.write_pages(self.cache, self._padded(group, pages), sequence.saved)
+                sequence.saved = None
+            for group, source, target in plan.copies:
+                first = group * self.num_pages
+                self.cache = self._programs.copy_page(self.cache, np.int32(first + source), np.int32(first + target))
+            restored = {id(sequence) for _, sequence, _ in plan.restores}
+            for sequence in plan.started:
+                self._start(sequence, sequence.slot, is_alive=id(sequence) in restored)
+            if plan.pieces:
+                scores_prompt = any(piece.sequence.wants_prompt_logprobs for piece in plan.pieces)
+                output, prompt_scores = self._run_step(self._pack(plan), is_kept, table, scores_prompt=scores_prompt)
+                return Dispatched(plan, output, prompt_scores)
+            if plan.owners:
+                num_rows = self._num_rows(1 + max(owner.slot for owner in plan.owners))
+                return Dispatched(plan, self._run_decode(is_kept, table, num_steps=plan.num_steps, num_rows=num_rows))
+            return Dispatched(plan)
 
-    def _dispatch_prefill(self, plan: PrefillPlan) -> Dispatched:
-        has_prompt_logprobs = any(sequence.wants_prompt_logprobs for sequence, _ in plan.rows)
-        output, prompt_scores = self._run_prefill(self._pack(plan), has_prompt_logprobs=has_prompt_logprobs)
-        return Dispatched(plan=plan, output=output, prompt_scores=prompt_scores)
+    def _pack(self, plan: StepPlan) -> Chunk:
+        return pack_chunk(plan, num_slots=self.shapes.max_num_seqs, num_groups=self.num_groups, is_ragged=self.shapes.has_invariant_kernels)
 
-    def _dispatch_decode(self, plan: DecodePlan, is_kept: list[bool]) -> Dispatched:
-        num_rows = self._num_rows(1 + max(slot for slot, _ in plan.owners))
-        return Dispatched(plan=plan, output=self._run_decode(is_kept, num_steps=plan.num_steps, num_rows=num_rows))
+    def _start(self, sequence: Sequence | None, slot: int, *, is_alive: bool, has_adjustments: bool = False) -> None:
+        row = pack_row(sequence, is_alive=is_alive, eos_ids=self.eos_ids, num_stop_ids=self.num_stop_ids, vocab_size=self.config.padded_vocab_size)
+        has_adjustments |= sequence is not None and sequence.request.params.adjusts_logits
+        self.state = self._programs.start(self.state, np.int32(slot), row, has_adjustments=has_adjustments)
 
-    def _pack(self, plan: PrefillPlan) -> PrefillChunk:
-        return pack_prefill(plan, num_slots=self.shapes.max_num_seqs, num_groups=self.num_groups, eos_ids=self.eos_ids,
-                            num_stop_ids=self.num_stop_ids, vocab_size=self.config.padded_vocab_size)
-
-    def _run_prefill(self, chunk: PrefillChunk, *, has_prompt_logprobs: bool) -> tuple[StepOutput, TokenScores | None]:
-        self.cache, self.state, output, prompt_scores = self._prefill(self.params, self.cache, self.state, chunk,
-                                                                      has_prompt_logprobs=has_prompt_logprobs)
+    def _run_step(self, chunk: Chunk, is_kept: list[bool], table: np.ndarray, *, scores_prompt: bool) -> tuple[StepOutput, TokenScores | None]:
+        self.cache, self.state, output, prompt_scores = self._programs.step(
+            self.params, self.cache, self.state, chunk, np.array(is_kept), table.copy(), scores_prompt=scores_prompt)
         return output, prompt_scores
 
-    def _run_decode(self, is_kept: list[bool], *, num_steps: int, num_rows: int) -> StepOutput:
-        self.cache, self.state, output = self._decode(self.params, self.cache, self.state, np.array(is_kept), np.int32(num_steps),
-                                                      num_rows=num_rows)
+    def _run_decode(self, is_kept: list[bool], table: np.ndarray, *, num_steps: int, num_rows: int) -> StepOutput:
+        self.cache, self.state, output = self._programs.decode(
+            self.params, self.cache, self.state, np.array(is_kept), table.copy(), np.int32(num_steps), num_rows=num_rows)
         return output
 
+    def _padded(self, group: int, pages: tuple[int, ...]) -> np.ndarray:
+        """[L] pages of a row among those of all groups, padded with -1."""
+        padded = np.full(self.shapes.pages_per_row, -1, np.int32)
+        padded[:len(pages)] = np.array(pages, np.int32) + group * self.num_pages
+        return padded
+
     def _num_rows(self, num_busy: int) -> int:
-        """The slots to compute when the busy ones are among the first ``num_busy``."""
+        """The slots to compute so that the first ``num_busy`` are among them."""
         if self.num_groups > 1:
             return self.shapes.max_num_seqs
         return next(bucket for bucket in self.shapes.row_buckets if bucket >= num_busy)
 
     def warm_up(self, *, has_prompt_logprobs: bool = False) -> None:
         """Compile every program by running it on no rows; afterwards a compile is unexpected."""
-        nothing = [False] * self.shapes.max_num_seqs
+        nothing, table = [False] * self.shapes.max_num_seqs, np.full((self.shapes.max_num_seqs, self.shapes.pages_per_row), -1, np.int32)
         with self.guard:
+            for has_adjustments in (False, True):
+                self._start(None, 0, is_alive=False, has_adjustments=has_adjustments)
             for bucket in self.shapes.buckets:
-                chunk = self._pack(PrefillPlan(rows=(), bucket=bucket))
-                for is_scored in {False, has_prompt_logprobs}:
-                    self._run_prefill(chunk, has_prompt_logprobs=is_scored)
+                for scores_prompt in {False, has_prompt_logprobs}:
+                    self._run_step(self._pack(StepPlan(pieces=(), owners=(), bucket=bucket)), nothing, table, scores_prompt=scores_prompt)
             for num_rows in self.shapes.row_buckets:
-                self._run_decode(nothing, num_steps=1, num_rows=num_rows)
+                self._run_decode(nothing, table, num_steps=1, num_rows=num_rows)
+            self.cache = self._programs.copy_page(self.cache, np.int32(0), np.int32(0))
+            saved = jax.device_get(self._programs.read_pages(self.cache, self._padded(0, ())))
+            self.cache = self._programs.write_pages(self.cache, self._padded(0, ()), saved)
         jax.block_until_ready(self.state)
         self.guard.arm()
 

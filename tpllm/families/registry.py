@@ -3,10 +3,29 @@ from collections.abc import Mapping
 from typing import Any
 
 from tpllm.errors import ConfigError
-from tpllm.families import llama, mistral, qwen2, qwen3
+from tpllm.families import (
+    gemma,
+    gemma2,
+    gemma3,
+    gpt_oss,
+    granite,
+    llama,
+    mistral,
+    mixtral,
+    olmo2,
+    phi3,
+    qwen2,
+    qwen2_moe,
+    qwen3,
+    qwen3_moe,
+    smollm3,
+    starcoder2,
+)
 from tpllm.families.family import Family
 
-FAMILIES: tuple[Family, ...] = (llama.FAMILY, mistral.FAMILY, qwen2.FAMILY, qwen3.FAMILY)
+FAMILIES: tuple[Family, ...] = tuple(module.FAMILY for module in (
+    llama, mistral, qwen2, qwen3, gemma, gemma2, gemma3, phi3, olmo2, granite, smollm3, starcoder2, mixtral, qwen2_moe, qwen3_moe,
+    gpt_oss))
 
 
 def find_family(hf: Mapping[str, Any]) -> Family:

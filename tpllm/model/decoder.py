@@ -4,19 +4,22 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.flash_attention import soft_cap
+from pallas_kernels.page_table import PageTable
 from sharding_rules.axes import BATCH, VOCAB
 from tpllm import ops
 from tpllm.model.attention import attention
 from tpllm.model.config import ModelConfig
 from tpllm.model.kv_cache import KVCache
-from tpllm.model.mlp import gated_mlp
-from tpllm.model.params import DecoderParams, LayerParams
+from tpllm.model.mlp import mlp
+from tpllm.model.moe import moe
+from tpllm.model.params import DecoderParams, LayerParams, MoeParams
 from tpllm.model.rope import rope_tables
 from tpllm.quant.linear import linear, lookup
 
 
 def forward(params: DecoderParams, tokens_BT: jax.Array, positions_BT: jax.Array, cache: KVCache | None, config: ModelConfig, *,
-            rows_B: jax.Array | None = None, prompt_lens_B: jax.Array | None = None,
+            table: PageTable | None = None, prompt_lens: jax.Array | None = None,
             output: Literal["logits", "hidden"] = "logits") -> tuple[jax.Array, KVCache | None]:
     """Run the decoder over some tokens of some rows.
 
@@ -26,27 +29,26 @@ def forward(params: DecoderParams, tokens_BT: jax.Array, positions_BT: jax.Array
         positions_BT: int32 absolute positions, consecutive within a row; negative marks padding at a row's end.
         cache: keys and values of the rows so far, or None: then tokens see only this call's.
         config: the model; static.
-        rows_B: int32 cache row of each batch row; None where they are the same.
-        prompt_lens_B: int32, read by dynamic rope only; by default the last position of this call plus one.
+        table: where the rows' tokens lie in a paged cache; None where batch row b is page b.
+        prompt_lens: int32 [B], or [B, T] for tokens of several rows; read by dynamic and longrope rope only; by default the last position of
+            this call plus one.
         output: ``"logits"``, or ``"hidden"`` for the normalized hidden states, which :func:`.unembed` turns into logits.
 
     Returns:
         ([B, T, V] float32 logits, padding of the vocabulary at -inf, or [B, T, D] hidden states; the updated cache or None).
     """
-    if prompt_lens_B is None:
-        prompt_lens_B = jnp.max(positions_BT, axis=-1) + 1
-    x_BTD = _constrain_hidden(lookup(tokens_BT, params.embed, params.dtype), config)
-    rope_BTH = rope_tables(positions_BT, prompt_lens_B, head_dim=config.head_dim, rope=config.rope)
-    keys, values, delta_BTD = [], [], None
+    if prompt_lens is None:
+        prompt_lens = jnp.max(positions_BT, axis=-1) + 1
+    x_BTD = _embed(params, tokens_BT, config)
+    ropes = {rope: rope_tables(positions_BT, prompt_lens, head_dim=config.head_dim, rope=rope) for rope in dict.fromkeys(config.layer_ropes)}
+    layers, delta_BTD = [], None
     for index, layer in enumerate(params.layers):
-        cache_kv = None if cache is None else (cache.keys[index], cache.values[index])
-        x_BTD, delta_BTD, cache_kv = _block(x_BTD, delta_BTD, layer, config, rope_BTH, positions_BT=positions_BT, cache_kv=cache_kv, rows_B=rows_B,
-                                 window=config.layer_windows[index])
-        if cache_kv is not None:
-            keys.append(cache_kv[0])
-            values.append(cache_kv[1])
-    hidden_BTD, _ = _add_and_norm(x_BTD, delta_BTD, params.final_norm, config)
-    cache = None if cache is None else KVCache(keys=tuple(keys), values=tuple(values))
+        cache_kv = None if cache is None else cache.layer(index)
+        x_BTD, delta_BTD, cache_kv = _block(x_BTD, delta_BTD, layer, config, rope_BTR=ropes[config.layer_ropes[index]], positions_BT=positions_BT,
+                                            cache_kv=cache_kv, table=table, window=config.layer_windows[index])
+        layers.append(cache_kv)
+    hidden_BTD, _ = _add_and_norm(x_BTD, delta_BTD, (params.final_norm, params.final_norm_bias), config)
+    cache = None if cache is None else KVCache.of_layers(layers)
     return (unembed(params, hidden_BTD, config) if output == "logits" else hidden_BTD), cache
 
 
@@ -62,6 +64,7 @@ def unembed(params: DecoderParams, hidden_D: jax.Array, config: ModelConfig) -> 
     """
     head_VD = params.embed if params.head is None else params.head
     logits_V = linear(hidden_D, head_VD, dtype=jnp.float32)
+    logits_V = soft_cap(logits_V if config.logit_scale == 1 else logits_V * config.logit_scale, config.logit_softcap)
     if config.partition is not None:
         logits_V = config.partition.constrain(logits_V, (BATCH, *(None,) * (hidden_D.ndim - 2), VOCAB))
     if config.padded_vocab_size > config.vocab_size:
@@ -69,21 +72,45 @@ def unembed(params: DecoderParams, hidden_D: jax.Array, config: ModelConfig) -> 
     return logits_V
 
 
-def _block(x_BTD: jax.Array, delta_BTD: jax.Array | None, layer: LayerParams, config: ModelConfig, rope_BTH,
+def _embed(params: DecoderParams, tokens_BT: jax.Array, config: ModelConfig) -> jax.Array:
+    x_BTD = _constrain_hidden(lookup(tokens_BT, params.embed, params.dtype), config)
+    return x_BTD if config.embedding_multiplier == 1 else x_BTD * jnp.asarray(config.embedding_multiplier, x_BTD.dtype)
+
+
+def _block(x_BTD: jax.Array, delta_BTD: jax.Array | None, layer: LayerParams, config: ModelConfig, *, rope_BTR: tuple[jax.Array, jax.Array],
            **where) -> tuple[jax.Array, jax.Array, tuple | None]:
-    """Pre-norm attention and MLP. Takes and gives the residual stream and what is still to be added to it: the next norm does that."""
-    normed_BTD, x_BTD = _add_and_norm(x_BTD, delta_BTD, layer.attn_norm, config)
-    attn_BTD, cache_kv = attention(normed_BTD, layer.attn, config, rope_BTH, **where)
-    normed_BTD, x_BTD = _add_and_norm(x_BTD, _constrain_hidden(attn_BTD, config), layer.mlp_norm, config)
-    return x_BTD, _constrain_hidden(gated_mlp(normed_BTD, layer.mlp, config), config), cache_kv
+    """Attention and MLP. Takes and gives the residual stream and what is still to be added to it: the next norm does that."""
+    normed_BTD, x_BTD = _add_and_norm(x_BTD, delta_BTD, (layer.attn_norm, layer.attn_norm_bias), config)
+    attn_BTD, cache_kv = attention(normed_BTD, layer.attn, config, rope_BTR, **where)
+    normed_BTD, x_BTD = _add_and_norm(x_BTD, _delta(attn_BTD, layer.attn_post_norm, config), (layer.mlp_norm, layer.mlp_norm_bias), config)
+    is_sparse = isinstance(layer.mlp, MoeParams)
+    mlp_BTD = moe(normed_BTD, layer.mlp, config, positions_BT=where["positions_BT"]) if is_sparse else mlp(normed_BTD, layer.mlp, config)
+    return x_BTD, _delta(mlp_BTD, layer.mlp_post_norm, config), cache_kv
 
 
-def _add_and_norm(x_BTD: jax.Array, delta_BTD: jax.Array | None, weight_D: jax.Array, config: ModelConfig) -> tuple[jax.Array, jax.Array]:
-    """(normalized sum, sum)."""
-    options = {"eps": config.norm_eps, "partition": config.partition}
-    if delta_BTD is None:
-        return ops.rms_norm(x_BTD, weight_D, **options), x_BTD
-    return ops.add_rms_norm(x_BTD, delta_BTD, weight_D, **options)
+def _add_and_norm(x_BTD: jax.Array, delta_BTD: jax.Array | None, weight_and_bias: tuple[jax.Array | None, jax.Array | None],
+                  config: ModelConfig) -> tuple[jax.Array, jax.Array]:
+    """(normalized sum, sum); where there is no weight, the sum as it is."""
+    (weight_D, bias_D), options = weight_and_bias, _norm_options(config)
+    if delta_BTD is not None and weight_D is not None and bias_D is None:
+        return ops.add_rms_norm(x_BTD, delta_BTD, weight_D, **options)
+    x_BTD = x_BTD if delta_BTD is None else x_BTD + delta_BTD
+    if weight_D is None:
+        return x_BTD, x_BTD
+    return (ops.rms_norm(x_BTD, weight_D, **options) if bias_D is None else ops.layer_norm(x_BTD, weight_D, bias_D, **options)), x_BTD
+
+
+def _delta(out_BTD: jax.Array, post_norm_D: jax.Array | None, config: ModelConfig) -> jax.Array:
+    """What the residual stream gets of a sublayer's output."""
+    out_BTD = _constrain_hidden(out_BTD, config)
+    if post_norm_D is not None:
+        out_BTD = ops.rms_norm(out_BTD, post_norm_D, **_norm_options(config))
+    multiplier = config.residual_multiplier
+    return out_BTD if multiplier == 1 else (out_BTD.astype(jnp.float32) * multiplier).astype(out_BTD.dtype)
+
+
+def _norm_options(config: ModelConfig) -> dict:
+    return {"eps": config.norm_eps, "offset": config.norm_offset, "partition": config.partition}
 
 
 def _constrain_hidden(x_BTD: jax.Array, config: ModelConfig) -> jax.Array:

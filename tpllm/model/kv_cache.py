@@ -1,13 +1,16 @@
-"""The KV cache: one padded page a row, behind three verbs: init here, append and attend in ``ops.cached_attention``.
+"""The KV cache: pages, behind three verbs: init here, append and attend in ``ops.cached_attention``.
 
-Entry s of a row is the token at position s, so a row's length needs no storage: a query at position p sees entries 0 to p.
+A page table says in which pages a row's tokens lie; without one, row b is page b, as long as a row can get. The token at position s is entry
+s of its row, so a row's length needs no storage: a query at position p sees entries 0 to p.
 """
 import math
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 from flax import struct
 
+from sharding_rules.axes import BATCH
 from tpllm import ops
 from tpllm.model.config import ModelConfig
 
@@ -17,15 +20,32 @@ class KVCache:
     """Keys and values of every layer, each its own array so that a donated cache is updated in place.
 
     Attributes:
-        keys, values: a tuple over layers of [P, K, S, H]: rows, stored KV heads, positions, head dim.
+        keys, values: a tuple over layers of [P, K, S, H]: pages, stored KV heads, tokens of a page, head dim.
+        key_scales, value_scales: of int8 and float8_e4m3fn ones: a tuple over layers of float32 [P, K, S], one scale a head and token; else empty.
     """
 
     keys: tuple[jax.Array, ...]
     values: tuple[jax.Array, ...]
+    key_scales: tuple[jax.Array, ...] = ()
+    value_scales: tuple[jax.Array, ...] = ()
+
+    def layer(self, index: int) -> tuple[jax.Array, ...]:
+        """The arrays of one layer: keys, values and, where there are, their scales."""
+        return tuple(arrays[index] for arrays in (self.keys, self.values, self.key_scales, self.value_scales) if arrays)
+
+    @classmethod
+    def of_layers(cls, layers: Sequence[tuple[jax.Array, ...]]) -> "KVCache":
+        """The cache whose :meth:`layer` gives these."""
+        return cls(*zip(*layers, strict=True))
 
     @property
-    def max_len(self) -> int:
-        """S, the positions a row holds."""
+    def num_pages(self) -> int:
+        """P."""
+        return self.keys[0].shape[0]
+
+    @property
+    def page_size(self) -> int:
+        """S, the tokens a page holds."""
         return self.keys[0].shape[2]
 
 
@@ -34,17 +54,23 @@ def init_cache(config: ModelConfig, batch_size: int, max_len: int, dtype=jnp.flo
 
     Args:
         config: the model.
-        batch_size: rows.
-        max_len: positions a row can hold.
-        dtype: of keys and values.
+        batch_size: pages; rows, where each has one.
+        max_len: tokens a page holds.
+        dtype: of keys and values; int8 and float8_e4m3fn have scales beside them.
 
     Raises:
         ShardingError: a data axis that does not divide ``batch_size``.
     """
     shape = (batch_size, config.stored_kv_heads, max_len, config.head_dim)
     sharding = config.partition and config.partition.sharding(ops.CACHE_AXES, shape=shape, name="kv_cache")
+    scale_sharding = config.partition and config.partition.sharding(ops.SCALE_AXES, shape=shape[:3], name="kv_cache scales")
     zeros = jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=sharding)
-    return KVCache(keys=tuple(zeros() for _ in range(config.num_layers)), values=tuple(zeros() for _ in range(config.num_layers)))
+    scales = jax.jit(lambda: jnp.zeros(shape[:3], jnp.float32), out_shardings=scale_sharding)
+
+    def of_layers(make):
+        return tuple(make() for _ in range(config.num_layers))
+    more = (of_layers(scales), of_layers(scales)) if ops.has_scales(dtype) else ()
+    return KVCache(of_layers(zeros), of_layers(zeros), *more)
 
 
 def cache_bytes_per_device(config: ModelConfig, batch_size: int, max_len: int, dtype=jnp.float32) -> int:
@@ -52,4 +78,11 @@ def cache_bytes_per_device(config: ModelConfig, batch_size: int, max_len: int, d
     shape = (batch_size, config.stored_kv_heads, max_len, config.head_dim)
     if config.partition is not None:
         shape = config.partition.sharding(ops.CACHE_AXES, shape=shape, name="kv_cache").shard_shape(shape)
-    return 2 * config.num_layers * math.prod(shape) * jnp.dtype(dtype).itemsize
+    scale_bytes = 4 * math.prod(shape[:3]) if ops.has_scales(dtype) else 0
+    return 2 * config.num_layers * (math.prod(shape) * jnp.dtype(dtype).itemsize + scale_bytes)
+
+
+def cache_bytes_per_token(config: ModelConfig, dtype=jnp.float32) -> float:
+    """Bytes that the cache takes for a token of a row, on all devices of ``config.partition`` together."""
+    num_groups, num_devices = (1, 1) if config.partition is None else (config.partition.size(BATCH), config.partition.mesh.size)
+    return cache_bytes_per_device(config, num_groups, 1, dtype) * num_devices / num_groups

@@ -13,7 +13,7 @@ from flax import struct
 
 MAX_BAD_WORDS = 32
 MAX_BAD_WORD_TOKENS = 8
-_NEVER = -2  # a recent token that no bad word matches; -1 is a bad word's padding, which matches every token
+NEVER = -2  # a recent token that no bad word matches; -1 is a bad word's padding, which matches every token
 
 
 @struct.dataclass
@@ -60,7 +60,7 @@ def no_adjustments(num_rows: int, vocab_size: int) -> Adjustments:
 
 def empty_history(num_rows: int, vocab_size: int) -> History:
     """Rows that have generated nothing."""
-    return History(counts=jnp.zeros((num_rows, vocab_size), jnp.int32), recent=jnp.full((num_rows, MAX_BAD_WORD_TOKENS - 1), _NEVER, jnp.int32))
+    return History(counts=jnp.zeros((num_rows, vocab_size), jnp.int32), recent=jnp.full((num_rows, MAX_BAD_WORD_TOKENS - 1), NEVER, jnp.int32))
 
 
 def remember(history: History, token_B: jax.Array) -> History:

@@ -36,5 +36,5 @@ def _next_token(params: DecoderParams, tokens_T: jax.Array, length: jax.Array, p
     num_rows = 1 if config.partition is None else config.partition.size(BATCH)
     positions_T = jnp.where(jnp.arange(tokens_T.size) < length, jnp.arange(tokens_T.size), -1)
     tokens_BT, positions_BT = (jnp.broadcast_to(x, (num_rows, x.size)) for x in (tokens_T, positions_T))
-    hidden_BTD, _ = forward(params, tokens_BT, positions_BT, None, config, prompt_lens_B=jnp.full(num_rows, prompt_len), output="hidden")
+    hidden_BTD, _ = forward(params, tokens_BT, positions_BT, None, config, prompt_lens=jnp.full(num_rows, prompt_len), output="hidden")
     return jnp.argmax(unembed(params, hidden_BTD[:, length - 1], config)[0])

@@ -10,8 +10,10 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from sharding_rules.axes import EMBED, HEAD_DIM, HEADS, KV_HEADS, MLP, VOCAB
+from sharding_rules import ShardingError
+from sharding_rules.axes import EMBED, EXPERT_MLP, EXPERTS, HEAD_DIM, HEADS, KV_HEADS, MLP, VOCAB
 from tpllm.model.config import ModelConfig
+from tpllm.model.stacks import Stack
 from tpllm.quant.storage import Storage
 
 
@@ -23,11 +25,13 @@ class ParamSpec:
         shape: as stored, with repeated KV heads and vocabulary padding.
         axes: the logical axis of each dim, or None.
         init: ``"normal"`` (std 1/sqrt(fan in)), ``"embedding"`` (std 0.02), ``"ones"`` or ``"zeros"``.
+        stack: how the rows of several matrices lie in it, where it holds as many.
     """
 
     shape: tuple[int, ...]
     axes: tuple[str | None, ...]
     init: str = "normal"
+    stack: Stack | None = None
 
 
 @struct.dataclass
@@ -42,15 +46,16 @@ class AttentionParams:
     k_bias: Any = None  # [K*H]
     v_bias: Any = None  # [K*H]
     o_bias: Any = None  # [D]
-    q_norm: Any = None  # [H]
-    k_norm: Any = None  # [H]
+    q_norm: Any = None  # [H], or [N*H] where it spans heads
+    k_norm: Any = None  # [H], or [K*H]
+    sinks: Any = None  # [N]
 
 
 @struct.dataclass
 class MlpParams:
-    """Projections of one gated MLP; F: inner size."""
+    """Projections of one MLP; F: inner size."""
 
-    gate: Any  # [F, D]
+    gate: Any  # [F, D]; None where there is no gate
     up: Any  # [F, D]
     down: Any  # [D, F]
     gate_bias: Any = None  # [F]
@@ -59,13 +64,28 @@ class MlpParams:
 
 
 @struct.dataclass
+class MoeParams:
+    """The router and the experts of one sparse layer; E: experts. The rows of all experts are one matrix, which :class:`.Stack` describes."""
+
+    router: Any  # [E, D]
+    experts: MlpParams  # [E*F, D], [E*F, D], [E*D, F], each expert's rows padded to a multiple of 32, and biases as long
+    router_bias: Any = None  # [E]
+    shared: MlpParams | None = None
+    shared_gate: Any = None  # [1, D]
+
+
+@struct.dataclass
 class LayerParams:
-    """One transformer block."""
+    """One transformer block; norms are None where there are none."""
 
     attn_norm: Any  # [D]
     attn: AttentionParams
     mlp_norm: Any  # [D]
-    mlp: MlpParams
+    mlp: MlpParams | MoeParams
+    attn_norm_bias: Any = None  # [D]
+    mlp_norm_bias: Any = None  # [D]
+    attn_post_norm: Any = None  # [D]
+    mlp_post_norm: Any = None  # [D]
 
 
 @struct.dataclass
@@ -76,6 +96,7 @@ class DecoderParams:
     layers: tuple[LayerParams, ...]
     final_norm: Any  # [D]
     head: Any = None  # [V, D]; None where it is the embedding
+    final_norm_bias: Any = None  # [D]
 
     @property
     def dtype(self) -> Any:
@@ -88,39 +109,98 @@ def param_specs(config: ModelConfig) -> DecoderParams:
     table = ParamSpec((config.padded_vocab_size, config.hidden_size), (VOCAB, EMBED), "embedding")
     return DecoderParams(
         embed=table,
-        layers=tuple(_layer_specs(config) for _ in range(config.num_layers)),
-        final_norm=ParamSpec((config.hidden_size,), (EMBED,), "ones"),
+        layers=tuple(_layer_specs(config, index) for index in range(config.num_layers)),
+        final_norm=_norm_spec(config, config.hidden_size, EMBED),
         head=None if config.ties_embeddings else table,
+        final_norm_bias=_bias_spec(config.norm == "layer", config.hidden_size, EMBED),
     )
 
 
-def _layer_specs(config: ModelConfig) -> LayerParams:
-    D, F, H = config.hidden_size, config.intermediate_size, config.head_dim
+def _layer_specs(config: ModelConfig, index: int) -> LayerParams:
+    norm = _norm_spec(config, config.hidden_size, EMBED)
+    pre_norm, post_norm = norm if config.has_pre_norm else None, norm if config.has_post_norm else None
+    bias = _bias_spec(config.norm == "layer" and config.has_pre_norm, config.hidden_size, EMBED)
+    mlp = _moe_specs(config) if config.sparse_layers[index] else _mlp_specs(config, config.intermediate_size)
+    return LayerParams(attn_norm=pre_norm, attn=_attention_specs(config), mlp_norm=pre_norm, mlp=mlp, attn_norm_bias=bias,
+                       mlp_norm_bias=bias, attn_post_norm=post_norm, mlp_post_norm=post_norm)
+
+
+def _attention_specs(config: ModelConfig) -> AttentionParams:
+    D, H, bias = config.hidden_size, config.head_dim, _bias_spec
     NH, KH = config.num_heads * H, config.stored_kv_heads * H
-
-    def bias(is_present: bool, size: int, axis: str) -> ParamSpec | None:
-        return ParamSpec((size,), (axis,), "zeros") if is_present else None
-
-    norm_D = ParamSpec((D,), (EMBED,), "ones")
-    norm_H = ParamSpec((H,), (HEAD_DIM,), "ones") if config.has_qk_norm else None
-    attn = AttentionParams(
+    q_norm = k_norm = _norm_spec(config, H, HEAD_DIM) if config.has_qk_norm else None
+    if config.has_qk_norm and config.qk_norm_spans_heads:
+        q_norm, k_norm = _norm_spec(config, NH, HEADS), _norm_spec(config, KH, KV_HEADS)
+    return AttentionParams(
         q=ParamSpec((NH, D), (HEADS, EMBED)), k=ParamSpec((KH, D), (KV_HEADS, EMBED)), v=ParamSpec((KH, D), (KV_HEADS, EMBED)),
         o=ParamSpec((D, NH), (EMBED, HEADS)),
         q_bias=bias(config.has_qkv_bias, NH, HEADS), k_bias=bias(config.has_qkv_bias, KH, KV_HEADS),
-        v_bias=bias(config.has_qkv_bias, KH, KV_HEADS), o_bias=bias(config.has_output_bias, D, EMBED), q_norm=norm_H, k_norm=norm_H,
-    )
-    mlp = MlpParams(
-        gate=ParamSpec((F, D), (MLP, EMBED)), up=ParamSpec((F, D), (MLP, EMBED)), down=ParamSpec((D, F), (EMBED, MLP)),
-        gate_bias=bias(config.has_mlp_bias, F, MLP), up_bias=bias(config.has_mlp_bias, F, MLP),
-        down_bias=bias(config.has_mlp_bias, D, EMBED),
-    )
-    return LayerParams(attn_norm=norm_D, attn=attn, mlp_norm=norm_D, mlp=mlp)
+        v_bias=bias(config.has_qkv_bias, KH, KV_HEADS), o_bias=bias(config.has_output_bias, D, EMBED), q_norm=q_norm, k_norm=k_norm,
+        sinks=bias(config.has_sinks, config.num_heads, HEADS))
+
+
+def _moe_specs(config: ModelConfig) -> MoeParams:
+    has_shared, D = config.shared_expert_size > 0, config.hidden_size
+    return MoeParams(
+        router=ParamSpec((config.num_experts, D), (None, EMBED)), experts=_expert_specs(config),
+        router_bias=_bias_spec(config.has_router_bias, config.num_experts, None),
+        shared=_mlp_specs(config, config.shared_expert_size) if has_shared else None,
+        shared_gate=ParamSpec((1, D), (None, EMBED)) if has_shared else None)
+
+
+def _expert_specs(config: ModelConfig) -> MlpParams:
+    inner, outer = expert_stacks(config)
+    rows = ParamSpec((inner.stored_rows, config.hidden_size), (EXPERT_MLP, EMBED), stack=inner)
+    specs = MlpParams(gate=rows, up=rows, down=ParamSpec((outer.stored_rows, config.expert_size), (EXPERTS, MLP), stack=outer))
+    if not config.has_expert_bias:
+        return specs
+    bias = ParamSpec((inner.stored_rows,), (EXPERT_MLP,), "zeros", inner)
+    return specs.replace(gate_bias=bias, up_bias=bias, down_bias=ParamSpec((outer.stored_rows,), (EXPERTS,), "zeros", outer))
+
+
+def expert_stacks(config: ModelConfig) -> tuple[Stack, Stack]:
+    """Of the rows of gate and up, and of those of down.
+
+    Raises:
+        ShardingError: experts, or their inner size, that the mesh does not divide.
+    """
+    groups, cuts = (1, 1) if config.partition is None else (config.partition.size(EXPERTS), config.partition.size(EXPERT_MLP))
+    cuts //= groups
+    if config.partition is not None and cuts != config.partition.size(MLP):
+        raise ShardingError(f"the rules cut an expert's rows (expert_mlp) into {cuts} parts and its down projection's inputs (mlp) into "
+                            f"{config.partition.size(MLP)}; map expert_mlp to the mesh axes of experts and mlp together")
+    for size, parts, what in ((config.num_experts, groups, "experts"), (config.expert_size, cuts, "inputs of an expert's down projection")):
+        if size % parts:
+            raise ShardingError(f"{size} {what} cannot be cut into {parts} equal parts; choose a mesh whose axis divides {size}")
+    return Stack(config.num_experts, config.expert_size, groups, cuts), Stack(config.num_experts, config.hidden_size, groups)
+
+
+def _mlp_specs(config: ModelConfig, inner_size: int) -> MlpParams:
+    D, F, bias = config.hidden_size, inner_size, _bias_spec
+    inner = ParamSpec((F, D), (MLP, EMBED))
+    return MlpParams(
+        gate=inner if config.has_gated_mlp else None, up=inner, down=ParamSpec((D, F), (EMBED, MLP)),
+        gate_bias=bias(config.has_mlp_bias and config.has_gated_mlp, F, MLP), up_bias=bias(config.has_mlp_bias, F, MLP),
+        down_bias=bias(config.has_mlp_bias, D, EMBED))
+
+
+def _norm_spec(config: ModelConfig, size: int, axis: str) -> ParamSpec:
+    return ParamSpec((size,), (axis,), "ones" if config.norm_offset == 0 else "zeros")
+
+
+def _bias_spec(is_present: bool, size: int, axis: str | None) -> ParamSpec | None:
+    return ParamSpec((size,), (axis,), "zeros") if is_present else None
 
 
 def named_leaves(tree: Any) -> list[tuple[str, Any]]:
     """Every leaf with its dotted name, as in ``layers.3.attn.q``; specs and arrays alike."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda leaf: isinstance(leaf, ParamSpec))
     return [(".".join(str(getattr(key, "name", getattr(key, "idx", key))) for key in path), leaf) for path, leaf in leaves]
+
+
+def bytes_per_device(params: DecoderParams) -> int:
+    """Bytes of the parameters' shards on each device of their mesh; replicas count on every device."""
+    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(params))
 
 
 def map_specs(function, specs: DecoderParams) -> DecoderParams:

@@ -4,8 +4,8 @@ import logging
 
 from jax.sharding import Mesh
 
-from sharding_rules import Partition, Rules
-from sharding_rules.axes import HEADS, KV_HEADS, VOCAB
+from sharding_rules import Partition, Rules, ShardingError
+from sharding_rules.axes import EXPERTS, HEADS, KV_HEADS, VOCAB
 from tpllm.model.config import ModelConfig
 from tpllm.model.params import param_shardings
 
@@ -19,8 +19,10 @@ def fit_to_mesh(config: ModelConfig, mesh: Mesh, rules: Rules) -> ModelConfig:
     replicated, said once in the log. A vocabulary that it does not divide is padded.
 
     Raises:
-        ShardingError: any other dim that its mesh axis does not divide; it names the parameter.
+        ShardingError: any other dim that its mesh axis does not divide; it names the parameter. Or an axis for experts where there are none.
     """
+    if not config.num_experts and Partition(mesh, rules).size(EXPERTS) > 1:
+        raise ShardingError(f"the mesh has an axis of {Partition(mesh, rules).size(EXPERTS)} for experts, and the model has none; leave ep out")
     num_shards = Partition(mesh, rules).size(HEADS)
     if config.num_heads % num_shards:
         log.warning("attention is replicated: its %d heads cannot be cut into %d equal shards; a mesh whose tp divides %d shards it",
@@ -41,7 +43,8 @@ def kv_repeat(num_heads: int, num_kv_heads: int, num_shards: int) -> int:
 
 def largest_tensor_axis(config: ModelConfig, num_devices: int) -> int:
     """The most devices, up to ``num_devices``, over which heads and MLP of ``config`` can be cut evenly."""
-    return next(tp for tp in range(num_devices, 0, -1) if config.num_heads % tp == 0 and config.intermediate_size % tp == 0)
+    sizes = (config.num_heads, config.intermediate_size, config.expert_size, config.shared_expert_size)
+    return next(tp for tp in range(num_devices, 0, -1) if all(size % tp == 0 for size in sizes))
 
 
 def _round_up(value: int, multiple: int) -> int:

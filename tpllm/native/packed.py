@@ -1,7 +1,6 @@
 """Weights packed for the native kernels: the layout of csrc/kernels.h, made once at load, block by block."""
 import dataclasses
 import enum
-import math
 from typing import Any
 
 import jax
@@ -27,16 +26,25 @@ class Format(enum.IntEnum):
     I4 = 6
     Q5 = 7
     Q6 = 8
+    Q2 = 9
+    Q3 = 10
+    E2M1 = 11
 
 
 UNIT_BYTES = {Format.F32: 4096, Format.F16: 2048, Format.BF16: 2048, Format.I8: 1024, Format.E4M3: 1024, Format.E5M2: 1024, Format.I4: 512,
-              Format.Q5: 640, Format.Q6: 768}
+              Format.Q5: 640, Format.Q6: 768, Format.Q2: 256, Format.Q3: 384, Format.E2M1: 512}
 ITEM_BYTES = {Format.F32: 4, Format.F16: 2, Format.BF16: 2}
 DENSE = {np.dtype(np.float32): Format.F32, np.dtype(np.float16): Format.F16, np.dtype(jax.numpy.bfloat16): Format.BF16}
 
 
-GROUPS = {Format.F32: (0,), Format.F16: (0,), Format.BF16: (0,), Format.Q5: (32, 64, 128, 256), Format.Q6: (16, 32, 64, 128, 256)}
+GROUPS = {Format.F32: (0,), Format.F16: (0,), Format.BF16: (0,), Format.Q2: (32, 64, 128, 256), Format.Q3: (32, 64, 128, 256),
+          Format.Q5: (32, 64, 128, 256), Format.Q6: (16, 32, 64, 128, 256), Format.E2M1: (16, 32)}
 """Those that a format has kernels for; of the others 0 and 32 to 256."""
+
+
+def groups_of(code_format: Format) -> tuple[int, ...]:
+    """The groups that a format has kernels for; 0 where an output may have one scale."""
+    return GROUPS.get(code_format, (0, 32, 64, 128, 256))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +62,7 @@ class PackedLayout:
         super_group: inputs that share a scale of scales; 0 for none.
         zero: what is taken from each integer code; of I8, whose codes are signed, 1 says that -128 may occur.
         quantizes_input: activations become int8, one scale a row; of I8 with one scale an output only.
+        num_outliers: how many inputs of a row are to be multiplied as they are by the caller; kernels take no notice.
 
     Raises:
         ValueError: there is no kernel for this.
@@ -67,9 +76,10 @@ class PackedLayout:
     super_group: int = 0
     zero: int = 0
     quantizes_input: bool = False
+    num_outliers: int = 0
 
     def __post_init__(self) -> None:
-        groups = GROUPS.get(self.format, (0, 32, 64, 128, 256))
+        groups = groups_of(self.format)
         if self.group not in groups:
             raise ValueError(f"{self.format.name} codes in groups of {self.group}; groups may be {', '.join(map(str, groups))}, where 0 is one "
                              "scale an output")
@@ -121,9 +131,11 @@ class PackedWeight:
 
     Attributes:
         codes: uint8 [blocks, units, bytes].
-        scales, mins: [blocks, groups, 32], or [blocks, 32] where an output has one; float, or uint8 or int8 under super scales.
+        scales, mins: [blocks, groups, 32], or [blocks, 32] where an output has one; float, or uint8 or int8 under super scales; mins of
+            uint8 without ``super_mins`` are zeros, which scales multiply and which are subtracted; scales of uint8 beside E2M1 codes are exponents.
         super_scales, super_mins: float16 [blocks, super groups, 32]; ``super_mins`` are subtracted.
         layout: what they mean.
+        order: int32 [K], the input that each column multiplies, or None where they are in order.
     """
 
     codes: jax.Array
@@ -132,11 +144,21 @@ class PackedWeight:
     super_scales: jax.Array | None
     super_mins: jax.Array | None
     layout: PackedLayout = struct.field(pytree_node=False)
+    order: jax.Array | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
         """(N, K) of the matrix."""
         return self.layout.shape
+
+    @property
+    def num_outliers(self) -> int:
+        """See :class:`PackedLayout`."""
+        return self.layout.num_outliers
+
+    def without_outliers(self, *, quantizes_input: bool) -> "PackedWeight":
+        """The same weight for the inputs that are quantized, or for those that are not."""
+        return self.replace(layout=dataclasses.replace(self.layout, num_outliers=0, quantizes_input=quantizes_input))
 
     def arrays(self) -> dict[str, Any]:
         """The arrays that are there, by name, in the order the kernels take them."""
@@ -175,9 +197,3 @@ def pack_rows(code_format: Format, rows: np.ndarray, out: np.ndarray, *, first_r
     if num_rows:
         load_library().tpllm_pack(int(code_format), rows.ctypes.data, num_rows, num_columns, rows.strides[0] // item_bytes, 0, num_blocks,
                                   target.ctypes.data)
-
-
-def packed_bytes(layout: PackedLayout, scale_bytes: int) -> int:
-    """Bytes of all arrays of a weight without super scales."""
-    shapes = layout.array_shapes()
-    return math.prod(shapes["codes"]) + scale_bytes * math.prod(shapes["scales"])

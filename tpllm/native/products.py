@@ -8,10 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels.gated_mlp import Activation, ClampedGlu
 from tpllm.native.library import FLOAT_DTYPES, call
 from tpllm.native.packed import PackedWeight
 
 ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3}
+CLAMPED_GLU = 4
+"""Like those a number of csrc/kernels.h."""
 
 
 def linear(x_D: jax.Array, weights: Sequence[PackedWeight], biases: Sequence[jax.Array | None],
@@ -37,7 +40,7 @@ def linear(x_D: jax.Array, weights: Sequence[PackedWeight], biases: Sequence[jax
 
 
 def gated_mlp(x_D: jax.Array, gate: PackedWeight, up: PackedWeight, down: PackedWeight, biases: Sequence[jax.Array | None], *,
-              activation: str) -> jax.Array:
+              activation: Activation) -> jax.Array:
     """``down(act(gate(x)) * up(x))``, in one call.
 
     Args:
@@ -45,7 +48,7 @@ def gated_mlp(x_D: jax.Array, gate: PackedWeight, up: PackedWeight, down: Packed
         gate, up: shards of [F, D].
         down: a shard of [D, F].
         biases: of the three, or None.
-        activation: a key of :data:`ACTIVATIONS`.
+        activation: see :func:`pallas_kernels.gated_mlp.gated`.
 
     Returns:
         [..., D] in ``x_D``'s dtype.
@@ -55,8 +58,37 @@ def gated_mlp(x_D: jax.Array, gate: PackedWeight, up: PackedWeight, down: Packed
         raise ValueError(f"gate {gate.layout.shard_shape}, up {up.layout.shard_shape} and down {down.layout.shard_shape} are no gated MLP")
     operands, attributes = _operands((gate, up, down), biases, rows.dtype)
     result = jax.ShapeDtypeStruct((rows.shape[0], down.layout.shard_shape[0]), rows.dtype)
-    out = call("gated_mlp", [result], rows, *operands, weights=attributes, activation=np.int64(ACTIVATIONS[activation]))[0]
+    out = call("gated_mlp", [result], rows, *operands, weights=attributes, **_gating(activation))[0]
     return out.reshape(*x_D.shape[:-1], out.shape[1])
+
+
+def expert_mlps(x_SD: jax.Array, counts_E: jax.Array, gate: PackedWeight, up: PackedWeight, down: PackedWeight,
+                biases: Sequence[jax.Array | None] = (None, None, None), *, activation: Activation, inner_size: int) -> jax.Array:
+    """:func:`gated_mlp` with another expert's weights for each run of rows, in one call; experts without rows are not read.
+
+    Args:
+        x_SD: [S, D], the rows of one expert after those of the other.
+        counts_E: int32 [E], how many each has; together S at most.
+        gate, up: shards of the experts' [F, D], one below the other, each from a multiple of 32 rows on.
+        down: shards of [D, F], in the same way.
+        biases: of the three, as long as their rows, or None.
+        activation: see :func:`pallas_kernels.gated_mlp.gated`.
+        inner_size: F of a shard.
+
+    Returns:
+        [S, D] in ``x_SD``'s dtype; rows beyond those counted hold anything.
+    """
+    rows = _as_rows(x_SD)
+    operands, attributes = _operands((gate, up, down), biases, rows.dtype)
+    result = jax.ShapeDtypeStruct(rows.shape, rows.dtype)
+    return call("expert_mlps", [result], counts_E, rows, *operands, weights=attributes, **_gating(activation),
+                inner_size=np.int64(inner_size), outer_size=np.int64(rows.shape[1]))[0]
+
+
+def _gating(activation: Activation) -> dict[str, np.generic]:
+    if isinstance(activation, ClampedGlu):
+        return {"activation": np.int64(CLAMPED_GLU), "limit": np.float32(activation.limit), "alpha": np.float32(activation.alpha)}
+    return {"activation": np.int64(ACTIVATIONS[activation]), "limit": np.float32(0), "alpha": np.float32(0)}
 
 
 def lookup(tokens: jax.Array, table: PackedWeight, dtype) -> jax.Array:

@@ -1,81 +1,159 @@
-"""Ways to quantize a weight while it is loaded: symmetric integers, rounded to the nearest.
+"""Ways to keep a weight with fewer bits, and quantizing to them.
 
-    w[n, k] ~ scale[n, k // group] * code[n, k]
+    w[n, k] = scale[n, k // group] * (code[n, k] - zero) + min[n, k // group]
 
-``int8`` has one scale an output, the largest magnitude over 127. ``int4`` has one for 32 inputs: the entry of the largest magnitude becomes -8,
-as in llama.cpp's Q4_0, so that all sixteen codes serve.
+Where ``super_group`` is there, scales and mins are small integers times the float16 scales of larger groups, as in llama.cpp's K-quants.
 """
 import dataclasses
+from collections.abc import Sequence
+from typing import Literal
 
+import ml_dtypes
 import numpy as np
 
-from tpllm.errors import ConfigError
+FLOAT32, HALF = np.dtype(np.float32), np.dtype(np.float16)
+Mins = Literal["none", "float", "zeros", "super"]
+Kind = Literal["int", "e4m3", "e5m2", "e2m1"]
+E2M1_VALUES = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
+"""Of codes of two exponent bits and one of mantissa (OCP Microscaling Formats 1.0, section 5.3.3)."""
+E8M0_BIAS, E8M0_NAN = 127, 255
+"""Scales that are a byte e beside such codes are ``2**(e - 127)`` (section 5.4)."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Scheme:
-    """One way to quantize.
+    """One way to keep a matrix; hashable.
 
     Attributes:
-        name: as users write it.
-        bits: of a code, 8 or 4.
+        name: as users, files and ``tpllm inspect`` write it.
+        bits: of a code, 2 to 8.
         group: inputs that share a scale; 0 where an output has one.
+        kind: what a code is: an integer, fp8 (Micikevicius et al. 2022, arXiv:2209.05433), or the index of one of :data:`E2M1_VALUES`.
+        zero: what is taken from each integer code. Codes of 8 bits are signed and have none; those of fewer bits are unsigned.
+        mins: ``"none"``; ``"float"``: mins are added as they are; ``"zeros"``: they are unsigned integers, and the min is ``-scale * zero``;
+            ``"super"``: they are unsigned integers, and the min is ``-super_min * min``.
+        super_group: inputs that share a scale of scales; 0 for none.
+        scale_dtype: of scales: a float, int8 or uint8 under super scales, or uint8 for powers of two beside ``"e2m1"``.
+        quantizes_input: whether activations become int8, one scale a row and call (Dettmers et al. 2022, arXiv:2208.07339).
+        num_outliers: how many inputs of a row, those of the largest magnitude, are not, but multiplied as they are.
     """
 
     name: str
     bits: int
-    group: int
+    group: int = 0
+    kind: Kind = "int"
+    zero: int = 0
+    mins: Mins = "none"
+    super_group: int = 0
+    scale_dtype: np.dtype = FLOAT32
+    quantizes_input: bool = False
+    num_outliers: int = 0
 
     @property
-    def scale_dtype(self) -> np.dtype:
-        """Scales of groups are float16, 16 bits for 32 codes; those of outputs float32."""
-        return np.dtype(np.float16 if self.group else np.float32)
+    def code_dtype(self) -> np.dtype:
+        """Of codes that take a byte each; int8 for 8 bits, uint8 for fewer, or the fp8 type."""
+        if self.kind in ("e4m3", "e5m2"):
+            return np.dtype(ml_dtypes.float8_e4m3fn if self.kind == "e4m3" else ml_dtypes.float8_e5m2)
+        return np.dtype(np.int8 if self.bits == 8 else np.uint8)
+
+    @property
+    def min_dtype(self) -> np.dtype | None:
+        """Of mins; None where there are none."""
+        return {"none": None, "float": self.scale_dtype}.get(self.mins, np.dtype(np.uint8))
+
+    @property
+    def has_power_scales(self) -> bool:
+        """Whether scales are powers of two, in bytes."""
+        return self.kind == "e2m1" and self.scale_dtype == np.uint8
 
     def num_groups(self, num_inputs: int) -> int:
         """Scales of an output."""
         return -(-num_inputs // self.group) if self.group else 1
 
+    def arrays(self, num_inputs: int) -> dict[str, tuple[int, np.dtype]]:
+        """(columns, dtype) of each array of :class:`QuantizedRows` that there is, of so many inputs."""
+        groups = self.num_groups(num_inputs)
+        found = {"codes": (num_inputs, self.code_dtype), "scales": (groups, self.scale_dtype)}
+        found |= {"mins": (groups, self.min_dtype)} if self.min_dtype else {}
+        supers = (-(-num_inputs // self.super_group), HALF) if self.super_group else None
+        return found | ({"super_scales": supers} if supers else {}) | ({"super_mins": supers} if self.mins == "super" else {})
 
-SCHEMES = {scheme.name: scheme for scheme in (Scheme("int8", 8, 0), Scheme("int4", 4, 32))}
+    def bits_per_weight(self, num_inputs: int) -> float:
+        """Of one output of so many inputs, all its scales included."""
+        small = sum(columns * dtype.itemsize for name, (columns, dtype) in self.arrays(num_inputs).items() if name != "codes")
+        return self.bits + 8 * small / num_inputs
 
 
-def find_scheme(name: str | None) -> Scheme | None:
-    """The scheme a user names; None for none.
+@dataclasses.dataclass(frozen=True)
+class QuantizedRows:
+    """Some rows of a quantized matrix on the host.
 
-    Raises:
-        ConfigError: an unknown one.
+    Attributes:
+        codes: [n, K] in the scheme's ``code_dtype``.
+        scales: [n, groups], or [n, 1] where an output has one.
+        mins: [n, groups] or None.
+        super_scales, super_mins: float16 [n, super groups] or None.
     """
-    if name is not None and name not in SCHEMES:
-        raise ConfigError(f"quantization is {name!r}; it must be one of {', '.join(SCHEMES)}, or None to keep what the checkpoint holds")
-    return None if name is None else SCHEMES[name]
+
+    codes: np.ndarray
+    scales: np.ndarray
+    mins: np.ndarray | None = None
+    super_scales: np.ndarray | None = None
+    super_mins: np.ndarray | None = None
+
+    def take(self, rows: slice | np.ndarray) -> "QuantizedRows":
+        """Some of the rows, by slice or indices."""
+        return QuantizedRows(*(None if array is None else array[rows] for array in self.arrays().values()))
+
+    def arrays(self) -> dict[str, np.ndarray | None]:
+        """Every array by its name."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
 
 
-def quantize(rows_NK: np.ndarray, scheme: Scheme) -> tuple[np.ndarray, np.ndarray]:
-    """Codes and scales of some rows.
+def dequantize(rows: QuantizedRows, scheme: Scheme) -> np.ndarray:
+    """float32 [n, K]: what the rows stand for, each step rounded to float32 once."""
+    num_inputs = rows.codes.shape[1]
 
-    Args:
-        rows_NK: float32.
-        scheme: how.
+    def spread(values: np.ndarray, group: int) -> np.ndarray:
+        values = values.astype(np.float32)
+        return np.repeat(values, group, axis=1)[:, :num_inputs] if group else values
+    scales = spread(power_scales(rows.scales) if scheme.has_power_scales else rows.scales, scheme.group)
+    if rows.super_scales is not None:
+        scales = scales * spread(rows.super_scales, scheme.super_group)
+    if scheme.kind == "e2m1":
+        return scales * E2M1_VALUES[rows.codes]
+    weights = scales * (rows.codes.astype(np.float32) - np.float32(scheme.zero))
+    if scheme.mins == "none":
+        return weights
+    mins = spread(rows.mins, scheme.group)
+    if scheme.mins == "zeros":
+        return scales * (rows.codes.astype(np.float32) - mins)
+    return weights - mins * spread(rows.super_mins, scheme.super_group) if scheme.mins == "super" else weights + mins
 
-    Returns:
-        (int8 [N, K], scales [N, groups] in the scheme's dtype).
-    """
-    N, K = rows_NK.shape
-    group = scheme.group or max(K, 1)
-    num_groups = scheme.num_groups(K)
-    if num_groups * group != K:
-        rows_NK = np.pad(rows_NK, ((0, 0), (0, num_groups * group - K)))
-    groups_NGg = rows_NK.reshape(N, num_groups, group)
-    most, least = 2 ** (scheme.bits - 1) - 1, -(2 ** (scheme.bits - 1))
-    highest, lowest = groups_NGg.max(-1), groups_NGg.min(-1)
-    if scheme.bits == 4:
-        scales = np.where(highest > -lowest, highest, lowest) / np.float32(least)
-    else:
-        scales, least = np.maximum(highest, -lowest) / np.float32(most), -most
-    scales = scales.astype(scheme.scale_dtype)
-    used = scales.astype(np.float32)  # rounded first, so that the codes fit the scale that is kept
-    with np.errstate(divide="ignore", invalid="ignore"):
-        inverse = np.where(used == 0, np.float32(0), np.float32(1) / used)
-    codes = np.multiply(groups_NGg, inverse[..., None])
-    np.clip(np.rint(codes, out=codes), least, most, out=codes)
-    return codes.astype(np.int8).reshape(N, num_groups * group)[:, :K], scales
+
+def power_scales(exponents: np.ndarray) -> np.ndarray:
+    """float32 of bytes e: ``2**(e - 127)``."""
+    return np.ldexp(np.float32(1), exponents.astype(np.int32) - E8M0_BIAS)
+
+
+def widened(scheme: Scheme) -> Scheme:
+    """The scheme that is kept: there is nothing to gain by 7 bits, so such codes become signed bytes."""
+    return dataclasses.replace(scheme, bits=8, zero=0) if scheme.kind == "int" and scheme.bits == 7 else scheme
+
+
+def widen(rows: QuantizedRows, scheme: Scheme) -> QuantizedRows:
+    """Rows of :func:`widened`."""
+    if widened(scheme) == scheme:
+        return rows
+    return dataclasses.replace(rows, codes=(rows.codes.astype(np.int16) - scheme.zero).astype(np.int8))
+
+
+def join_rows(parts: Sequence[tuple[int, QuantizedRows]], num_rows: int, scheme: Scheme, num_inputs: int) -> QuantizedRows:
+    """``num_rows`` rows made of parts that begin at some of them, and zeros between."""
+    if len(parts) == 1 and len(parts[0][1].codes) == num_rows:
+        return parts[0][1]
+    joined = {name: np.zeros((num_rows, columns), dtype) for name, (columns, dtype) in scheme.arrays(num_inputs).items()}
+    for first, part in parts:
+        for name, array in joined.items():
+            array[first:first + len(part.codes)] = getattr(part, name)
+    return QuantizedRows(**joined)

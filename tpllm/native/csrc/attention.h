@@ -3,7 +3,7 @@
 // Keys and values are read in blocks of 64 positions with an online softmax (Milakov & Gimelshein 2018, arXiv:1805.02867; Dao et al. 2022,
 // arXiv:2205.14135), widened to floats a block at a time. Segments of 512 positions have a softmax of their own and are merged in order, so that
 // threads can share a long row. Blocks lie at absolute positions, and a block that a query does not see leaves its state as it was: a query's
-// result does not depend on what shares its call.
+// result does not depend on what shares its call, nor on which pages of the cache its keys and values lie in.
 
 constexpr int kPositions = 64;
 constexpr int kSegment = 512;
@@ -83,7 +83,7 @@ static TPLLM_INLINE void transpose(const vf (&rows)[W], float* to, int64_t to_st
 
 // Some queries of one KV head, and how far the softmax of each has come.
 struct Queries {
-  int64_t batch, head, first_token, num_tokens;  // head: of keys and values
+  int64_t batch, row, head, first_token, num_tokens;  // row: of the page table; head: of keys and values
   int64_t num_rows;                              // tokens x query heads of the KV head, token by token
   int64_t first_position, last_position;         // of the cache that any of them sees; last < first: nothing
 };
@@ -124,14 +124,14 @@ class Attention {
         attend_segment(task, pieces[i].second, state_at(partials + i * most_rows * state_size));
       });
       phases.emplace_back(tasks.size(), [this, &pieces, &tasks, partials](int64_t i) {
-        const State total = start_total();
+        const State total = start_total(tasks[i]);
         for (size_t j = 0; j < pieces.size(); ++j)
           if (pieces[j].first == i) merge(tasks[i], state_at(partials + j * most_rows * state_size), total);
         finish(tasks[i], total);
       });
     } else {
       phases.emplace_back(tasks.size(), [this, &tasks](int64_t i) {
-        const State total = start_total();
+        const State total = start_total(tasks[i]);
         const State segment = state_at(scratch().get<float>(Slot::kPanel, most_rows * state_size));
         const Queries& task = tasks[i];
         for (int64_t s = task.first_position / kSegment; s <= task.last_position / kSegment && task.last_position >= 0; ++s) {
@@ -151,7 +151,13 @@ class Attention {
   float* rotated = nullptr;  // [B, T, N, H]
 
   State state_at(float* memory) const { return {memory, memory + most_rows, memory + 2 * most_rows}; }
-  int64_t cache_row(int64_t batch) const { return a.rows ? a.rows[batch] : batch; }
+  int64_t row_of(int64_t batch, int64_t t) const { return !a.rows ? batch : a.is_ragged ? a.rows[batch * a.T + t] : a.rows[batch]; }
+  // Where a head's entry of a row's position lies in the cache, or -1 where the row has no page for it.
+  int64_t entry_of(int64_t row, int64_t head, int64_t position) const {
+    if (row < 0 || row >= a.num_rows || position < 0 || position >= a.L * a.S) return -1;
+    const int64_t page = a.pages ? a.pages[row * a.L + position / a.S] : row;
+    return page < 0 || page >= a.P ? -1 : (page * a.K + head) * a.S + position % a.S;
+  }
 
   void rotate(const void* from, float* to, const float* cos, const float* sin) const {
     widen_row(from, a.dtype, a.H, to);
@@ -164,14 +170,16 @@ class Attention {
   }
 
   void write_entry(const float* x, void* cache, float* scales, int64_t entry) const {
-    if (a.cache_dtype != Dtype::kI8) return narrow_row(x, a.H, a.cache_dtype, item_at(cache, a.cache_dtype, entry * a.H));
+    if (!has_scales(a.cache_dtype)) return narrow_row(x, a.H, a.cache_dtype, item_at(cache, a.cache_dtype, entry * a.H));
     float most = 0;
     for (int64_t i = 0; i < a.H; ++i) most = std::max(most, __builtin_fabsf(x[i]));
-    const float inverse = most > 0 ? 127.0f / most : 0.0f;
-    scales[entry] = most / 127.0f;
+    const bool is_int8 = a.cache_dtype == Dtype::kI8;
+    const float largest = is_int8 ? 127.0f : 448.0f, inverse = most > 0 ? largest / most : 0.0f;
+    scales[entry] = most / largest;
     for (int64_t i = 0; i < a.H; ++i) {
-      const float scaled = __builtin_fminf(__builtin_fmaxf(x[i] * inverse, -127.0f), 127.0f);
-      static_cast<int8_t*>(cache)[entry * a.H + i] = static_cast<int8_t>(scaled + 12582912.0f - 12582912.0f);
+      const float scaled = __builtin_fminf(__builtin_fmaxf(x[i] * inverse, -largest), largest);
+      auto* to = static_cast<uint8_t*>(cache) + entry * a.H + i;
+      *to = is_int8 ? static_cast<uint8_t>(static_cast<int32_t>(scaled + 12582912.0f - 12582912.0f)) : narrow_e4m3_one(scaled);
     }
   }
 
@@ -180,11 +188,11 @@ class Attention {
     const float *cos = a.cos + token * a.R, *sin = a.sin + token * a.R;
     for (int64_t n = 0; n < a.N; ++n)
       rotate(item_at(a.q, a.dtype, (token * a.N + n) * a.H), rotated + (token * a.N + n) * a.H, cos, sin);
-    const int64_t position = a.positions[token], row = cache_row(token / a.T);
-    if (position < 0 || position >= a.S || row < 0 || row >= a.P) return;
+    const int64_t first = entry_of(row_of(token / a.T, token % a.T), 0, a.positions[token]);
+    if (first < 0) return;
     float* wide = scratch().get<float>(Slot::kPanel, row_h);
     for (int64_t head = 0; head < a.K; ++head) {
-      const int64_t entry = (row * a.K + head) * a.S + position;
+      const int64_t entry = first + head * a.S;
       rotate(item_at(a.k, a.dtype, (token * a.K + head) * a.H), wide, cos, sin);
       write_entry(wide, a.k_cache, a.k_scales, entry);
       widen_row(item_at(a.v, a.dtype, (token * a.K + head) * a.H), a.dtype, a.H, wide);
@@ -196,66 +204,82 @@ class Attention {
     std::vector<Queries> tasks;
     const int64_t tokens_a_task = std::max<int64_t>(1, most_rows / group);
     for (int64_t batch = 0; batch < a.B; ++batch)
-      for (int64_t first = 0; first < a.T; first += tokens_a_task)
+      for (int64_t first = 0, count; first < a.T; first += count) {
+        const int64_t row = row_of(batch, first);
+        for (count = 1; count < tokens_a_task && first + count < a.T && row_of(batch, first + count) == row;) ++count;
         for (int64_t head = 0; head < a.K; ++head) {
-          Queries task{batch, head, first, std::min(tokens_a_task, a.T - first), 0, a.S, -1};
-          task.num_rows = task.num_tokens * group;
-          for (int64_t t = first; t < first + task.num_tokens; ++t) {
+          Queries task{batch, row, head, first, count, count * group, a.L * a.S, -1};
+          for (int64_t t = first; t < first + count; ++t) {
             const int64_t position = a.positions[batch * a.T + t];
-            if (position < 0 || cache_row(batch) < 0 || cache_row(batch) >= a.P) continue;
-            task.last_position = std::max(task.last_position, std::min(position, a.S - 1));
+            if (position < 0 || row < 0 || row >= a.num_rows) continue;
+            task.last_position = std::max(task.last_position, std::min(position, a.L * a.S - 1));
             task.first_position = std::min(task.first_position, a.window ? std::max<int64_t>(0, position - a.window + 1) : 0);
           }
           tasks.push_back(task);
         }
+      }
     return tasks;
   }
 
+  // Where the W positions from each multiple of W on lie, of one block and of the next; -1 where there is no page.
+  struct Places {
+    int64_t here[kPositions / W], ahead[kPositions / W];
+  };
   // read_block of a block that is full, of a cache whose heads are whole vectors: no detour through rows of floats.
   template <Dtype D>
-  void read_full_block(int64_t first, float* keys, float* values) const {
+  void read_full_block(const Places& at, float* keys, float* values) const {
     for (int64_t s = 0; s < kPositions; s += W) {
+      const int64_t here = at.here[s / W], ahead = at.ahead[s / W];
       for (int64_t h = 0; h < a.H; h += W) {
-        prefetch_ahead<D>(a.k_cache, (first + s) * a.H + h * W, W * W);
+        prefetch<D>(a.k_cache, ahead * a.H + h * W, W * W);
         vf rows[W];
-        TPLLM_UNROLL for (int i = 0; i < W; ++i) rows[i] = read_vector<D>(a.k_cache, a.k_scales, first + s + i, h);
+        TPLLM_UNROLL for (int i = 0; i < W; ++i) rows[i] = read_vector<D>(a.k_cache, a.k_scales, here + i, h);
         transpose(rows, keys + (s / kBlock * a.H + h) * kBlock + s % kBlock, kBlock);
       }
     }
     for (int64_t s = 0; s < kPositions; ++s) {
-      prefetch_ahead<D>(a.v_cache, (first + s) * a.H, a.H);
+      const int64_t here = at.here[s / W] + s % W, ahead = at.ahead[s / W] + s % W;
+      prefetch<D>(a.v_cache, ahead * a.H, a.H);
       for (int64_t h = 0; h < a.H; h += W)
-        store(values + (h / kBlock * kPositions + s) * kBlock + h % kBlock, read_vector<D>(a.v_cache, a.v_scales, first + s, h));
+        store(values + (h / kBlock * kPositions + s) * kBlock + h % kBlock, read_vector<D>(a.v_cache, a.v_scales, here, h));
     }
   }
-  // The same place of the next block: the processor's own prefetching stops at the end of a page, and a block is two or more. A little at a
-  // time, for only so many lines can be under way.
+  // The same place of the next block: the processor's own prefetching stops at the end of a page of memory, and a block is two or more. A
+  // little at a time, for only so many lines can be under way.
   template <Dtype D>
-  TPLLM_INLINE void prefetch_ahead(const void* cache, int64_t item, int64_t count) const {
-    const auto* at = static_cast<const uint8_t*>(item_at(cache, D, item + kPositions * a.H));
+  TPLLM_INLINE void prefetch(const void* cache, int64_t item, int64_t count) const {
+    const auto* at = static_cast<const uint8_t*>(item_at(cache, D, item));
     for (int64_t i = 0; i < count * item_bytes(D); i += 64) __builtin_prefetch(at + i, 0, 3);
   }
   template <Dtype D>
   TPLLM_INLINE vf read_vector(const void* cache, const float* scales, int64_t entry, int64_t h) const {
     const vf x = load_as_f32(item_at(cache, D, entry * a.H + h), D);
-    return D == Dtype::kI8 ? x * splat(scales[entry]) : x;
+    return has_scales(D) ? x * splat(scales[entry]) : x;
   }
 
   // One block's keys, turned over to [2][H][32], and its values as [padded_h / 32][64][32]; positions from `valid` on are zeros.
   void read_block(const Queries& task, int64_t start, float* keys, float* values) const {
     const int64_t valid = std::min<int64_t>(kPositions, task.last_position + 1 - start);
-    const int64_t first = (cache_row(task.batch) * a.K + task.head) * a.S + start;
-    if (valid == kPositions && a.H % kBlock == 0) {
+    Places at;
+    bool is_whole = valid == kPositions && a.H % kBlock == 0;
+    for (int64_t i = 0; i < kPositions / W; ++i) {
+      at.here[i] = entry_of(task.row, task.head, start + i * W);
+      const int64_t ahead = entry_of(task.row, task.head, start + kPositions + i * W);
+      at.ahead[i] = ahead < 0 ? at.here[i] : ahead;
+      is_whole &= at.here[i] >= 0;
+    }
+    if (is_whole) {
       switch (a.cache_dtype) {
-        case Dtype::kF32: return read_full_block<Dtype::kF32>(first, keys, values);
-        case Dtype::kF16: return read_full_block<Dtype::kF16>(first, keys, values);
-        case Dtype::kBF16: return read_full_block<Dtype::kBF16>(first, keys, values);
-        default: return read_full_block<Dtype::kI8>(first, keys, values);
+        case Dtype::kF32: return read_full_block<Dtype::kF32>(at, keys, values);
+        case Dtype::kF16: return read_full_block<Dtype::kF16>(at, keys, values);
+        case Dtype::kBF16: return read_full_block<Dtype::kBF16>(at, keys, values);
+        case Dtype::kE4M3: return read_full_block<Dtype::kE4M3>(at, keys, values);
+        default: return read_full_block<Dtype::kI8>(at, keys, values);
       }
     }
     float* wide = scratch().get<float>(Slot::kRowScales, W * row_h + W);  // + W: a row's end is written in whole vectors
     for (int64_t s = 0; s < kPositions; s += W) {
-      for (int64_t i = 0; i < W; ++i) read_entry(a.k_cache, a.k_scales, first + s + i, s + i < valid, wide + i * row_h);
+      for (int64_t i = 0; i < W; ++i) read_entry(a.k_cache, a.k_scales, at.here[s / W], i, s + i < valid, wide + i * row_h);
       for (int64_t h = 0; h < row_h; h += W) {
         float* to = keys + (s / kBlock * a.H + h) * kBlock + s % kBlock;
         if (h + W <= a.H) {
@@ -269,15 +293,17 @@ class Attention {
       }
     }
     for (int64_t s = 0; s < kPositions; ++s) {
-      read_entry(a.v_cache, a.v_scales, first + s, s < valid, wide);
+      read_entry(a.v_cache, a.v_scales, at.here[s / W], s % W, s < valid, wide);
       for (int64_t h = 0; h < padded_h; h += W) store(values + (h / kBlock * kPositions + s) * kBlock + h % kBlock, h < row_h ? load<vf>(wide + h) : vf{});
     }
   }
-  void read_entry(const void* cache, const float* scales, int64_t entry, bool is_valid, float* to) const {
+  void read_entry(const void* cache, const float* scales, int64_t first, int64_t offset, bool is_valid, float* to) const {
+    const int64_t entry = first + offset;
+    is_valid &= first >= 0;
     if (row_h != a.H || !is_valid) std::memset(to, 0, row_h * 4);
     if (!is_valid) return;
     widen_row(item_at(cache, a.cache_dtype, entry * a.H), a.cache_dtype, a.H, to);
-    if (a.cache_dtype == Dtype::kI8)
+    if (has_scales(a.cache_dtype))
       for (int64_t h = 0; h < row_h; h += W) store(to + h, load<vf>(to + h) * splat(scales[entry]));
   }
 
@@ -353,9 +379,13 @@ class Attention {
     }
   }
 
-  State start_total() const {
+  // Nothing yet, or only the sink, whose value is zero.
+  State start_total(const Queries& task) const {
     const State total = state_at(scratch().get<float>(Slot::kInner, most_rows * state_size));
-    for (int64_t r = 0; r < most_rows; ++r) total.most[r] = kMasked, total.sum[r] = 0;
+    for (int64_t r = 0; r < most_rows; ++r) {
+      total.most[r] = a.sinks ? a.sinks[task.head * group + r % group] : kMasked;
+      total.sum[r] = a.sinks ? 1.0f : 0.0f;
+    }
     std::memset(total.out, 0, most_rows * padded_h * 4);
     return total;
   }

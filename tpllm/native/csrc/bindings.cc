@@ -38,6 +38,7 @@ bool to_dtype(ffi::DataType type, Dtype* out) {
     case ffi::DataType::BF16: *out = Dtype::kBF16; return true;
     case ffi::DataType::S8: *out = Dtype::kI8; return true;
     case ffi::DataType::U8: *out = Dtype::kU8; return true;
+    case ffi::DataType::F8E4M3FN: *out = Dtype::kE4M3; return true;
     default: return false;
   }
 }
@@ -73,18 +74,21 @@ ffi::Error read_weight(const ffi::RemainingArgs& args, size_t* next, ffi::Span<c
   const int64_t padded_n = w.num_blocks() * kBlock, unit = unit_bytes(w.format);
   if (unit == 0 || w.n < 0 || w.k <= 0 || w.group < 0 || (w.group && (w.group < 16 || w.padded_k % w.group || (w.group > 16 && w.group % 32)))) return invalid("a weight's description is no valid one");
   const bool is_known = w.quantizes_input ? w.format == Format::kI8 && !w.group : w.group == 0 ? w.format < Format::kQ5 && !a[8]
-                        : w.group == kBlock / 2 ? w.format == Format::kQ6 && !a[8] : w.format > Format::kBF16;
+                        : w.group == kBlock / 2 ? (w.format == Format::kQ6 || w.format == Format::kE2M1) && !a[8] : w.format > Format::kBF16;
   if (!is_known) return invalid("no kernel takes such groups, mins or int8 inputs with this format");
   const int64_t num_groups = w.group ? w.padded_k / w.group : 1, num_supers = w.super_group ? (w.padded_k + w.super_group - 1) / w.super_group : 0;
   auto codes = args.get<ffi::AnyBuffer>((*next)++);
   if (!codes || static_cast<int64_t>(codes->size_bytes()) < w.num_blocks() * w.num_units() * unit) return invalid("a weight's codes are shorter than its shape");
   w.codes = static_cast<const uint8_t*>(codes->untyped_data());
   if (!take(a[7], padded_n * num_groups, false, Dtype::kF32, &w.scales, &w.scale_dtype) ||
-      !take(a[8], padded_n * num_groups, true, w.scale_dtype, &w.mins, nullptr) ||
+      !take(a[8], padded_n * num_groups, false, Dtype::kF32, &w.mins, &w.min_dtype) ||
       !take(a[9], padded_n * num_supers, true, Dtype::kF16, &w.super_scales, nullptr) ||
       !take(a[10], padded_n * num_supers, true, Dtype::kF16, &w.super_mins, nullptr) || !take(a[11], w.n, true, x_dtype, &w.bias, &w.bias_dtype))
     return invalid("a weight's scales, mins or bias do not fit its shape");
   if (w.group && !w.scales) return invalid("groups without scales");
+  if (w.format == Format::kE2M1 && w.scale_dtype == Dtype::kU8) w.scale_dtype = Dtype::kE8M0;
+  if (w.mins && !is_float(w.min_dtype) && (w.min_dtype != Dtype::kU8 || !(w.super_mins || is_float(w.scale_dtype))))
+    return invalid("mins are floats, or unsigned bytes beside scales that are floats or under super mins");
   *out = w;
   return ffi::Error::Success();
 }
@@ -121,7 +125,7 @@ ffi::Error linear(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::RemainingR
 }
 
 ffi::Error gated_mlp(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::RemainingRets rets, ffi::Span<const int64_t> attributes, int64_t activation,
-                     int64_t max_threads) {
+                     float limit, float alpha, int64_t max_threads) {
   TPLLM_RETURN_IF(check_kernels());
   Rows x, out;
   auto input = args.get<ffi::AnyBuffer>(0);
@@ -137,7 +141,61 @@ ffi::Error gated_mlp(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::Remaini
     return invalid("the shapes of a gated MLP do not match");
   XlaPool xla_pool(pool);
   Team team(xla_pool, max_threads);
-  current_kernels()->gated_mlp(team, x, gate, up, down, static_cast<Activation>(activation), out);
+  current_kernels()->gated_mlp(team, x, gate, up, down, Gating{static_cast<Activation>(activation), limit, alpha}, out);
+  return ffi::Error::Success();
+}
+
+// The weight of one of the matrices that lie below each other in w, each from a multiple of kBlock outputs on.
+Weight matrix_of(const Weight& w, int64_t first_row, int64_t num_rows) {
+  Weight one = w;
+  const int64_t block = first_row / kBlock, num_groups = w.group ? w.padded_k / w.group : 1;
+  const int64_t num_supers = w.super_group ? (w.padded_k + w.super_group - 1) / w.super_group : 0;
+  auto advance = [block](const void* from, int64_t bytes_a_row) {
+    return from ? static_cast<const void*>(static_cast<const uint8_t*>(from) + block * kBlock * bytes_a_row) : nullptr;
+  };
+  one.n = num_rows;
+  one.codes = w.block_codes(block);
+  one.scales = advance(w.scales, num_groups * item_bytes(w.scale_dtype));
+  one.mins = advance(w.mins, num_groups * item_bytes(w.min_dtype));
+  one.super_scales = advance(w.super_scales, num_supers * item_bytes(Dtype::kF16));
+  one.super_mins = advance(w.super_mins, num_supers * item_bytes(Dtype::kF16));
+  one.bias = advance(w.bias, item_bytes(w.bias_dtype));
+  return one;
+}
+
+// A gated MLP for each expert and those rows that are its own: counts[e] of them, one expert after the other. Rows beyond are left as they are.
+ffi::Error expert_mlps(ffi::ThreadPool pool, ffi::Buffer<ffi::S32> counts, ffi::RemainingArgs args, ffi::RemainingRets rets,
+                       ffi::Span<const int64_t> attributes, int64_t activation, float limit, float alpha, int64_t inner_size, int64_t outer_size,
+                       int64_t max_threads) {
+  TPLLM_RETURN_IF(check_kernels());
+  Rows x, out;
+  auto input = args.get<ffi::AnyBuffer>(0);
+  auto ret = rets.get<ffi::AnyBuffer>(0);
+  if (!input || !ret || !to_rows(*input, &x) || !to_rows(**ret, &out) || attributes.size() != 3 * kWeightAttributes)
+    return invalid("experts take a matrix and three weights");
+  Weight weights[3];
+  size_t next = 1;
+  for (size_t i = 0; i < 3; ++i) TPLLM_RETURN_IF(read_weight(args, &next, attributes, i, x.dtype, &weights[i]));
+  const auto& [gate, up, down] = weights;
+  const int64_t num_experts = static_cast<int64_t>(counts.element_count());
+  auto step = [](int64_t rows) { return (rows + kBlock - 1) / kBlock * kBlock; };
+  if (inner_size < 1 || outer_size < 1 || gate.k != x.num_columns || up.k != gate.k || down.k != inner_size || gate.n != num_experts * step(inner_size) ||
+      up.n != gate.n || down.n != num_experts * step(outer_size) || out.num_columns != outer_size || out.num_rows != x.num_rows || out.dtype != x.dtype)
+    return invalid("the shapes of experts do not match");
+  XlaPool xla_pool(pool);
+  Team team(xla_pool, max_threads);
+  const int64_t x_bytes = x.num_columns * item_bytes(x.dtype), out_bytes = out.num_columns * item_bytes(out.dtype);
+  int64_t first = 0;
+  for (int64_t e = 0; e < num_experts; ++e) {
+    const int64_t count = counts.typed_data()[e];
+    if (count < 0 || count > x.num_rows - first) return invalid("the experts have more rows than there are");
+    if (count == 0) continue;
+    const Rows own{static_cast<uint8_t*>(x.data) + first * x_bytes, x.dtype, count, x.num_columns};
+    const Rows result{static_cast<uint8_t*>(out.data) + first * out_bytes, out.dtype, count, out.num_columns};
+    current_kernels()->gated_mlp(team, own, matrix_of(gate, e * step(inner_size), inner_size), matrix_of(up, e * step(inner_size), inner_size),
+                                 matrix_of(down, e * step(outer_size), outer_size), Gating{static_cast<Activation>(activation), limit, alpha}, result);
+    first += count;
+  }
   return ffi::Error::Success();
 }
 
@@ -189,10 +247,24 @@ ffi::Error row_sums(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Result<f
   return ffi::Error::Success();
 }
 
-// q, k, v, cos, sin, positions, rows, then the cache: keys, values and, of int8 ones, their scales. The cache's results are its arguments.
+// Rows and pages of the cache; see AttentionArgs.
+ffi::Error read_table(const ffi::Buffer<ffi::S32>& rows, const ffi::Buffer<ffi::S32>& pages, AttentionArgs* a) {
+  const auto page_dims = pages.dimensions();
+  const int64_t num_rows = rows.element_count();
+  a->pages = page_dims.size() == 2 ? pages.typed_data() : nullptr;
+  a->num_rows = a->pages ? page_dims[0] : a->P, a->L = a->pages ? page_dims[1] : 1;
+  a->is_ragged = rows.dimensions().size() == 2, a->rows = a->is_ragged || num_rows ? rows.typed_data() : nullptr;
+  if (a->rows && num_rows != (a->is_ragged ? a->B * a->T : a->B)) return invalid("there are as many rows as batch rows, or as tokens");
+  if (!a->rows && a->B > a->num_rows) return invalid("more batch rows than rows of the page table");
+  if (a->L > 1 && a->S % 16) return invalid("pages of a row that has several hold a multiple of 16 tokens");
+  return ffi::Error::Success();
+}
+
+// q, k, v, cos, sin, positions, rows, pages, sinks, then the cache: keys, values and, of int8 ones, their scales. The cache's results are its
+// arguments.
 ffi::Error attention(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer k, ffi::AnyBuffer v, ffi::Buffer<ffi::F32> cos, ffi::Buffer<ffi::F32> sin,
-                     ffi::Buffer<ffi::S32> positions, ffi::Buffer<ffi::S32> rows, ffi::RemainingArgs cache, ffi::Result<ffi::AnyBuffer> out,
-                     ffi::RemainingRets updated, float scale, float softcap, int64_t window, int64_t max_threads) {
+                     ffi::Buffer<ffi::S32> positions, ffi::Buffer<ffi::S32> rows, ffi::Buffer<ffi::S32> pages, ffi::Buffer<ffi::F32> sinks, ffi::RemainingArgs cache,
+                     ffi::Result<ffi::AnyBuffer> out, ffi::RemainingRets updated, float scale, float softcap, int64_t window, int64_t max_threads) {
   TPLLM_RETURN_IF(check_kernels());
   AttentionArgs a{};
   const auto q_dims = q.dimensions(), k_dims = k.dimensions();
@@ -203,19 +275,19 @@ ffi::Error attention(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer k, f
   const auto cache_dims = (*keys)->dimensions();
   a.B = q_dims[0], a.T = q_dims[1], a.N = q_dims[2], a.H = q_dims[3], a.K = k_dims[2], a.P = cache_dims[0], a.S = cache_dims[2];
   a.R = cos.dimensions().back();
-  const bool is_int8 = a.cache_dtype == Dtype::kI8;
   const int64_t num_tokens = a.B * a.T;
   if (!is_float(a.dtype) || out->element_type() != q.element_type() || (*values)->element_type() != (*keys)->element_type())
     return invalid("queries are no floats, or keys and values of two dtypes");
   if (a.K < 1 || a.N % a.K || cache_dims[1] != a.K || cache_dims[3] != a.H || a.R > a.H || a.R % 2 || k.element_type() != q.element_type() ||
       v.element_type() != q.element_type() || static_cast<int64_t>(k.element_count()) != num_tokens * a.K * a.H || v.element_count() != k.element_count() ||
       static_cast<int64_t>(cos.element_count()) != num_tokens * a.R || sin.element_count() != cos.element_count() ||
-      static_cast<int64_t>(positions.element_count()) != num_tokens || (rows.element_count() && static_cast<int64_t>(rows.element_count()) != a.B) ||
-      (!rows.element_count() && a.B > a.P) || (*values)->element_count() != (*keys)->element_count() || updated.size() != (is_int8 ? 4u : 2u) ||
+      static_cast<int64_t>(positions.element_count()) != num_tokens || (sinks.element_count() && static_cast<int64_t>(sinks.element_count()) != a.N) ||
+      (*values)->element_count() != (*keys)->element_count() || updated.size() != (has_scales(a.cache_dtype) ? 4u : 2u) ||
       cache.size() != updated.size() || out->element_count() != q.element_count())
     return invalid("the shapes of attention and its cache do not match");
+  TPLLM_RETURN_IF(read_table(rows, pages, &a));
   a.q = q.untyped_data(), a.k = k.untyped_data(), a.v = v.untyped_data(), a.cos = cos.typed_data(), a.sin = sin.typed_data();
-  a.positions = positions.typed_data(), a.rows = rows.element_count() ? rows.typed_data() : nullptr, a.out = out->untyped_data();
+  a.positions = positions.typed_data(), a.out = out->untyped_data();
   a.k_cache = (*keys)->untyped_data(), a.v_cache = (*values)->untyped_data();
   for (size_t i = 0; i < updated.size(); ++i) {
     auto given = cache.get<ffi::AnyBuffer>(i);
@@ -225,7 +297,7 @@ ffi::Error attention(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer k, f
       return invalid("the cache's scales have another shape");
     if (i >= 2) (i == 2 ? a.k_scales : a.v_scales) = static_cast<float*>((*result)->untyped_data());
   }
-  a.scale = scale, a.softcap = softcap, a.window = window;
+  a.scale = scale, a.softcap = softcap, a.window = window, a.sinks = sinks.element_count() ? sinks.typed_data() : nullptr;
   XlaPool xla_pool(pool);
   Team team(xla_pool, max_threads);
   current_kernels()->attention(team, a);
@@ -253,12 +325,17 @@ ffi::Error pool_size(ffi::ThreadPool pool, ffi::Result<ffi::Buffer<ffi::S32>> ou
 #define TPLLM_FLOAT(name) .Attr<float>(name)
 
 TPLLM_HANDLER(linear, .RemainingArgs().RemainingRets() TPLLM_WEIGHTS TPLLM_INT("max_threads"))
-TPLLM_HANDLER(gated_mlp, .RemainingArgs().RemainingRets() TPLLM_WEIGHTS TPLLM_INT("activation") TPLLM_INT("max_threads"))
+TPLLM_HANDLER(gated_mlp, .RemainingArgs().RemainingRets() TPLLM_WEIGHTS TPLLM_INT("activation") TPLLM_FLOAT("limit") TPLLM_FLOAT("alpha")
+              TPLLM_INT("max_threads"))
+TPLLM_HANDLER(expert_mlps, TPLLM_ARG(Buffer<ffi::S32>).RemainingArgs().RemainingRets() TPLLM_WEIGHTS TPLLM_INT("activation") TPLLM_FLOAT("limit")
+              TPLLM_FLOAT("alpha") TPLLM_INT("inner_size") TPLLM_INT("outer_size") TPLLM_INT("max_threads"))
 TPLLM_HANDLER(lookup, TPLLM_ARG(Buffer<ffi::S32>).RemainingArgs().Ret<ffi::AnyBuffer>() TPLLM_WEIGHTS TPLLM_INT("max_threads"))
 TPLLM_HANDLER(rms_norm, TPLLM_ARG(AnyBuffer) TPLLM_ARG(AnyBuffer).RemainingArgs().Ret<ffi::AnyBuffer>().RemainingRets() TPLLM_FLOAT("eps")
               TPLLM_INT("max_threads"))
 TPLLM_HANDLER(attention, TPLLM_ARG(AnyBuffer) TPLLM_ARG(AnyBuffer) TPLLM_ARG(AnyBuffer) TPLLM_ARG(Buffer<ffi::F32>) TPLLM_ARG(Buffer<ffi::F32>)
-              TPLLM_ARG(Buffer<ffi::S32>) TPLLM_ARG(Buffer<ffi::S32>).RemainingArgs().Ret<ffi::AnyBuffer>().RemainingRets() TPLLM_FLOAT("scale")
+              TPLLM_ARG(Buffer<ffi::S32>) TPLLM_ARG(Buffer<ffi::S32>) TPLLM_ARG(Buffer<ffi::S32>) TPLLM_ARG(Buffer<ffi::F32>).RemainingArgs()
+              .Ret<ffi::AnyBuffer>().RemainingRets()
+              TPLLM_FLOAT("scale")
               TPLLM_FLOAT("softcap") TPLLM_INT("window") TPLLM_INT("max_threads"))
 TPLLM_HANDLER(row_sums, TPLLM_ARG(Buffer<ffi::F32>).Ret<ffi::Buffer<ffi::F32>>() TPLLM_INT("max_threads"))
 TPLLM_HANDLER(pool_size, .Ret<ffi::Buffer<ffi::S32>>())

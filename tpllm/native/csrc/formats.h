@@ -54,23 +54,19 @@ struct I8 : Bytes {
   static constexpr bool kIsInteger = true;
   static TPLLM_INLINE vf f32(const Raw& raw, int i, const Tables&) { return __builtin_convertvector(signed_byte(raw, i), vf); }
 };
-// fp8 (Micikevicius et al. 2022, arXiv:2209.05433): the bits of a float with fewer of them; subnormals lose their implicit one.
 template <int kMantissa, int kBias>
 struct Fp8 : Bytes {
   static constexpr bool kIsInteger = false;
-  static TPLLM_INLINE vf f32(const Raw& raw, int i, const Tables&) {
-    const vi code = signed_byte(raw, i);
-    const vu magnitude = (vu)code & 0x7F;
-    const vu is_small = (vu)((vi)magnitude < (1 << kMantissa));
-    const vu exponent = ((127u - kBias) << 23) + (is_small & (1u << 23));
-    const vf value = as_float((magnitude << (23 - kMantissa)) + exponent) - as_float(is_small & ((128u - kBias) << 23));
-    return as_float(as_bits(value) | ((vu)code & 0x80000000u));
-  }
+  static TPLLM_INLINE vf f32(const Raw& raw, int i, const Tables&) { return widen_fp8<kMantissa, kBias>(signed_byte(raw, i)); }
 };
 using E4M3 = Fp8<3, 7>;
 using E5M2 = Fp8<2, 15>;
 
 #if defined(__AVX512BF16__)
+static TPLLM_INLINE __m512i shift_words(__m512i words, int right) {
+  return right >= 0 ? _mm512_srli_epi16(words, right) : _mm512_slli_epi16(words, -right);
+}
+
 // Eight bits to bfloat16 by tables of 128 magnitudes, one for each byte of the result.
 template <class F, bool HAS_MINUS_128 = false>
 struct BytesToPairs : F {
@@ -92,6 +88,53 @@ template <class F, bool HAS_MINUS_128 = false>
 struct BytesToPairs : F {};
 #endif
 
+// Two bits of each code, and the third of Q3 in a plane behind them.
+template <int kBits>
+struct Pairs {
+  static constexpr int kUnit = kBits == 2 ? 256 : 384;
+  struct Raw { vu low, high; int field, bit; };
+  static TPLLM_INLINE Raw load(const uint8_t* unit, int step, int v) {
+    Raw raw{::tpllm::TPLLM_ISA::load<vu>(unit + (step / 2) * 128 + v * W * 4), vu{}, step % 2 * 4, step * 4};
+    if constexpr (kBits == 3) raw.high = ::tpllm::TPLLM_ISA::load<vu>(unit + 256 + v * W * 4);
+    return raw;
+  }
+  static TPLLM_INLINE vf f32(const Raw& raw, int i, const Tables& tables) {
+    const int j = i / 2, half = i % 2 * 16;
+    vu code = (raw.low >> (2 * (raw.field + j) + half)) & 3;
+    if constexpr (kBits == 3) code |= ((raw.high >> (raw.bit + j + half)) & 1) << 2;
+    return __builtin_convertvector((vi)code, vf) - splat(tables.zero);
+  }
+#if defined(__AVX512BF16__)
+  // As of nibbles: the table repeats, so that bits above the code's do not matter.
+  static TPLLM_INLINE __m512i pair(const Raw& raw, int j, const Tables& tables) {
+    const __m512i low = shift_words((__m512i)raw.low, 2 * (raw.field + j));
+    if constexpr (kBits == 2) return _mm512_permutexvar_epi16(low, tables.low);
+    const __m512i index = _mm512_ternarylogic_epi32(_mm512_set1_epi16(0x0003), low, shift_words((__m512i)raw.high, raw.bit + j - 2), 0xCA);
+    return _mm512_permutexvar_epi16(index, tables.low);
+  }
+#endif
+};
+
+// Nibbles that are floats: [sign][2 bits of exponent][1 of mantissa], 0 0.5 1 1.5 2 3 4 6 and their negatives.
+static TPLLM_INLINE vf widen_e2m1(vu code) {
+#if defined(__AVX512F__)
+  const __m512 values = _mm512_setr_ps(0.0f, 0.5f, 1.0f, 1.5f, 2.0f, 3.0f, 4.0f, 6.0f, -0.0f, -0.5f, -1.0f, -1.5f, -2.0f, -3.0f, -4.0f, -6.0f);
+  return (vf)_mm512_permutexvar_ps((__m512i)code, values);  // looks at the low 4 bits
+#elif defined(__AVX2__)
+  const __m256 sizes = _mm256_setr_ps(0.0f, 0.5f, 1.0f, 1.5f, 2.0f, 3.0f, 4.0f, 6.0f);  // by the low 3 bits
+  return as_float(as_bits((vf)_mm256_permutevar8x32_ps(sizes, (__m256i)code)) | ((code & 8) << 28));
+#elif defined(__aarch64__)
+  // The upper two bytes of each float, one table after the other; a float's lower bytes are the first byte of all.
+  typedef uint8_t bytes __attribute__((vector_size(16)));
+  const bytes first = {0x00, 0x3F, 0x3F, 0x3F, 0x40, 0x40, 0x40, 0x40, 0x80, 0xBF, 0xBF, 0xBF, 0xC0, 0xC0, 0xC0, 0xC0};
+  const bytes second = {0x00, 0x00, 0x80, 0xC0, 0x00, 0x40, 0x80, 0xC0, 0x00, 0x00, 0x80, 0xC0, 0x00, 0x40, 0x80, 0xC0};
+  const vu nibble = code & 0xF;
+  return (vf)__builtin_shuffle(first, second, (bytes)((nibble << 24) | (nibble << 16) | 0x00100000u));
+#else
+  return widen_fp8<1, 1>((vi)((code & 7) | ((code & 8) << 28)));
+#endif
+}
+
 // Four low bits of each code, and the rest of Q5 and Q6 in planes behind them.
 template <int kBits>
 struct Nibbles {
@@ -111,20 +154,21 @@ struct Nibbles {
     return __builtin_convertvector((vi)code, vf) - splat(tables.zero);
   }
 #if defined(__AVX512BF16__)
-  static TPLLM_INLINE __m512i shift(__m512i words, int right) {
-    return right >= 0 ? _mm512_srli_epi16(words, right) : _mm512_slli_epi16(words, -right);
-  }
   static TPLLM_INLINE __m512i pair(const Raw& raw, int j, const Tables& tables) {
-    const __m512i low = shift((__m512i)raw.low, 4 * j);
+    const __m512i low = shift_words((__m512i)raw.low, 4 * j);
     // Words are looked up by their low 5 bits: the table of 4-bit codes stands there twice, so that the fifth bit does not matter.
     if constexpr (kBits == 4) return _mm512_permutexvar_epi16(low, tables.low);
     const __m512i mask = _mm512_set1_epi16(0x000F);
     const int place = kBits == 5 ? raw.field + j - 4 : 2 * (raw.field + j) - 4;
-    const __m512i index = _mm512_ternarylogic_epi32(mask, low, shift((__m512i)raw.high, place), 0xCA);
+    const __m512i index = _mm512_ternarylogic_epi32(mask, low, shift_words((__m512i)raw.high, place), 0xCA);
     if constexpr (kBits == 5) return _mm512_permutexvar_epi16(index, tables.low);
     return _mm512_permutex2var_epi16(tables.low, index, tables.more);
   }
 #endif
+};
+
+struct E2M1 : Nibbles<4> {
+  static TPLLM_INLINE vf f32(const Raw& raw, int i, const Tables&) { return widen_e2m1(raw.low >> (4 * (i / 2) + i % 2 * 16)); }
 };
 
 #if defined(__AVX512BF16__)
@@ -154,8 +198,11 @@ static inline Tables make_tables(const Weight& weight) {
     tables.high = _mm512_load_si512(high), tables.more_high = _mm512_load_si512(high + 64);
   } else {
     alignas(64) uint16_t values[64];
-    const int num_codes = weight.format == Format::kQ6 ? 64 : weight.format == Format::kQ5 ? 32 : 16;
-    for (int i = 0; i < 64; ++i) values[i] = to_bf16(float(i % num_codes - weight.zero));
+    const int num_codes = weight.format == Format::kQ2 ? 4 : weight.format == Format::kQ3 ? 8 : weight.format == Format::kQ6 ? 64 : weight.format == Format::kQ5 ? 32 : 16;
+    for (int i = 0; i < 64; ++i) {
+      const float size = fp8_value(i % 8, 1, 1);
+      values[i] = to_bf16(weight.format != Format::kE2M1 ? float(i % num_codes - weight.zero) : i % 16 < 8 ? size : -size);
+    }
     tables.low = _mm512_load_si512(values), tables.more = _mm512_load_si512(values + 32);
   }
 #endif

@@ -8,31 +8,35 @@ enum Fold { kNoGroups = 0, kWholeUnits = 1, kHalfUnits = 2 };
 // The scales of one block's groups.
 struct Scaler {
   const uint8_t *scales, *mins, *super_scales, *super_mins;  // of the block
-  Dtype dtype;
+  Dtype dtype, min_dtype;
   int64_t units_a_group;
   int groups_a_super_log2;
 
-  Scaler(const Weight& w, int64_t block) : dtype(w.scale_dtype), units_a_group(w.group / kBlock), groups_a_super_log2(0) {
+  Scaler(const Weight& w, int64_t block)
+      : dtype(w.scale_dtype), min_dtype(w.min_dtype), units_a_group(w.group / kBlock), groups_a_super_log2(0) {
     const int64_t num_groups = w.group ? w.padded_k / w.group : 0;
     const int64_t num_supers = w.super_group ? (w.padded_k + w.super_group - 1) / w.super_group : 0;
     while (w.super_group > w.group << groups_a_super_log2) ++groups_a_super_log2;
     auto of_block = [block](const void* base, int64_t count, int64_t bytes) {
       return base ? static_cast<const uint8_t*>(base) + block * count * kBlock * bytes : nullptr;
     };
-    scales = of_block(w.scales, num_groups, item_bytes(dtype)), mins = of_block(w.mins, num_groups, item_bytes(dtype));
+    scales = of_block(w.scales, num_groups, item_bytes(dtype)), mins = of_block(w.mins, num_groups, item_bytes(min_dtype));
     super_scales = of_block(w.super_scales, num_supers, 2), super_mins = of_block(w.super_mins, num_supers, 2);
   }
-  TPLLM_INLINE vf own(const uint8_t* base, int64_t group, int v) const {
-    return load_as_f32(base + (group * kBlock + v * W) * item_bytes(dtype), dtype);
+  TPLLM_INLINE vf own(const uint8_t* base, Dtype own_dtype, int64_t group, int v) const {
+    return load_as_f32(base + (group * kBlock + v * W) * item_bytes(own_dtype), own_dtype);
   }
   TPLLM_INLINE vf super(const uint8_t* base, int64_t group, int v) const {
     return widen_f16(load<vh>(base + ((group >> groups_a_super_log2) * kBlock + v * W) * 2));
   }
   TPLLM_INLINE vf scale(int64_t group, int v) const {
-    return super_scales ? own(scales, group, v) * super(super_scales, group, v) : own(scales, group, v);
+    const vf own_scale = own(scales, dtype, group, v);
+    return super_scales ? own_scale * super(super_scales, group, v) : own_scale;
   }
   TPLLM_INLINE vf min(int64_t group, int v) const {
-    return super_mins ? -(own(mins, group, v) * super(super_mins, group, v)) : own(mins, group, v);
+    const vf own_min = own(mins, min_dtype, group, v);
+    if (super_mins) return -(own_min * super(super_mins, group, v));
+    return min_dtype == Dtype::kU8 ? -(own_min * scale(group, v)) : own_min;
   }
 };
 
@@ -246,9 +250,9 @@ static Method float_method(int fold) {
   const PanelFunction fill = std::is_same_v<F, DenseF32> ? nullptr : fill_float_panel<F>;
   if constexpr (std::is_same_v<F, DenseF32> || std::is_same_v<F, DenseF16> || std::is_same_v<F, DenseBF16>)
     return make_method<F, kNoGroups, FloatMath, DenseF32>(fill, 4096);
-  else if constexpr (std::is_same_v<F, Nibbles<6>>)
+  else if constexpr (std::is_same_v<F, Nibbles<6>> || std::is_same_v<F, E2M1>)
     return fold == kHalfUnits ? make_method<F, kHalfUnits, FloatMath, DenseF32>(fill, 4096) : make_method<F, kWholeUnits, FloatMath, DenseF32>(fill, 4096);
-  else if constexpr (std::is_same_v<F, Nibbles<5>>)
+  else if constexpr (std::is_same_v<F, Nibbles<5>> || std::is_same_v<F, Pairs<2>> || std::is_same_v<F, Pairs<3>>)
     return make_method<F, kWholeUnits, FloatMath, DenseF32>(fill, 4096);
   else
     return fold == kNoGroups ? make_method<F, kNoGroups, FloatMath, DenseF32>(fill, 4096) : make_method<F, kWholeUnits, FloatMath, DenseF32>(fill, 4096);
@@ -260,9 +264,9 @@ static Method pair_method(int fold) {
   const PanelFunction fill = std::is_same_v<F, DenseBF16> ? nullptr : fill_pair_panel<F>;
   if constexpr (std::is_same_v<F, DenseBF16>)
     return make_method<F, kNoGroups, PairMath, DenseBF16>(fill, 2048);
-  else if constexpr (std::is_same_v<F, Nibbles<6>>)
+  else if constexpr (std::is_same_v<F, Nibbles<6>> || std::is_same_v<F, E2M1>)
     return fold == kHalfUnits ? make_method<F, kHalfUnits, PairMath, DenseBF16>(fill, 2048) : make_method<F, kWholeUnits, PairMath, DenseBF16>(fill, 2048);
-  else if constexpr (std::is_same_v<F, Nibbles<5>>)
+  else if constexpr (std::is_same_v<F, Nibbles<5>> || std::is_same_v<F, Pairs<2>> || std::is_same_v<F, Pairs<3>>)
     return make_method<F, kWholeUnits, PairMath, DenseBF16>(fill, 2048);
   else
     return fold == kNoGroups ? make_method<F, kNoGroups, PairMath, DenseBF16>(fill, 2048) : make_method<F, kWholeUnits, PairMath, DenseBF16>(fill, 2048);
@@ -296,6 +300,9 @@ static Method choose_method(const Weight& weight, Math math) {
     case Format::kI4: return pair_method<Nibbles<4>>(fold);
     case Format::kQ5: return pair_method<Nibbles<5>>(fold);
     case Format::kQ6: return pair_method<Nibbles<6>>(fold);
+    case Format::kQ2: return pair_method<Pairs<2>>(fold);
+    case Format::kQ3: return pair_method<Pairs<3>>(fold);
+    case Format::kE2M1: return pair_method<E2M1>(fold);
     default: return pair_method<DenseBF16>(fold);
   }
 #endif
@@ -308,6 +315,9 @@ static Method choose_method(const Weight& weight, Math math) {
     case Format::kE5M2: return float_method<E5M2>(fold);
     case Format::kI4: return float_method<Nibbles<4>>(fold);
     case Format::kQ5: return float_method<Nibbles<5>>(fold);
+    case Format::kQ2: return float_method<Pairs<2>>(fold);
+    case Format::kQ3: return float_method<Pairs<3>>(fold);
+    case Format::kE2M1: return float_method<E2M1>(fold);
     default: return float_method<Nibbles<6>>(fold);
   }
 }

@@ -28,17 +28,20 @@ inline void pack_unit(Format format, const uint8_t (&codes)[kBlock][kBlock], uin
       for (int k = 0; k < kBlock; ++k) out[(k / 4 * kBlock + lane) * 4 + kByteOf[k % 4]] = code[k];
       continue;
     }
-    uint32_t low[4] = {}, fifth = 0, high[2] = {};
+    const bool is_narrow = format == Format::kQ2 || format == Format::kQ3;
+    const int num_low = is_narrow ? 2 : 4, low_bits = is_narrow ? 2 : 4, low_bytes = num_low * kBlock * 4;
+    uint32_t nibbles[4] = {}, single = 0, pairs[2] = {}, low_pairs[2] = {};
     for (int k = 0; k < kBlock; ++k) {
       const int pair = k / 2, half = k % 2 * 16;
-      low[k / 8] |= (code[k] & 0xFu) << (4 * (pair % 4) + half);
-      fifth |= (code[k] >> 4 & 1u) << (pair + half);
-      high[k / 16] |= (code[k] >> 4 & 3u) << (2 * (pair % 8) + half);
+      nibbles[k / 8] |= (code[k] & 0xFu) << (4 * (pair % 4) + half);
+      low_pairs[k / 16] |= (code[k] & 3u) << (2 * (pair % 8) + half);
+      single |= (code[k] >> low_bits & 1u) << (pair + half);
+      pairs[k / 16] |= (code[k] >> 4 & 3u) << (2 * (pair % 8) + half);
     }
-    for (int step = 0; step < 4; ++step) std::memcpy(out + (step * kBlock + lane) * 4, &low[step], 4);
-    if (format == Format::kQ5) std::memcpy(out + 512 + lane * 4, &fifth, 4);
+    for (int i = 0; i < num_low; ++i) std::memcpy(out + (i * kBlock + lane) * 4, is_narrow ? &low_pairs[i] : &nibbles[i], 4);
+    if (format == Format::kQ5 || format == Format::kQ3) std::memcpy(out + low_bytes + lane * 4, &single, 4);
     if (format == Format::kQ6)
-      for (int i = 0; i < 2; ++i) std::memcpy(out + 512 + (i * kBlock + lane) * 4, &high[i], 4);
+      for (int i = 0; i < 2; ++i) std::memcpy(out + low_bytes + (i * kBlock + lane) * 4, &pairs[i], 4);
   }
 }
 

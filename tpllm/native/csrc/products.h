@@ -90,8 +90,8 @@ static void linear(Team& team, const Rows& x, const Weight* weights, const Rows*
   team.run(std::move(phases));
 }
 
-// act(gate(x)) * up(x) for one block of the inner dim.
-static void compute_gated_block(const Product& gate, const Product& up, int64_t block, Activation activation, const Rows& inner) {
+// What gate(x) and up(x) become, for one block of the inner dim.
+static void compute_gated_block(const Product& gate, const Product& up, int64_t block, const Gating& gating, const Rows& inner) {
   float* gate_acc = accumulators(inner.num_rows, 2);
   float* up_acc = gate_acc + (inner.num_rows + kMaxTile - 1) / kMaxTile * kMaxTile * kBlock;
   gate.compute(block, gate_acc);
@@ -100,12 +100,12 @@ static void compute_gated_block(const Product& gate, const Product& up, int64_t 
     vf g[V], u[V];
     gate.finish(block, row, gate_acc + row * kBlock, g);
     up.finish(block, row, up_acc + row * kBlock, u);
-    for (int v = 0; v < V; ++v) u[v] = activate(g[v], activation) * u[v];
+    for (int v = 0; v < V; ++v) u[v] = gated(g[v], u[v], gating);
     store_block(inner, row, block, u);
   }
 }
 
-static void gated_mlp(Team& team, const Rows& x, const Weight& gate, const Weight& up, const Weight& down, Activation activation, const Rows& out) {
+static void gated_mlp(Team& team, const Rows& x, const Weight& gate, const Weight& up, const Weight& down, const Gating& gating, const Rows& out) {
   if (x.num_rows == 0) return;
   FlushDenormals flush;
   Inputs outer(x, gate.num_units());
@@ -119,7 +119,7 @@ static void gated_mlp(Team& team, const Rows& x, const Weight& gate, const Weigh
   add_input_phase(phases, outer);
   phases.emplace_back((num_blocks + step - 1) / step, [&](int64_t chunk) {
     for (int64_t block = chunk * step; block < std::min((chunk + 1) * step, num_blocks); ++block)
-      compute_gated_block(gate_product, up_product, block, activation, inner_rows);
+      compute_gated_block(gate_product, up_product, block, gating, inner_rows);
   });
   phases.emplace_back(inner.num_tiles(), [&](int64_t tile) { inner.fill(tile); });
   phases.push_back(product_phase({Product(down, inner.want(down))}, {out}, team.size()));
@@ -157,6 +157,9 @@ static void lookup(Team& team, const int32_t* tokens, const Weight& table, const
     case Format::kI4: read = lookup_row<Nibbles<4>>; break;
     case Format::kQ5: read = lookup_row<Nibbles<5>>; break;
     case Format::kQ6: read = lookup_row<Nibbles<6>>; break;
+    case Format::kQ2: read = lookup_row<Pairs<2>>; break;
+    case Format::kQ3: read = lookup_row<Pairs<3>>; break;
+    case Format::kE2M1: read = lookup_row<E2M1>; break;
   }
   std::vector<std::pair<int64_t, Team::Work>> phases;
   phases.emplace_back((out.num_rows + 3) / 4, [&](int64_t chunk) {

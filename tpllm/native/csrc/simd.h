@@ -122,7 +122,7 @@ static TPLLM_INLINE uint16_t narrow_f16_one(float x) {
 #if defined(__F16C__)
   return _cvtss_sh(x, 0);
 #else
-  _Float16 half = (_Float16)x;
+  Half half = (Half)x;
   uint16_t bits;
   __builtin_memcpy(&bits, &half, 2);
   return bits;
@@ -140,7 +140,26 @@ static TPLLM_INLINE vh narrow_f16(vf x) {
 #endif
 }
 
-static TPLLM_INLINE int64_t item_bytes(Dtype dtype) { return dtype == Dtype::kF32 ? 4 : dtype == Dtype::kI8 || dtype == Dtype::kU8 ? 1 : 2; }
+// fp8 (Micikevicius et al. 2022, arXiv:2209.05433): the bits of a float with fewer of them; subnormals lose their implicit one.
+template <int kMantissa, int kBias>
+static TPLLM_INLINE vf widen_fp8(vi code) {
+  const vu magnitude = (vu)code & 0x7F;
+  const vu is_small = (vu)((vi)magnitude < (1 << kMantissa));
+  const vu exponent = ((127u - kBias) << 23) + (is_small & (1u << 23));
+  const vf value = as_float((magnitude << (23 - kMantissa)) + exponent) - as_float(is_small & ((128u - kBias) << 23));
+  return as_float(as_bits(value) | ((vu)code & 0x80000000u));
+}
+// To the nearest, ties to even; x is at most 448 in size.
+static TPLLM_INLINE uint8_t narrow_e4m3_one(float x) {
+  uint32_t bits;
+  __builtin_memcpy(&bits, &x, 4);
+  const uint8_t sign = bits >> 24 & 0x80;
+  const float size = __builtin_fabsf(x);
+  if (size < 0.015625f) return sign | static_cast<uint8_t>(size * 512.0f + 12582912.0f - 12582912.0f);  // below 2^-6: steps of 2^-9
+  bits &= 0x7FFFFFFF;
+  return sign | static_cast<uint8_t>(((bits + 0x7FFFF + (bits >> 20 & 1)) >> 20) - (120 << 3));
+}
+
 static TPLLM_INLINE const void* item_at(const void* data, Dtype dtype, int64_t index) {
   return static_cast<const uint8_t*>(data) + index * item_bytes(dtype);
 }
@@ -153,6 +172,8 @@ static TPLLM_INLINE vf load_as_f32(const void* from, Dtype dtype) {
     case Dtype::kBF16: return widen_bf16(load<vh>(from));
     case Dtype::kI8: return __builtin_convertvector(widen(load<vsb>(from)), vf);
     case Dtype::kU8: return __builtin_convertvector(widen(load<vb>(from)), vf);
+    case Dtype::kE4M3: return widen_fp8<3, 7>(widen(load<vsb>(from)));
+    case Dtype::kE8M0: return as_float((vu)widen(load<vb>(from)) << 23);  // 2^-127 counts as 0
   }
   return vf{};
 }
@@ -226,6 +247,13 @@ static TPLLM_INLINE vf activate(vf x, Activation kind) {
       return splat(0.5f) * x * (splat(1.0f) + tanh(inner));
     }
     case Activation::kRelu: return vmax(x, vf{});
+    case Activation::kClampedGlu: break;  // of gate and up together: see gated()
   }
   return x;
+}
+static TPLLM_INLINE vf at_most(vf x, float limit) { return select(x > splat(limit), splat(limit), x); }
+static TPLLM_INLINE vf gated(vf gate, vf up, const Gating& gating) {
+  if (gating.activation != Activation::kClampedGlu) return activate(gate, gating.activation) * up;
+  const vf g = at_most(gate, gating.limit), u = -at_most(-at_most(up, gating.limit), gating.limit);
+  return g * sigmoid(splat(gating.alpha) * g) * (u + splat(1.0f));
 }

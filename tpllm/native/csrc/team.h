@@ -3,6 +3,9 @@
 // A team runs phases in order. Each phase is a number of chunks that whoever is there takes one by one, so that no thread waits for one that
 // has not begun: tasks that the pool runs late find every chunk taken. The state lies on the heap, for such tasks outlive the call.
 //
+// A thread first takes the chunks of its own span, one after the other, and then helps with the others': memory is read faster by threads that
+// each go on where they are than by threads that take turns (on two cores of an EPYC 9005 by a quarter, at chunks of 64 KB).
+//
 // To wake a sleeping thread takes some 50 us on a virtual machine, as long as a small product itself. So a thread of the pool that has helped
 // stays in the lobby for a while, where the next call finds it awake.
 #pragma once
@@ -152,37 +155,46 @@ class Team {
         for (int64_t chunk = 0; chunk < count; ++chunk) work(chunk);
       return;
     }
-    auto state = std::make_shared<State>(std::move(phases));
+    auto state = std::make_shared<State>(std::move(phases), helpers + 1);
     Lobby::instance().invite(pool_, state, helpers);
     state->take_part();
   }
 
  private:
-  struct Phase {
-    std::atomic<int64_t> next{0};
-    alignas(64) std::atomic<int64_t> done{0};
+  struct alignas(64) Counter {
+    std::atomic<int64_t> value{0};
   };
 
   struct State : Job {
-    explicit State(std::vector<std::pair<int64_t, Work>> given) : phases(std::move(given)), progress(phases.size()) {}
+    State(std::vector<std::pair<int64_t, Work>> given, int64_t num_spans)
+        : phases(std::move(given)), spans(num_spans), taken(phases.size() * num_spans), done(phases.size()) {}
 
     void take_part() override {
       FlushDenormals flush;
+      const int64_t seat = num_seats.fetch_add(1, std::memory_order_relaxed);
       for (size_t i = 0; i < phases.size(); ++i) {
-        const int64_t count = phases[i].first;
-        for (int64_t chunk; (chunk = progress[i].next.fetch_add(1, std::memory_order_relaxed)) < count;) {
-          phases[i].second(chunk);
-          progress[i].done.fetch_add(1, std::memory_order_acq_rel);
-        }
-        for (int spins = 0; progress[i].done.load(std::memory_order_acquire) < count; ++spins) {
-          if (spins < kSpins) pause_cpu();
+        for (int64_t turn = 0; turn < spans; ++turn) work_on(i, (seat + turn) % spans);
+        for (int spin = 0; done[i].value.load(std::memory_order_acquire) < phases[i].first; ++spin) {
+          if (spin < kSpins) pause_cpu();
           else std::this_thread::yield();
         }
       }
     }
 
-    std::vector<std::pair<int64_t, Work>> phases;
-    std::vector<Phase> progress;
+   private:
+    void work_on(size_t phase, int64_t span) {
+      const auto& [count, work] = phases[phase];
+      const int64_t begin = count * span / spans, end = count * (span + 1) / spans;
+      for (int64_t chunk; (chunk = begin + taken[phase * spans + span].value.fetch_add(1, std::memory_order_relaxed)) < end;) {
+        work(chunk);
+        done[phase].value.fetch_add(1, std::memory_order_acq_rel);
+      }
+    }
+
+    const std::vector<std::pair<int64_t, Work>> phases;
+    const int64_t spans;
+    std::vector<Counter> taken, done;  // taken: [phases][spans]
+    std::atomic<int64_t> num_seats{0};
   };
 
   Pool& pool_;

@@ -1,0 +1,65 @@
+"""4-bit floats of two exponent bits and one of mantissa (OCP Microscaling Formats 1.0, section 5.3.3).
+
+``weight_packed`` uint8 [N, K / 2] has two codes a byte, the lower first. MXFP4 has a power of two for each 32 inputs, and is kept. NVFP4 has an E4M3
+for each 16 and a float32 of the whole tensor that divides it (NVIDIA 2025, arXiv:2509.25149, section 2), and is dequantized while it is read.
+"""
+import functools
+from collections.abc import Mapping
+
+import numpy as np
+
+from tpllm.checkpoint.formats.bits import look_up_nibbles, nibbles
+from tpllm.checkpoint.formats.matrix import E8M0, FileMatrix, complete_groups, matrix_of, read_exponents, read_scales
+from tpllm.checkpoint.formats.module import FLOATS, Module
+from tpllm.checkpoint.read import TensorReader
+from tpllm.checkpoint.safetensors import TensorEntry
+from tpllm.checkpoint.stored import RowReader
+from tpllm.errors import CheckpointError
+from tpllm.quant.quantize import MXFP4
+from tpllm.quant.schemes import E2M1_VALUES, QuantizedRows
+
+GLOBAL = "weight_global_scale"
+
+
+def float4_matrix(module: Module, shape: tuple[int, int], *, group: int) -> FileMatrix:
+    """The matrix of a module with 4-bit floats; NVFP4 where it has a scale of the whole tensor.
+
+    Args:
+        module: its tensors.
+        shape: (N, K).
+        group: inputs that share a scale.
+    """
+    N, K = shape
+    if not group or K % 2:
+        raise CheckpointError(f"module {module.name!r}: 4-bit floats need a group_size and an even number of inputs; it has {group} and {K}")
+    num_groups = complete_groups(module, K, group)
+    module.need("weight_packed", ("U8",), (N, K // 2))
+    scale = module.parts.get("weight_scale")
+    if GLOBAL in module.parts or (scale is not None and scale.dtype == "F8_E4M3"):
+        module.need(GLOBAL, ("F32",), (1,), ())
+        module.need("weight_scale", ("F8_E4M3", *FLOATS), (N, num_groups))
+    else:
+        is_kept = module.need("weight_scale", (*E8M0, *FLOATS), (N, num_groups)).dtype in E8M0 and group == MXFP4.group
+        if is_kept:
+            return matrix_of(module, shape, MXFP4, functools.partial(_open_kept, module.parts))
+    return matrix_of(module, shape, None, functools.partial(_open, module.parts, group))
+
+
+def _open_kept(parts: Mapping[str, TensorEntry], reader: TensorReader) -> RowReader:
+    exponents = read_exponents(reader, parts["weight_scale"])
+    return lambda first, last: QuantizedRows(nibbles(reader.read_raw(parts["weight_packed"], first, last)), exponents[first:last])
+
+
+def _open(parts: Mapping[str, TensorEntry], group: int, reader: TensorReader) -> RowReader:
+    scales = read_scales(reader, parts["weight_scale"]).astype(np.float32)
+    if GLOBAL in parts:
+        divisor = read_scales(reader, parts[GLOBAL]).reshape(())
+        if divisor == 0:
+            raise CheckpointError(f"{parts[GLOBAL].path}: tensor {parts[GLOBAL].name!r} is zero, and scales are divided by it")
+        scales = scales / divisor
+
+    def rows(first: int, last: int) -> np.ndarray:
+        weights = look_up_nibbles(E2M1_VALUES, reader.read_raw(parts["weight_packed"], first, last))
+        weights *= np.repeat(scales[first:last], group, axis=1)
+        return weights
+    return rows

@@ -1,0 +1,186 @@
+"""A GGUF file's metadata as the config.json that the model had (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, "LLM")."""
+import collections
+import dataclasses
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from tpllm.checkpoint.gguf.header import GgufFile
+from tpllm.checkpoint.gguf.metadata import count, needed_count, number, same_in_every_layer
+from tpllm.checkpoint.gguf.rope import FACTOR_TENSORS, rope_fields
+from tpllm.errors import CheckpointError
+
+DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+EMBEDDING, NORM_EPS = "token_embd.weight", "attention.layer_norm_rms_epsilon"
+TOKEN_IDS = ("bos", "eos", "padding")
+
+log = logging.getLogger("tpllm")
+
+
+def config_from_gguf(gguf: GgufFile) -> dict[str, Any]:
+    """The fields of config.json, as transformers 4 writes them.
+
+    Raises:
+        CheckpointError: an architecture that is not known, or a key that is missing or has a value that cannot be.
+    """
+    if gguf.arch not in ARCHITECTURES:
+        raise CheckpointError(f"{gguf.path}: general.architecture is {gguf.arch!r}, which is not known; known: {', '.join(ARCHITECTURES)}")
+    if EMBEDDING not in gguf.tensors or len(gguf.tensors[EMBEDDING].shape) != 2:
+        raise CheckpointError(f"{gguf.path}: tensor {EMBEDDING!r} is missing or no matrix; a vocabulary without a model cannot be run")
+    architecture, hidden_size = ARCHITECTURES[gguf.arch], needed_count(gguf, "embedding_length")
+    num_heads, head_dim = _heads(gguf, hidden_size)
+    fields = {
+        "architectures": [architecture.name], "model_type": architecture.model_type, "vocab_size": gguf.tensors[EMBEDDING].shape[0],
+        "hidden_size": hidden_size, "num_hidden_layers": _num_layers(gguf), "num_attention_heads": num_heads,
+        "num_key_value_heads": same_in_every_layer(gguf, "attention.head_count_kv") or num_heads, "head_dim": head_dim,
+        "intermediate_size": same_in_every_layer(gguf, "feed_forward_length"), "max_position_embeddings": needed_count(gguf, "context_length"),
+        "rms_norm_eps": _needed(gguf, number(gguf, NORM_EPS), NORM_EPS), "hidden_act": "silu", "torch_dtype": _dtype(gguf),
+        "tie_word_embeddings": "output.weight" not in gguf.tensors, **_token_ids(gguf), **rope_fields(gguf, head_dim)}
+    return {key: value for key, value in {**fields, **architecture.more(gguf, fields)}.items() if value is not None}
+
+
+def _heads(gguf: GgufFile, hidden_size: int) -> tuple[int, int]:
+    """(query heads, head dim)."""
+    num_heads = _needed(gguf, same_in_every_layer(gguf, "attention.head_count"), "attention.head_count")
+    head_dim = count(gguf, "attention.key_length", max(1, hidden_size // num_heads))
+    if (value_dim := count(gguf, "attention.value_length", head_dim)) != head_dim:
+        raise CheckpointError(f"{gguf.path}: {gguf.arch}.attention.value_length is {value_dim} and key_length {head_dim}; they must be equal")
+    return num_heads, head_dim
+
+
+def _num_layers(gguf: GgufFile) -> int:
+    """No more than there are tensors: a layer costs memory here before anything is read of it."""
+    num_layers = needed_count(gguf, "block_count")
+    if num_layers > len(gguf.tensors):
+        raise CheckpointError(f"{gguf.path}: {gguf.arch}.block_count is {num_layers}; the file has {len(gguf.tensors)} tensors. Convert it again")
+    return num_layers
+
+
+def _needed(gguf: GgufFile, value: Any, key: str) -> Any:
+    if value is None:
+        raise CheckpointError(f"{gguf.path}: {gguf.arch}.{key} is missing; the file does not describe a decoder. Convert the model again")
+    return value
+
+
+def harmless_tensors(gguf: GgufFile) -> set[str]:
+    """Tensors that the configuration holds, so that no parameter is read from them."""
+    return FACTOR_TENSORS & gguf.tensors.keys()
+
+
+def _dtype(gguf: GgufFile) -> str:
+    """Of the matrices that are plain; bfloat16 where all are quantized."""
+    kinds = collections.Counter(tensor.type.name for tensor in gguf.tensors.values() if len(tensor.shape) > 1)
+    return DTYPES.get(kinds.most_common(1)[0][0], "bfloat16")
+
+
+def _token_ids(gguf: GgufFile) -> dict[str, int]:
+    found = {}
+    for name in TOKEN_IDS:
+        token_id = gguf.get(f"tokenizer.ggml.{name}_token_id", int)
+        if token_id is not None and 0 <= token_id < gguf.tensors[EMBEDDING].shape[0]:
+            found[f"{'pad' if name == 'padding' else name}_token_id"] = token_id
+        elif token_id is not None:
+            log.warning("%s: tokenizer.ggml.%s_token_id is %d, outside of the vocabulary; it is not used", gguf.path, name, token_id)
+    return found
+
+
+def _llama(gguf: GgufFile, _: Mapping[str, Any]) -> dict[str, Any]:
+    if experts := count(gguf, "expert_count"):
+        return {"architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "num_local_experts": experts,
+                "num_experts_per_tok": needed_count(gguf, "expert_used_count"), "sliding_window": count(gguf, "attention.sliding_window")}
+    if window := count(gguf, "attention.sliding_window"):
+        return {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": window}
+    return {"attention_bias": "blk.0.attn_q.bias" in gguf.tensors, "mlp_bias": "blk.0.ffn_down.bias" in gguf.tensors}
+
+
+def _qwen2(gguf: GgufFile, fields: Mapping[str, Any]) -> dict[str, Any]:
+    window = count(gguf, "attention.sliding_window")
+    return {"use_sliding_window": True, "sliding_window": window, "max_window_layers": 0} if window else {"use_sliding_window": False}
+
+
+def _qwen3(gguf: GgufFile, fields: Mapping[str, Any]) -> dict[str, Any]:
+    return {"attention_bias": "blk.0.attn_q.bias" in gguf.tensors, **_qwen2(gguf, fields)}
+
+
+def _qwen_moe(gguf: GgufFile, fields: Mapping[str, Any]) -> dict[str, Any]:
+    is_third = gguf.arch == "qwen3moe"
+    inner = count(gguf, "expert_feed_forward_length") or needed_count(gguf, "feed_forward_length")
+    more = {"num_experts": needed_count(gguf, "expert_count"), "num_experts_per_tok": needed_count(gguf, "expert_used_count"),
+            "moe_intermediate_size": inner, "intermediate_size": fields["intermediate_size"] or inner, "norm_topk_prob": is_third,
+            "decoder_sparse_step": 1, "mlp_only_layers": []}
+    shared = {} if is_third else {"shared_expert_intermediate_size": count(gguf, "expert_shared_feed_forward_length") or _shared_rows(gguf)}
+    return {**(_qwen3 if is_third else _qwen2)(gguf, fields), **more, **shared}
+
+
+def _shared_rows(gguf: GgufFile) -> int | None:
+    tensor = gguf.tensors.get("blk.0.ffn_up_shexp.weight")
+    return tensor.shape[0] if tensor else None
+
+
+def _gemma(gguf: GgufFile, fields: Mapping[str, Any]) -> dict[str, Any]:
+    return {"hidden_act": "gelu_pytorch_tanh", "hidden_activation": "gelu_pytorch_tanh", "attention_bias": False}
+
+
+def _gemma2(gguf: GgufFile, fields: Mapping[str, Any]) -> dict[str, Any]:
+    return {**_gemma(gguf, fields), **_windows(gguf, fields, every=2, largest=46),
+            "attn_logit_softcapping": number(gguf, "attn_logit_softcapping", 50.0),
+            "final_logit_softcapping": number(gguf, "final_logit_softcapping", 30.0)}
+
+
+def _gemma3(gguf: GgufFile, fields: Mapping[str, Any]) -> dict[str, Any]:
+    return {**_gemma(gguf, fields), **_windows(gguf, fields, every=6, largest=62), "rope_theta": number(gguf, "rope.freq_base", 1_000_000.0),
+            "rope_local_base_freq": number(gguf, "rope.freq_base_swa", 10000.0), "final_logit_softcapping": number(gguf, "final_logit_softcapping")}
+
+
+def _windows(gguf: GgufFile, fields: Mapping[str, Any], *, every: int, largest: int) -> dict[str, Any]:
+    """The window, in all layers but each ``every``-th; and the divisor of scores, which is the head dim in all but the largest model."""
+    num_layers, window = fields["num_hidden_layers"], count(gguf, "attention.sliding_window", 4096 if every == 2 else None)
+    pattern = gguf.get(f"{gguf.arch}.attention.sliding_window_pattern", (int, np.ndarray))
+    every = pattern if isinstance(pattern, int) and pattern > 0 else every
+    is_local = [(i + 1) % every != 0 for i in range(num_layers)]
+    if isinstance(pattern, np.ndarray) and len(pattern) == num_layers:
+        is_local = [bool(item) for item in pattern]
+    scale = fields["hidden_size"] // fields["num_attention_heads"] if num_layers == largest else fields["head_dim"]
+    return {"sliding_window": window, "query_pre_attn_scalar": scale,
+            "layer_types": ["sliding_attention" if local else "full_attention" for local in is_local]}
+
+
+def _phi3(gguf: GgufFile, fields: Mapping[str, Any]) -> dict[str, Any]:
+    return {"sliding_window": count(gguf, "attention.sliding_window")}
+
+
+def _gpt_oss(gguf: GgufFile, fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The file does not say that YaRN's bounds are not rounded; the model's config.json does."""
+    inner = count(gguf, "expert_feed_forward_length") or needed_count(gguf, "feed_forward_length")
+    windows = _windows(gguf, fields, every=2, largest=0)
+    return {"num_local_experts": needed_count(gguf, "expert_count"), "num_experts_per_tok": needed_count(gguf, "expert_used_count"),
+            "intermediate_size": inner, "attention_bias": "blk.0.attn_q.bias" in gguf.tensors, "layer_types": windows["layer_types"],
+            "sliding_window": count(gguf, "attention.sliding_window", 128),
+            "rope_scaling": {"rope_type": "default"} if "rope_scaling" not in fields else fields["rope_scaling"] | {"truncate": False}}
+
+
+@dataclasses.dataclass(frozen=True)
+class Architecture:
+    """What an architecture of GGUF's is in config.json.
+
+    Attributes:
+        name: of ``architectures``.
+        model_type: the field.
+        more: fields that differ from or go beyond the common ones, of the file and those.
+    """
+
+    name: str
+    model_type: str
+    more: Callable[[GgufFile, Mapping[str, Any]], dict[str, Any]]
+
+
+ARCHITECTURES: dict[str, Architecture] = {
+    "llama": Architecture("LlamaForCausalLM", "llama", _llama), "qwen2": Architecture("Qwen2ForCausalLM", "qwen2", _qwen2),
+    "qwen3": Architecture("Qwen3ForCausalLM", "qwen3", _qwen3), "qwen2moe": Architecture("Qwen2MoeForCausalLM", "qwen2_moe", _qwen_moe),
+    "qwen3moe": Architecture("Qwen3MoeForCausalLM", "qwen3_moe", _qwen_moe), "gemma": Architecture("GemmaForCausalLM", "gemma", _gemma),
+    "gemma2": Architecture("Gemma2ForCausalLM", "gemma2", _gemma2), "gemma3": Architecture("Gemma3ForCausalLM", "gemma3_text", _gemma3),
+    "phi3": Architecture("Phi3ForCausalLM", "phi3", _phi3), "gpt-oss": Architecture("GptOssForCausalLM", "gpt_oss", _gpt_oss),
+}
+"""By ``general.architecture``."""

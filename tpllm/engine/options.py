@@ -1,0 +1,69 @@
+"""What a user may set of an engine, and the engine that comes of it."""
+import dataclasses
+from typing import Literal
+
+from tpllm.engine.cache_size import check_cache_size, choose_num_pages
+from tpllm.engine.engine import Engine
+from tpllm.engine.runner import Runner
+from tpllm.engine.scheduler import Scheduler
+from tpllm.engine.shapes import EngineShapes, choose_shapes
+from tpllm.errors import ConfigError
+from tpllm.model.config import ModelConfig
+from tpllm.model.params import DecoderParams
+from tpllm.tokenizer import Tokenizer
+
+PREEMPTIONS = ("auto", "recompute", "swap")
+ROPES_OF_PROMPT_LEN = ("dynamic", "longrope")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EngineOptions:
+    """The options of :class:`tpllm.LLM` that concern its engine; see there."""
+
+    max_model_len: int | None = None
+    max_num_seqs: int | None = None
+    prefill_chunk_size: int | None = None
+    batch_invariant: bool = True
+    page_size: int | None = None
+    kv_cache_tokens: int | None = None
+    memory_share: float | None = None
+    enable_prefix_caching: bool = True
+    preemption: Literal["auto", "recompute", "swap"] = "auto"
+
+    def __post_init__(self):
+        check_cache_size(self.kv_cache_tokens, self.memory_share)
+        if self.preemption not in PREEMPTIONS:
+            raise ConfigError(f"preemption is {self.preemption!r}; it must be one of {', '.join(PREEMPTIONS)}")
+
+    def shapes(self, config: ModelConfig, *, is_packed: bool) -> EngineShapes:
+        """The sizes of the device programs; ``is_packed`` says whether native kernels multiply."""
+        return choose_shapes(config, max_model_len=self.max_model_len, max_num_seqs=self.max_num_seqs, prefill_chunk_size=self.prefill_chunk_size,
+                             batch_invariant=self.batch_invariant, page_size=self.page_size, is_packed=is_packed)
+
+    def swaps(self, shapes: EngineShapes) -> bool:
+        """Whether a row that loses its pages gets them back from the host: where computing them again would give other bits, or on demand.
+
+        Raises:
+            ConfigError: rows are to be computed again where that would change their tokens.
+        """
+        is_exact = shapes.has_invariant_kernels or not shapes.is_batch_invariant
+        if self.preemption == "recompute" and not is_exact:
+            raise ConfigError("preemption is 'recompute', but without native kernels a token's last bits depend on how many were computed with it; "
+                              "use 'swap', or batch_invariant=False")
+        return self.preemption == "swap" or (self.preemption == "auto" and not is_exact)
+
+
+def build_engine(config: ModelConfig, params: DecoderParams, tokenizer: Tokenizer | None, *, options: EngineOptions, shapes: EngineShapes,
+                 cache_dtype, seed: int = 0) -> Engine:
+    """An engine over parameters on their mesh.
+
+    Raises:
+        ConfigError, MemoryNeedError: there is no room for a KV cache, or not for the one asked for.
+    """
+    num_pages = choose_num_pages(config, shapes, cache_dtype, kv_cache_tokens=options.kv_cache_tokens, memory_share=options.memory_share)
+    eos_ids = tokenizer.eos_token_ids if tokenizer else frozenset()
+    runner = Runner(config, params, shapes=shapes, num_pages=num_pages, eos_ids=eos_ids, cache_dtype=cache_dtype)
+    depends_on_prompt_len = any(rope is not None and rope.kind in ROPES_OF_PROMPT_LEN for rope in config.layer_ropes)
+    scheduler = Scheduler(shapes, num_pages=num_pages, num_groups=runner.num_groups, caches_prefixes=options.enable_prefix_caching,
+                          depends_on_prompt_len=depends_on_prompt_len, swaps=options.swaps(shapes))
+    return Engine(runner, scheduler, tokenizer, seed=seed)

@@ -218,7 +218,7 @@ for i in range(2):  # a program that still runs holds what it reads
     llm = used()
     iterator = llm.generate_iter([PROMPT] * 2, [short, LONG])
     next(iterator)
-    assert not llm._engine._in_flight[-1].output.token.is_ready()
+    assert not llm._engine._in_flight[-1][0].output.token.is_ready()
     del iterator, llm
     note(f"after deleting a busy one {i}")
     llm = used()

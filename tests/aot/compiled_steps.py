@@ -11,6 +11,7 @@ from tpllm.aot.topologies import accelerator_mesh
 from tpllm.bench.shapes import find_shape
 from tpllm.engine.shapes import EngineShapes
 from tpllm.model.config import ModelConfig
+from tpllm.model.params import abstract_params
 from tpllm.model.partition import fit_to_mesh
 
 SHAPES = EngineShapes(max_num_seqs=16, max_model_len=4096, prefill_chunk=512)
@@ -57,4 +58,4 @@ def fitted(model: str, tp: int, accelerator: str) -> ModelConfig:
 def compiled(case: Case) -> CompiledProgram:
     """What the accelerator's compiler makes of the engine's program."""
     lower = lower_decode if case.step == "decode" else lower_prefill
-    return compile_lowered(lower(case.config, SHAPES, weight_dtype=DTYPE, cache_dtype=DTYPE))
+    return compile_lowered(lower(case.config, SHAPES, params=abstract_params(case.config, DTYPE), cache_dtype=DTYPE))

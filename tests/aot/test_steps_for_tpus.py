@@ -6,6 +6,7 @@ from tests.aot.step_tests import StepTests, logits_bytes
 from tpllm.aot.report import compile_lowered
 from tpllm.aot.step_programs import lower_decode
 from tpllm.errors import MemoryNeedError
+from tpllm.model.params import abstract_params
 
 VECTOR_MEMORY = 128 * 2**20  # of a v5e and of a v6e
 
@@ -22,4 +23,4 @@ class TestStepsForTpus(StepTests):
 def test_seventy_billion_parameters_in_bfloat16_are_refused_for_chips_of_16_gib_and_both_figures_are_named():
     config = fitted("llama-3.1-70b", 8, "v5e:2x4")
     with pytest.raises(MemoryNeedError, match=r"needs 1[89]\.\d+GiB of each device, which has 15\.75GiB"):
-        compile_lowered(lower_decode(config, SHAPES, weight_dtype=DTYPE, cache_dtype=DTYPE))
+        compile_lowered(lower_decode(config, SHAPES, params=abstract_params(config, DTYPE), cache_dtype=DTYPE))

@@ -8,7 +8,7 @@ from tpllm.aot.topologies import GPUS, TPUS, accelerator_mesh, describe_devices
 from tpllm.errors import ConfigError
 
 
-@pytest.mark.parametrize("name", ["h100:8", "v5e2x2", "", "cpu:4"])
+@pytest.mark.parametrize("name", ["a100:8", "v5e2x2", "", "cpu:4"])
 def test_an_unknown_accelerator_is_refused_and_the_known_ones_named(name):
     with pytest.raises(ConfigError, match=r"unknown accelerator.*write 'h200:8' or 'v5e:2x4'") as error:
         describe_devices(name)

@@ -1,11 +1,12 @@
 """Compiling a lowered program, and what the compiler made of it: collectives, memory, and what is updated in place."""
 import collections
+import concurrent.futures
 import contextlib
 import dataclasses
 import functools
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -14,7 +15,6 @@ from tpllm.aot import hlo
 from tpllm.errors import MemoryNeedError
 
 _OUT_OF_MEMORY = re.compile(r"\(([\d.]+[KMGT])\) exceeds available HBM \(([\d.]+[KMGT])\)")  # libtpu's words
-
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,9 +75,18 @@ def compile_lowered(lowered: jax.stages.Lowered) -> CompiledProgram:
     Raises:
         MemoryNeedError: the compiler finds that the program does not fit into a device; what it needs and what there is.
     """
+    return compile_all([lowered])[0]
+
+
+def compile_all(lowered: Sequence[jax.stages.Lowered]) -> list[CompiledProgram]:
+    """As :func:`compile_lowered` for several programs, side by side."""
+    with _unstored(), concurrent.futures.ThreadPoolExecutor(len(lowered)) as pool:
+        return list(pool.map(_compile, lowered))
+
+
+def _compile(lowered: jax.stages.Lowered) -> CompiledProgram:
     try:
-        with _unstored():
-            executable = lowered.compile()
+        executable = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         if found := _OUT_OF_MEMORY.search(str(error)):
             raise MemoryNeedError(f"the program needs {found[1]}iB of each device, which has {found[2]}iB; lower max_model_len or max_num_seqs, "

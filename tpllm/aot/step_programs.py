@@ -15,37 +15,37 @@ from tpllm.engine.sampling_params import MAX_STOP_TOKEN_IDS
 from tpllm.engine.shapes import EngineShapes
 from tpllm.model.config import ModelConfig
 from tpllm.model.kv_cache import KVCache, init_cache
-from tpllm.model.params import abstract_params
+from tpllm.model.params import DecoderParams
 
 _PLATFORMS = {"gpu": "cuda"}  # a device's platform -> the lowering's, where they differ
 
 
-def lower_decode(config: ModelConfig, shapes: EngineShapes, *, weight_dtype: Any, cache_dtype: Any, num_eos_ids: int = 1) -> jax.stages.Lowered:
+def lower_decode(config: ModelConfig, shapes: EngineShapes, *, params: DecoderParams, cache_dtype: Any, num_eos_ids: int = 1) -> jax.stages.Lowered:
     """The decode program at all of ``shapes``' slots, as the engine runs it.
 
     Args:
         config: the model, fitted to a mesh.
         shapes: the engine's sizes.
-        weight_dtype, cache_dtype: of the parameters; of keys and values.
+        params: shapes, dtypes and shardings of the parameters, from ``abstract_params``.
+        cache_dtype: of keys and values.
         num_eos_ids: how many end-of-sequence ids the model has.
     """
-    params, cache, state = _abstract_arguments(config, shapes, weight_dtype, cache_dtype, num_stop_ids=MAX_STOP_TOKEN_IDS + num_eos_ids)
+    cache, state = _abstract_rows(config, shapes, cache_dtype, num_eos_ids)
     decode = jit_programs(config, cache, state, max_steps=MAX_STEPS).decode
     with jax.set_mesh(config.partition.mesh):
         return decode.trace(params, cache, state, *_busy_slots(shapes), np.int32(1), num_rows=shapes.max_num_seqs).lower(
             lowering_platforms=_lowering_platforms(config.partition.mesh))
 
 
-def lower_prefill(config: ModelConfig, shapes: EngineShapes, *, weight_dtype: Any, cache_dtype: Any, num_eos_ids: int = 1,
+def lower_prefill(config: ModelConfig, shapes: EngineShapes, *, params: DecoderParams, cache_dtype: Any, num_eos_ids: int = 1,
                   has_prompt_logprobs: bool = False) -> jax.stages.Lowered:
     """The program of a whole prefill chunk, as the engine runs it.
 
     Args:
-        config, shapes, weight_dtype, cache_dtype, num_eos_ids: see :func:`lower_decode`.
+        config, shapes, params, cache_dtype, num_eos_ids: see :func:`lower_decode`.
         has_prompt_logprobs: whether the prompt's tokens are scored too.
     """
-    num_stop_ids = MAX_STOP_TOKEN_IDS + num_eos_ids
-    params, cache, state = _abstract_arguments(config, shapes, weight_dtype, cache_dtype, num_stop_ids=num_stop_ids)
+    cache, state = _abstract_rows(config, shapes, cache_dtype, num_eos_ids)
     step = jit_programs(config, cache, state, max_steps=MAX_STEPS).step
     chunk = pack_chunk(StepPlan(pieces=(), owners=(), bucket=shapes.prefill_chunk), num_slots=shapes.max_num_seqs,
                        num_groups=config.partition.size(BATCH), is_ragged=shapes.has_invariant_kernels)
@@ -66,9 +66,8 @@ def abstract_slots(config: ModelConfig, shapes: EngineShapes, *, num_stop_ids: i
     return jax.tree.map(_placed, state, slot_shardings(config.partition))
 
 
-def _abstract_arguments(config: ModelConfig, shapes: EngineShapes, weight_dtype: Any, cache_dtype: Any, *, num_stop_ids: int):
-    return (abstract_params(config, weight_dtype), abstract_cache(config, shapes, cache_dtype),
-            abstract_slots(config, shapes, num_stop_ids=num_stop_ids))
+def _abstract_rows(config: ModelConfig, shapes: EngineShapes, cache_dtype: Any, num_eos_ids: int) -> tuple[KVCache, SlotState]:
+    return abstract_cache(config, shapes, cache_dtype), abstract_slots(config, shapes, num_stop_ids=MAX_STOP_TOKEN_IDS + num_eos_ids)
 
 
 def _busy_slots(shapes: EngineShapes) -> tuple[np.ndarray, np.ndarray]:

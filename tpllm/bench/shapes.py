@@ -42,6 +42,13 @@ SHAPES = {
                                 intermediate_size=14336, max_position=131072, rope=LLAMA31_ROPE),
     "llama-3.1-70b": ModelConfig(vocab_size=128256, hidden_size=8192, num_layers=80, num_heads=64, num_kv_heads=8, head_dim=128,
                                  intermediate_size=28672, max_position=131072, rope=LLAMA31_ROPE),
+    "llama-3.1-405b": ModelConfig(vocab_size=128256, hidden_size=16384, num_layers=126, num_heads=128, num_kv_heads=8, head_dim=128,
+                                  intermediate_size=53248, max_position=131072, rope=LLAMA31_ROPE),
+    "qwen3-32b": ModelConfig(vocab_size=151936, hidden_size=5120, num_layers=64, num_heads=64, num_kv_heads=8, head_dim=128,
+                             intermediate_size=25600, max_position=40960, rope=RopeConfig(theta=1e6), has_qk_norm=True),
+    "mixtral-8x7b": ModelConfig(vocab_size=32000, hidden_size=4096, num_layers=32, num_heads=32, num_kv_heads=8, head_dim=128,
+                                intermediate_size=14336, max_position=32768, rope=RopeConfig(theta=1e6), num_experts=8, num_experts_per_token=2,
+                                expert_size=14336),
 }
 
 

@@ -95,6 +95,15 @@ def open_checkpoint(model: str | Path, *, revision: str | None = None) -> Checkp
                       generation_config=_generation_config(folder), tensors=tensors, headers=headers, weights=weights)
 
 
+def config_without_weights(model: str | Path) -> tuple[Mapping[str, Any], ModelConfig] | None:
+    """(config.json, the model it describes) of a folder that holds no weights; None of anything else."""
+    folder = Path(model)
+    if not (folder / "config.json").exists() or (folder / MANIFEST).exists() or any(folder.glob("*.safetensors")) or any(folder.glob(f"*{GGUF}")):
+        return None
+    hf_config = read_json(folder, "config.json")
+    return hf_config, _read_config(folder, hf_config)[1]
+
+
 def _open_store(folder: Path, commit: str | None, hf_config: Mapping[str, Any], family: Family, config: ModelConfig) -> Checkpoint:
     """A store, whose weights have the names of our parameters."""
     return Checkpoint(folder=folder, revision=commit, hf_config=hf_config, config=config, tensors={}, headers={}, weights=StoreFormat(folder),

@@ -16,6 +16,7 @@ COMMANDS = {
     "generate": "complete one prompt, printed as it is generated",
     "chat": "talk with a model in the terminal",
     "inspect": "show a model's configuration, parameters and memory; weights are not loaded",
+    "plan": "say what a model takes on devices that need not be there",
     "quantize": "write a quantized checkpoint that tpllm and transformers open",
     "bench": "measure speed and memory",
     "completion": "print the script by which a shell completes tpllm's commands",

@@ -3,7 +3,7 @@ import dataclasses
 from typing import Any
 
 from sharding_rules import MeshError, ShardingError
-from sharding_rules.axes import BATCH, HEADS
+from sharding_rules.axes import BATCH
 from tpllm.errors import ConfigError
 from tpllm.model.params import bytes_per_device
 from tpllm.plan.costs import decode_work
@@ -69,12 +69,12 @@ def _meshes(num_devices: int, subject: Subject) -> list[dict[str, int]]:
 
 
 def _judge(options: PlanOptions, subject: Subject, sizes: dict[str, int]) -> Candidate | None:
+    if subject.config.num_heads % sizes["tp"]:  # attention would be computed by all alike
+        return None
     text = ",".join(f"{axis}={size}" for axis, size in sizes.items() if size > 1) or "tp=1"
     try:
         setup = prepare(dataclasses.replace(options, mesh=text), subject)
     except (MeshError, ShardingError, ConfigError):
-        return None
-    if setup.config.partition.size(HEADS) < sizes["tp"]:  # attention would be computed by all alike
         return None
     limits, num_rows = limits_of(setup.devices[0]), setup.shapes.max_num_seqs // setup.config.partition.size(BATCH)
     has_room = bytes_per_device(setup.params) + num_rows * row_bytes(setup) <= device_bytes(setup)

@@ -57,7 +57,7 @@ class CompiledProgram:
     def describe(self) -> dict[str, Any]:
         """Counts and bytes of one device, JSON-able."""
         memory = self.executable.memory_analysis()
-        counts = collections.Counter((found.op, _shapes(found)) for found in self.collectives)
+        counts = collections.Counter((found.op, results_text(found)) for found in self.collectives)
         return {
             "collectives": [{"op": op, "result": result, "count": count} for (op, result), count in counts.most_common()],
             "num_aliased": self.num_aliased, "argument_bytes": memory.argument_size_in_bytes, "output_bytes": memory.output_size_in_bytes,
@@ -106,5 +106,6 @@ def _unstored() -> Iterator[None]:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", seconds)
 
 
-def _shapes(instruction: hlo.Instruction) -> str:
+def results_text(instruction: hlo.Instruction) -> str:
+    """What an instruction gives, as in ``"bf16[8,4096], f32[8]"``."""
     return ", ".join(f"{array.dtype}[{','.join(map(str, array.shape))}]" for array in instruction.results)

@@ -198,9 +198,9 @@ def named_leaves(tree: Any) -> list[tuple[str, Any]]:
     return [(".".join(str(getattr(key, "name", getattr(key, "idx", key))) for key in path), leaf) for path, leaf in leaves]
 
 
-def bytes_per_device(params: DecoderParams) -> int:
-    """Bytes of the parameters' shards on each device of their mesh; replicas count on every device."""
-    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(params))
+def bytes_per_device(tree: Any) -> int:
+    """Bytes of the shards of arrays, or of shapes with shardings, on each device of their mesh; replicas count on every device."""
+    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def map_specs(function, specs: DecoderParams) -> DecoderParams:

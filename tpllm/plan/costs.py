@@ -1,12 +1,11 @@
 """What a step reads and computes, counted from the model: a GPU's compiler does not tell, a TPU's counts a loop once."""
 import dataclasses
-import math
 
 from sharding_rules.axes import BATCH
 from tpllm.engine.roofline import num_matrix_values
 from tpllm.model.config import ModelConfig
 from tpllm.model.kv_cache import cache_bytes_per_token
-from tpllm.model.params import named_leaves, param_specs
+from tpllm.model.params import bytes_per_device, named_leaves, param_specs
 from tpllm.plan.setup import Setup
 
 
@@ -67,7 +66,7 @@ def _weight_bytes(setup: Setup, num_tokens: float) -> float:
     specs = dict(named_leaves(param_specs(config)))
     for name, leaf in named_leaves(setup.params):
         spec = specs.get(name) or specs[name.rpartition(".")[0]]
-        num_bytes = math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        num_bytes = bytes_per_device(leaf)
         if name.split(".")[0] == "embed" and not config.ties_embeddings:
             continue
         if spec.stack is not None:

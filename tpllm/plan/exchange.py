@@ -12,7 +12,7 @@ from typing import Any
 import jax
 
 from tpllm.aot.hlo import Instruction, replica_groups
-from tpllm.aot.report import CompiledProgram
+from tpllm.aot.report import CompiledProgram, results_text
 from tpllm.plan.devices import limits_of, wiring
 
 SENT = {"all-reduce": lambda n: 2 * (n - 1) / n, "all-gather": lambda n: (n - 1) / n, "all-to-all": lambda n: (n - 1) / n,
@@ -55,8 +55,7 @@ def exchanges_of(program: CompiledProgram, mesh_devices: Sequence[jax.Device], a
     """
     found: dict[tuple[str, str, frozenset[int]], list[Instruction]] = collections.defaultdict(list)
     for instruction in program.collectives:
-        results = ", ".join(f"{array.dtype}[{','.join(map(str, array.shape))}]" for array in instruction.results)
-        found[instruction.op, results, _group(instruction, len(mesh_devices))].append(instruction)
+        found[instruction.op, results_text(instruction), _group(instruction, len(mesh_devices))].append(instruction)
     exchanges = []
     for (op, results, group), instructions in found.items():
         num_bytes = sum(array.num_bytes for array in instructions[0].results)

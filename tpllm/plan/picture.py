@@ -5,7 +5,7 @@ from typing import Any
 
 from rich.filesize import decimal
 
-from tpllm.plan.table import grouped, heading, memory_parts, speed_lines
+from tpllm.plan.table import CANDIDATE_HEADINGS, EXCHANGE_HEADINGS, candidate_rows, exchange_rows, heading, memory_parts, speed_lines
 
 COLORS = {"weights": "#4063d8", "keys and values": "#389826", "slots": "#9558b2", "temporaries": "#cb3c33", "free": "#e8e8e8"}
 CELL, GAP, BAR_WIDTH, BAR_HEIGHT = 64, 8, 720, 40
@@ -20,15 +20,10 @@ def html_page(report: dict[str, Any]) -> str:
     title, *lines = heading(report)
     parts = [f"<h1>{html.escape(title)}</h1>", *(f"<p>{html.escape(line)}</p>" for line in (*lines, *speed_lines(report))),
              "<h2>Memory of each device</h2>", _memory(report), "<h2>How the devices share the model</h2>", _split(report)]
-    rows = [(name, one["op"], one["group_size"], one["results"], one["count"], decimal(one["num_bytes"]),
-             "-" if one["seconds"] is None else f"{1e6 * one['seconds']:,.0f} us")
-            for name, program in report["programs"].items() for one in grouped(program["collectives"])]
-    if rows:
-        parts += ["<h2>Exchanges of a program</h2>", _table(("program", "op", "devices", "result", "count", "bytes", "time"), rows)]
+    if rows := exchange_rows(report):
+        parts += ["<h2>Exchanges of a program</h2>", _table(EXCHANGE_HEADINGS, rows)]
     if "candidates" in report:
-        meshes = [(one["mesh"], decimal(one["weight_bytes"]), decimal(one["kv_bytes_per_row"]), "yes" if one["has_room"] else "no",
-                   f"{one['tokens_per_s']:,.0f}" if one["tokens_per_s"] else "-") for one in report["candidates"]]
-        parts += ["<h2>Meshes</h2>", _table(("mesh", "weights", "a row", "has room", "tokens/s at best"), meshes)]
+        parts += ["<h2>Meshes</h2>", _table(CANDIDATE_HEADINGS, candidate_rows(report))]
     return f"<!doctype html>\n<html lang=\"en\">\n<meta charset=\"utf-8\">\n<title>{html.escape(title)}</title>\n<style>{STYLE}</style>\n" \
            + "\n".join(parts) + "\n</html>\n"
 
@@ -69,7 +64,7 @@ def _cell(group: int, index: int, width: int) -> str:
             f'<text x="{x + 4}" y="{y + CELL - 4}">{group * width + index}</text>')
 
 
-def _table(headings: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
+def _table(headings: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     head = "".join(f"<th>{html.escape(text)}</th>" for text in headings)
-    body = "\n".join("<tr>" + "".join(f"<td>{html.escape(str(cell))}</td>" for cell in row) + "</tr>" for row in rows)
+    body = "\n".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
     return f"<table>\n<tr>{head}</tr>\n{body}\n</table>"

@@ -72,7 +72,7 @@ def find_room(setup: Setup) -> tuple[dict[str, Any], Compiled | None, str | None
     fixed, row = bytes_per_device(setup.params), row_bytes(setup)
     num_groups, compiled, num_seqs = setup.config.partition.size(BATCH), None, wanted
     for _ in range(MAX_TRIES):
-        needed = fixed + math.ceil(num_seqs / num_groups) * row
+        needed = standing_bytes(setup, num_seqs)
         if needed > room:
             reason = f"weights and caches need {decimal(needed)} of each device, programs can have {decimal(room)} of it"
             num_seqs = min(num_seqs - num_groups, int((room - fixed) / row * 0.9) * num_groups)
@@ -136,8 +136,12 @@ def kv_row_bytes(setup: Setup) -> int:
 def row_bytes(setup: Setup) -> int:
     """Those, and its slot's state."""
     shapes = dataclasses.replace(setup.shapes, max_num_seqs=setup.config.partition.size(BATCH))
-    slots = jax.tree.leaves(abstract_slots(setup.config, shapes, num_stop_ids=MAX_STOP_TOKEN_IDS + 1))
-    return kv_row_bytes(setup) + sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in slots)
+    return kv_row_bytes(setup) + bytes_per_device(abstract_slots(setup.config, shapes, num_stop_ids=MAX_STOP_TOKEN_IDS + 1))
+
+
+def standing_bytes(setup: Setup, num_seqs: int) -> int:
+    """Bytes of weights, pages and slots on each device with so many rows."""
+    return bytes_per_device(setup.params) + math.ceil(num_seqs / setup.config.partition.size(BATCH)) * row_bytes(setup)
 
 
 def _compile(setup: Setup, num_seqs: int) -> tuple[Compiled | None, str | None]:

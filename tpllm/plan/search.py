@@ -3,13 +3,12 @@ import dataclasses
 from typing import Any
 
 from sharding_rules import MeshError, ShardingError
-from sharding_rules.axes import BATCH
 from tpllm.errors import ConfigError
 from tpllm.model.params import bytes_per_device
 from tpllm.plan.costs import decode_work
 from tpllm.plan.devices import find_devices, limits_of
 from tpllm.plan.exchange import exchange_seconds
-from tpllm.plan.planner import device_bytes, make_plan, row_bytes
+from tpllm.plan.planner import device_bytes, make_plan, row_bytes, standing_bytes
 from tpllm.plan.setup import PlanOptions, Setup, Subject, open_subject, prepare
 
 
@@ -76,12 +75,11 @@ def _judge(options: PlanOptions, subject: Subject, sizes: dict[str, int]) -> Can
         setup = prepare(dataclasses.replace(options, mesh=text), subject)
     except (MeshError, ShardingError, ConfigError):
         return None
-    limits, num_rows = limits_of(setup.devices[0]), setup.shapes.max_num_seqs // setup.config.partition.size(BATCH)
-    has_room = bytes_per_device(setup.params) + num_rows * row_bytes(setup) <= device_bytes(setup)
+    limits, has_room = limits_of(setup.devices[0]), standing_bytes(setup, setup.shapes.max_num_seqs) <= device_bytes(setup)
     if limits.bytes_per_s is None:
         return Candidate(text, setup, has_room, 0.0)
     group = list(setup.config.partition.mesh.devices.reshape(sizes["dp"], -1)[0])
-    hidden_bytes = num_rows * setup.config.hidden_size * setup.dtype.itemsize
+    hidden_bytes = setup.shapes.max_num_seqs // sizes["dp"] * setup.config.hidden_size * setup.dtype.itemsize
     exchange_s = (2 * setup.config.num_layers + 1) * exchange_seconds("all-reduce", hidden_bytes, group, setup.devices)
     step_s = decode_work(setup).seconds(bytes_per_s=limits.bytes_per_s, flops=limits.flops) + exchange_s
     return Candidate(text, setup, has_room, setup.shapes.max_num_seqs / step_s)

@@ -6,6 +6,8 @@ from rich.filesize import decimal
 from rich.table import Table
 
 SMALL_BYTES = 4096
+EXCHANGE_HEADINGS = ("program", "op", "devices", "result", "count", "bytes", "time")
+CANDIDATE_HEADINGS = ("mesh", "weights", "a row", "has room", "tokens/s at best")
 
 
 def print_plan(report: dict[str, Any], console: Console | None = None) -> None:
@@ -56,6 +58,19 @@ def grouped(collectives: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return list(rows.values())
 
 
+def exchange_rows(report: dict[str, Any]) -> list[tuple[str, ...]]:
+    """A cell for each of ``EXCHANGE_HEADINGS``."""
+    return [(name, one["op"], str(one["group_size"]), one["results"], str(one["count"]), decimal(one["num_bytes"]),
+             "-" if one["seconds"] is None else f"{1e6 * one['seconds']:,.0f} us")
+            for name, program in report["programs"].items() for one in grouped(program["collectives"])]
+
+
+def candidate_rows(report: dict[str, Any]) -> list[tuple[str, ...]]:
+    """A cell for each of ``CANDIDATE_HEADINGS``."""
+    return [(one["mesh"], decimal(one["weight_bytes"]), decimal(one["kv_bytes_per_row"]), "yes" if one["has_room"] else "no",
+             f"{one['tokens_per_s']:,.0f}" if one["tokens_per_s"] else "-") for one in report["candidates"]]
+
+
 def speed_lines(report: dict[str, Any]) -> list[str]:
     """The least times in words."""
     speed, plan = report["speed"], report["plan"]
@@ -81,21 +96,18 @@ def _memory_table(report: dict[str, Any]) -> Table:
 
 
 def _exchange_table(report: dict[str, Any]) -> Table | None:
-    table = _table("exchanges of a program", "program", "op", "devices", "result", "count", "bytes", "time")
-    for name, program in report["programs"].items():
-        for one in grouped(program["collectives"]):
-            seconds = "-" if one["seconds"] is None else f"{1e6 * one['seconds']:,.0f} us"
-            table.add_row(name, one["op"], str(one["group_size"]), _short(one["results"]), str(one["count"]), decimal(one["num_bytes"]), seconds)
+    table = _table("exchanges of a program", *EXCHANGE_HEADINGS)
+    for row in exchange_rows(report):
+        table.add_row(*map(_short, row))
     return table if table.row_count else None
 
 
 def _candidate_table(report: dict[str, Any]) -> Table | None:
     if "candidates" not in report:
         return None
-    table = _table("meshes, by an estimate before compiling", "mesh", "weights", "a row", "has room", "tokens/s at best")
-    for one in report["candidates"]:
-        speed = f"{one['tokens_per_s']:,.0f}" if one["tokens_per_s"] else "-"
-        table.add_row(one["mesh"], decimal(one["weight_bytes"]), decimal(one["kv_bytes_per_row"]), "yes" if one["has_room"] else "no", speed)
+    table = _table("meshes, by an estimate before compiling", *CANDIDATE_HEADINGS)
+    for row in candidate_rows(report):
+        table.add_row(*row)
     return table
 
 

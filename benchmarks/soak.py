@@ -23,6 +23,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import psutil
 
 from tpllm import LLM, SamplingParams
 from tpllm.bench.command import above_zero, at_least, check_writable
@@ -34,7 +35,6 @@ from tpllm.engine.shapes import DEFAULT_SEQS_CPU
 from tpllm.errors import TpllmError
 
 RESULTS = pathlib.Path(__file__).parent / "results"
-STATUS = pathlib.Path("/proc/self/status")
 MAX_CONTEXT = 1024  # of which prefixes take an eighth, prompts up to three, and outputs up to four
 ABORTED, REFUSED = 1 / 100, 1 / 64  # of the steps, and of the requests
 MIB = 2**20
@@ -43,8 +43,6 @@ MIB = 2**20
 def main(argv: list[str] | None = None) -> int:
     """Run, print, write; 1 where a bar is not held."""
     args = _parse(argv)
-    if not STATUS.exists():
-        raise SystemExit("soak: resident memory is read from Linux's /proc, which is not here")
     path = args.output or RESULTS / f"{datetime.datetime.now(datetime.UTC).date()}-soak-{args.shape}.json"
     check_writable(str(path))
     context = min(MAX_CONTEXT, find_shape(args.shape).max_position)
@@ -158,7 +156,7 @@ class Traffic:
 
 
 def _resident_bytes() -> int:
-    return next(int(line.split()[1]) * 1024 for line in STATUS.read_text().splitlines() if line.startswith("VmRSS"))
+    return psutil.Process().memory_info().rss
 
 
 if __name__ == "__main__":

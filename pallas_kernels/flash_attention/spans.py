@@ -1,0 +1,81 @@
+"""Which keys a query sees, as kernels are told it: an interval of key ranks for each query, and for each tile of queries the blocks to visit.
+
+    query t sees key s   <=>   low[t] <= rank[s] <= high[t]
+
+A rank is a position, or where texts are packed ``segment * stride + position``; padding has rank -1, and an empty interval. Windows, segments, padding
+and keys of earlier chunks are all the same to a kernel, and the tables take memory linear in the tokens.
+"""
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+NEVER = jnp.iinfo(jnp.int32).max
+
+
+@struct.dataclass
+class Spans:
+    """Intervals of visible ranks.
+
+    Attributes:
+        low_BT, high_BT: int32, first and last rank that a query sees; a query of padding has (0, -1).
+        ranks_BS: int32 of the keys; -1 where a key is seen by none.
+    """
+
+    low_BT: jax.Array  # noqa: N815
+    high_BT: jax.Array  # noqa: N815
+    ranks_BS: jax.Array  # noqa: N815
+
+    def pad(self, num_queries: int, num_keys: int) -> "Spans":
+        """With padding behind, up to these numbers."""
+        rows, columns = ((0, 0), (0, num_queries - self.low_BT.shape[1])), ((0, 0), (0, num_keys - self.ranks_BS.shape[1]))
+        return Spans(jnp.pad(self.low_BT, rows), jnp.pad(self.high_BT, rows, constant_values=-1),
+                     jnp.pad(self.ranks_BS, columns, constant_values=-1))
+
+    def blocks(self, block_q: int, block_k: int) -> jax.Array:
+        """int32 [B, T / block_q, 4]: of each tile of queries (first, full_first, full_end, end) in blocks of keys.
+
+        No query of the tile sees a key outside of the blocks [first, end); every query of it sees every key of [full_first, full_end), which
+        lies within. Where neighbours' ranks ascend these are the tightest; for any other order they are true and wider.
+        """
+        B = self.low_BT.shape[0]
+        low_BQq, high_BQq = (x.reshape(B, -1, block_q) for x in (self.low_BT, self.high_BT))
+        ranks_BJk = self.ranks_BS.reshape(B, -1, block_k)
+        is_real_BQq, is_key_BJk = high_BQq >= low_BQq, ranks_BJk >= 0
+        lowest_BQ = jnp.where(is_real_BQq, low_BQq, NEVER).min(-1)
+        highest_BQ = jnp.where(is_real_BQq, high_BQq, -1).max(-1)
+        least_BJ, most_BJ = jnp.where(is_key_BJk, ranks_BJk, NEVER).min(-1), ranks_BJk.max(-1)
+        end_BQ = _count_at_most(_least_from_here(least_BJ), highest_BQ)
+        first_BQ = jnp.minimum(_count_at_most(_most_so_far(most_BJ), lowest_BQ - 1), end_BQ)
+        most_if_full_BJ = jnp.where(is_key_BJk.all(-1), most_BJ, NEVER)
+        full_end_BQ = _count_at_most(_most_so_far(most_if_full_BJ), high_BQq.min(-1))
+        full_first_BQ = _count_at_most(_least_from_here(least_BJ), low_BQq.max(-1) - 1)
+        full_first_BQ = jnp.clip(full_first_BQ, first_BQ, end_BQ)
+        return jnp.stack([first_BQ, full_first_BQ, jnp.clip(full_end_BQ, full_first_BQ, end_BQ), end_BQ], axis=-1)
+
+
+def make_spans(positions_BT: jax.Array, key_positions_BS: jax.Array | None, *, window: int | None, segments_BT: jax.Array | None,
+               key_segments_BS: jax.Array | None) -> Spans:
+    """The spans of ``flash_attention_reference``'s arguments; segments times the largest position must stay below 2**31."""
+    key_positions_BS = positions_BT if key_positions_BS is None else key_positions_BS
+    low_BT = jnp.zeros_like(positions_BT) if window is None else jnp.maximum(positions_BT - window + 1, 0)
+    high_BT, ranks_BS = positions_BT, key_positions_BS
+    if segments_BT is not None:
+        stride = jnp.maximum(positions_BT.max(), key_positions_BS.max()) + 1
+        start_BT = segments_BT * stride
+        low_BT, high_BT = low_BT + start_BT, high_BT + start_BT
+        ranks_BS = ranks_BS + (segments_BT if key_segments_BS is None else key_segments_BS) * stride
+    is_real_BT = positions_BT >= 0
+    return Spans(jnp.where(is_real_BT, low_BT, 0), jnp.where(is_real_BT, high_BT, -1), jnp.where(key_positions_BS >= 0, ranks_BS, -1))
+
+
+def _most_so_far(x_BJ: jax.Array) -> jax.Array:
+    return jax.lax.cummax(x_BJ, axis=1)
+
+
+def _least_from_here(x_BJ: jax.Array) -> jax.Array:
+    return jax.lax.cummin(x_BJ, axis=1, reverse=True)
+
+
+def _count_at_most(ascending_BJ: jax.Array, bound_BQ: jax.Array) -> jax.Array:
+    """[B, Q] int32: how many of each row's numbers are at most the bound."""
+    return jax.vmap(lambda row, bound: jnp.searchsorted(row, bound, side="right"))(ascending_BJ, bound_BQ).astype(jnp.int32)

@@ -1,0 +1,78 @@
+"""RMSNorm of a TPU: blocks of whole rows in vector memory."""
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels.rms_norm.reference import codes_and_scale
+from pallas_kernels.tiling import Device, choose_tiles
+
+DEVICES = "a TPU"
+LANES = 128
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiles:
+    """How many rows a step normalizes."""
+
+    rows: int
+
+
+CANDIDATES = tuple(map(Tiles, (256, 128, 64, 32)))  # 32: a tile of 8-bit codes
+
+
+def runs_on(device: Device) -> bool:
+    """Whether the kernel runs there."""
+    return device.platform == "tpu"
+
+
+def refusal(_: int, __: str | None) -> None:
+    """It takes rows of any length."""
+
+
+def on_chip_bytes(tiles: Tiles, D: int, itemsize: int, num_blocks: int) -> int:
+    """Two buffers of each block, and the float32 rows that the body holds."""
+    padded = pl.cdiv(D, LANES) * LANES
+    return tiles.rows * (padded * (2 * num_blocks * itemsize + 3 * 4) + 2 * LANES * 4)
+
+
+def rms_norm_rows(x_MD: jax.Array, weight_D: jax.Array, residual_MD: jax.Array | None, *, eps: float, offset: float, quantized: str | None,
+                  device: Device, interpret: bool) -> tuple[jax.Array, ...]:
+    """(y or codes [M, D], scales [M, 1] of codes, x + residual where there is one)."""
+    M, D = x_MD.shape
+    num_blocks = 2 + 2 * (residual_MD is not None)
+    tiles = choose_tiles("rms_norm", device, (M, D, str(x_MD.dtype), str(quantized), num_blocks), CANDIDATES,
+                         lambda tiles: on_chip_bytes(tiles, D, x_MD.dtype.itemsize, num_blocks))
+    rows = min(tiles.rows, M)
+    block = pl.BlockSpec((rows, D), lambda i: (i, 0))
+    weight_block, scale_block = pl.BlockSpec((1, D), lambda i: (0, 0)), pl.BlockSpec((rows, 1), lambda i: (i, 0))
+    outs, out_blocks = [jax.ShapeDtypeStruct((M, D), quantized or x_MD.dtype)], [block]
+    if quantized is not None:
+        outs, out_blocks = [*outs, jax.ShapeDtypeStruct((M, 1), jnp.float32)], [*out_blocks, scale_block]
+    arrays, blocks = [x_MD, weight_D[None]], [block, weight_block]
+    if residual_MD is not None:
+        arrays, blocks = [*arrays, residual_MD], [*blocks, block]
+        outs, out_blocks = [*outs, jax.ShapeDtypeStruct((M, D), x_MD.dtype)], [*out_blocks, block]
+    body = functools.partial(_body, eps=eps, offset=offset, quantized=quantized, has_residual=residual_MD is not None)
+    return tuple(pl.pallas_call(body, grid=(pl.cdiv(M, rows),), in_specs=blocks, out_specs=out_blocks, out_shape=outs, interpret=interpret,
+                                compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",)), name="rms_norm")(*arrays))
+
+
+def _body(x_ref, weight_ref, *refs, eps, offset, quantized, has_residual):
+    x = x_ref[...]
+    if has_residual:
+        residual_ref, *refs = refs
+        x = x + residual_ref[...]
+        refs[-1][...] = x
+    x32 = x.astype(jnp.float32)
+    scale = jax.lax.rsqrt(jnp.sum(x32 * x32, axis=1, keepdims=True) * (1 / x.shape[1]) + eps)
+    y = x32 * scale * (weight_ref[...].astype(jnp.float32) + offset)
+    if quantized is None:
+        refs[0][...] = y.astype(refs[0].dtype)
+    else:
+        codes, row_scale = codes_and_scale(y, quantized)
+        refs[0][...] = codes.astype(refs[0].dtype)
+        refs[1][...] = row_scale

@@ -1,0 +1,61 @@
+"""RMSNorm of NVIDIA GPUs of which Mosaic GPU knows nothing, through Pallas' route to Triton: one row a block."""
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+from pallas_kernels.rms_norm.reference import codes_and_scale
+from pallas_kernels.tiling import Device
+
+DEVICES = "an NVIDIA GPU of compute capability 8.0 or later"
+LONGEST_ROW = 16384  # is held in registers
+
+
+def runs_on(device: Device) -> bool:
+    """Whether the kernel runs there."""
+    return device.platform == "gpu" and device.capability is not None and device.capability >= (8, 0)
+
+
+def refusal(row_length: int, quantized: str | None) -> str | None:
+    """Why rows of this length cannot be normalized; None where they can."""
+    if quantized == "float8_e4m3fn":
+        return "cannot quantize to float8_e4m3fn; it can to int8"
+    return f"takes rows of at most {LONGEST_ROW}, not {row_length}" if row_length > LONGEST_ROW else None
+
+
+def rms_norm_rows(x_MD: jax.Array, weight_D: jax.Array, residual_MD: jax.Array | None, *, eps: float, offset: float, quantized: str | None,
+                  device: Device, interpret: bool) -> tuple[jax.Array, ...]:
+    """(y or codes [M, D], scales [M] of codes, x + residual where there is one)."""
+    M, D = x_MD.shape
+    outs = [jax.ShapeDtypeStruct((M, D), quantized or x_MD.dtype)]
+    outs += [jax.ShapeDtypeStruct((M,), jnp.float32)] if quantized is not None else []
+    arrays = [x_MD, weight_D]
+    if residual_MD is not None:
+        arrays, outs = [*arrays, residual_MD], [*outs, jax.ShapeDtypeStruct((M, D), x_MD.dtype)]
+    body = functools.partial(_body, eps=eps, offset=offset, quantized=quantized, has_residual=residual_MD is not None)
+    num_warps = max(1, min(16, pl.next_power_of_2(D) // 512))
+    return tuple(pl.pallas_call(body, grid=(M,), out_shape=outs, interpret=interpret, name="rms_norm",
+                                compiler_params=plgpu.CompilerParams(num_warps=num_warps, num_stages=1))(*arrays))
+
+
+def _body(x_ref, weight_ref, *refs, eps, offset, quantized, has_residual):
+    row, D = pl.program_id(0), x_ref.shape[1]
+    columns = jnp.arange(pl.next_power_of_2(D))
+    is_there = columns < D
+    x = plgpu.load(x_ref.at[row, columns], mask=is_there, other=0.0)
+    if has_residual:
+        residual_ref, *refs = refs
+        x = x + plgpu.load(residual_ref.at[row, columns], mask=is_there, other=0.0)
+        plgpu.store(refs[-1].at[row, columns], x, mask=is_there)
+    x32 = x.astype(jnp.float32)
+    scale = jax.lax.rsqrt(jnp.sum(x32 * x32, axis=0) * (1 / D) + eps)
+    y = x32 * scale * (plgpu.load(weight_ref.at[columns], mask=is_there, other=0.0).astype(jnp.float32) + offset)
+    y = jnp.where(is_there, y, 0.0)
+    if quantized is None:
+        plgpu.store(refs[0].at[row, columns], y.astype(refs[0].dtype), mask=is_there)
+    else:
+        codes, row_scale = codes_and_scale(y, quantized)
+        plgpu.store(refs[0].at[row, columns], codes.astype(refs[0].dtype), mask=is_there)
+        plgpu.store(refs[1].at[row], jnp.sum(row_scale))

@@ -8,7 +8,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.interpreter import gpu_interpreter
-from pallas_kernels.rms_norm.reference import codes_and_scale
+from pallas_kernels.rms_norm.reference import round_codes, scale_rows
 from pallas_kernels.tiling import Device, choose_tiles
 
 DEVICES = "a Hopper GPU"
@@ -75,6 +75,6 @@ def _body(x_gmem, weight_gmem, *gmem, tiles, eps, offset, quantized, has_residua
         if quantized is None:
             outs[0][row] = y.astype(outs[0].dtype)
         else:
-            codes, row_scale = codes_and_scale(y, quantized)
-            outs[0][row] = codes.astype(outs[0].dtype)
+            scaled, row_scale = scale_rows(y, quantized)
+            outs[0][row] = round_codes(scaled, quantized)
             outs[1][row] = row_scale[0]

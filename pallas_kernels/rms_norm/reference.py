@@ -39,14 +39,18 @@ def rms_norm_reference(x_D: jax.Array, weight_D: jax.Array, *, eps: float, resid
 
 def quantize_rows(y_D: jax.Array, dtype: str) -> tuple[jax.Array, jax.Array]:
     """(codes [..., D], scales [...]) of float32 rows; see the formula above."""
-    codes_D, scale = codes_and_scale(y_D, dtype)
-    return codes_D.astype(dtype), scale[..., 0]
+    scaled_D, scale = scale_rows(y_D, dtype)
+    return round_codes(scaled_D, dtype), scale[..., 0]
 
 
-def codes_and_scale(y_D: jax.Array, dtype: str) -> tuple[jax.Array, jax.Array]:
-    """(codes in float32 [..., D], scale [..., 1]) of float32 rows, for kernels too."""
+def scale_rows(y_D: jax.Array, dtype: str) -> tuple[jax.Array, jax.Array]:
+    """(codes in float32, not rounded yet [..., D], scales [..., 1]) of float32 rows, for kernels too."""
     largest = LARGEST[dtype]
     most = jnp.max(jnp.abs(y_D), axis=-1, keepdims=True)
     inverse = jnp.where(most > 0, largest / jnp.where(most > 0, most, 1.0), 0.0)
-    scaled_D = jnp.clip(y_D * inverse, -largest, largest)
-    return jnp.round(scaled_D) if dtype == "int8" else scaled_D, most * (1 / largest)
+    return jnp.clip(y_D * inverse, -largest, largest), most * (1 / largest)
+
+
+def round_codes(scaled_D: jax.Array, dtype: str) -> jax.Array:
+    """Codes of :func:`scale_rows`, in their dtype."""
+    return (jnp.round(scaled_D) if dtype == "int8" else scaled_D).astype(dtype)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.rms_norm.reference import codes_and_scale
+from pallas_kernels.rms_norm.reference import round_codes, scale_rows
 from pallas_kernels.tiling import Device, choose_tiles
 
 DEVICES = "a TPU"
@@ -73,6 +73,6 @@ def _body(x_ref, weight_ref, *refs, eps, offset, quantized, has_residual):
     if quantized is None:
         refs[0][...] = y.astype(refs[0].dtype)
     else:
-        codes, row_scale = codes_and_scale(y, quantized)
-        refs[0][...] = codes.astype(refs[0].dtype)
+        scaled, row_scale = scale_rows(y, quantized)
+        refs[0][...] = round_codes(scaled, quantized)
         refs[1][...] = row_scale

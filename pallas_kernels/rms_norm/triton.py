@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from pallas_kernels.rms_norm.reference import codes_and_scale
+from pallas_kernels.rms_norm.reference import scale_rows
 from pallas_kernels.tiling import Device
 
 DEVICES = "an NVIDIA GPU of compute capability 8.0 or later"
@@ -56,6 +56,6 @@ def _body(x_ref, weight_ref, *refs, eps, offset, quantized, has_residual):
     if quantized is None:
         plgpu.store(refs[0].at[row, columns], y.astype(refs[0].dtype), mask=is_there)
     else:
-        codes, row_scale = codes_and_scale(y, quantized)
-        plgpu.store(refs[0].at[row, columns], codes.astype(refs[0].dtype), mask=is_there)
+        scaled, row_scale = scale_rows(y, quantized)
+        plgpu.store(refs[0].at[row, columns], jnp.floor(scaled + 0.5).astype(refs[0].dtype), mask=is_there)
         plgpu.store(refs[1].at[row], jnp.sum(row_scale))

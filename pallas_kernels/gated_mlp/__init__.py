@@ -1,0 +1,2 @@
+"""The gated feed-forward layer: two products of one input, an activation, and a third product."""
+from pallas_kernels.gated_mlp.reference import ACTIVATIONS, Activation, ClampedGlu, gated, gated_mlp_reference

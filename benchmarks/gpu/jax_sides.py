@@ -1,0 +1,269 @@
+"""Sides of contests that run in JAX: this project's ops, XLA, cuDNN, and JAX's bundled kernels.
+
+A builder takes a contest's sizes, and gives the inputs of one call and the call. Ops are looked up when they are wanted: one without a public
+function, which has no kernels yet, is its reference, and says so.
+"""
+import dataclasses
+import functools
+import importlib
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.page_table import PageTable
+from pallas_kernels.tiling import HOPPER, Device, device_of
+
+INTERPRETED = Device("gpu", "NVIDIA H200", HOPPER)
+"""What kernels are interpreted for where there is no GPU."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Side:
+    """One side.
+
+    Attributes:
+        inputs: arrays of a call, from a random key.
+        call: on them.
+        num_bytes: that a call moves; None for its inputs and outputs.
+        notes: JSON-able, for the result.
+    """
+
+    inputs: Callable[[jax.Array], tuple[Any, ...]]
+    call: Callable[..., Any]
+    num_bytes: int | None = None
+    notes: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def our_op(name: str, implementation: str | None, interpret: bool, function: str | None = None) -> tuple[Callable[..., Any], dict[str, Any]]:
+    """(an op of ``pallas_kernels`` on this device, notes); its reference where it has no public function yet."""
+    module, function = importlib.import_module(f"pallas_kernels.{name}"), function or name
+    if not callable(op := getattr(module, function, None)):
+        if implementation is not None:
+            raise NotImplementedError(f"pallas_kernels.{name} has no {function} yet, so no {implementation}")
+        return getattr(module, f"{function}_reference"), {"note": "the reference: this op has no kernels yet"}
+    device = INTERPRETED if interpret else device_of(jax.devices()[0])
+    return functools.partial(op, device=device, implementation=implementation, interpret=interpret), {}
+
+
+def normal(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.bfloat16, scale: float = 1.0) -> jax.Array:
+    """Random numbers."""
+    return (jax.random.normal(key, shape, jnp.float32) * scale).astype(dtype)
+
+
+def codes_of(key: jax.Array, shape: tuple[int, ...], dtype: Any, low: int, high: int) -> jax.Array:
+    """Random whole numbers from ``low`` to ``high``."""
+    return jax.random.randint(key, shape, low, high + 1, jnp.int32).astype(dtype)
+
+
+# Attention of a prompt.
+
+def flash_inputs(key: jax.Array, *, B: int, T: int, N: int, K: int, H: int) -> tuple[jax.Array, ...]:
+    """Queries, keys and values."""
+    keys = jax.random.split(key, 3)
+    return tuple(normal(one, (B, T, heads, H)) for one, heads in zip(keys, (N, K, K), strict=True))
+
+
+def flash_ours(*, implementation: str | None = None, interpret: bool = False, **sizes: int) -> Side:
+    """``flash_attention``."""
+    op, notes = our_op("flash_attention", implementation, interpret)
+    positions_BT = jnp.broadcast_to(jnp.arange(sizes["T"], dtype=jnp.int32), (sizes["B"], sizes["T"]))
+    return Side(lambda key: (*flash_inputs(key, **sizes), positions_BT), lambda q, k, v, positions: op(q, k, v, positions, scale=_scale(sizes)),
+                notes=notes)
+
+
+def flash_jax(*, implementation: str, **sizes: int) -> Side:
+    """``jax.nn.dot_product_attention``."""
+    def call(q, k, v):
+        return jax.nn.dot_product_attention(q, k, v, is_causal=True, scale=_scale(sizes), implementation=implementation)
+    return Side(lambda key: flash_inputs(key, **sizes), call)
+
+
+def flash_bundled_triton(**sizes: int) -> Side:
+    """``jax.experimental.pallas.ops.gpu.attention``; heads are repeated before, as it has no grouped queries."""
+    from jax.experimental.pallas.ops.gpu.attention import mha
+
+    def inputs(key):
+        q, k, v = flash_inputs(key, **sizes)
+        return q, *(jnp.repeat(x, sizes["N"] // sizes["K"], axis=2) for x in (k, v))
+    return Side(inputs, lambda q, k, v: mha(q, k, v, None, sm_scale=_scale(sizes), causal=True), notes={"note": "keys and values repeated"})
+
+
+def flash_bundled_mosaic(*, block_q: int, block_kv: int, **sizes: int) -> Side:
+    """``jax.experimental.pallas.ops.gpu.attention_mgpu``, which does not scale."""
+    from jax.experimental.pallas.ops.gpu.attention_mgpu import TuningConfig, attention
+    config = TuningConfig(block_q=block_q, block_kv=block_kv, max_concurrent_steps=2, causal=True)
+    notes = {"note": f"{block_q} x {block_kv}, no scale"}
+    return Side(lambda key: flash_inputs(key, **sizes), lambda q, k, v: attention(q, k, v, config), notes=notes)
+
+
+def _scale(sizes: dict[str, int]) -> float:
+    return 1 / math.sqrt(sizes["H"])
+
+
+# Decoding over pages.
+
+def paged_ours(*, B: int, S: int, page: int, N: int, K: int, H: int, cache_dtype: str = "bfloat16", implementation: str | None = None,
+               interpret: bool = False) -> Side:
+    """``paged_attention`` of one query a row at the end of S cached tokens."""
+    op, notes = our_op("paged_attention", implementation, interpret)
+    L, is_scaled = S // page, cache_dtype != "bfloat16"
+    pages_BL = jax.random.permutation(jax.random.key(7), B * L).reshape(B, L).astype(jnp.int32)
+    positions_B1 = jnp.full((B, 1), S - 1, jnp.int32)
+
+    def inputs(key):
+        q_key, k_key, v_key = jax.random.split(key, 3)
+        caches = tuple(_cache(one, (B * L, K, page, H), cache_dtype) for one in (k_key, v_key))
+        scales = tuple(jnp.full((B * L, K, page), 1 / 64, jnp.float32) for _ in range(2)) if is_scaled else ()
+        return normal(q_key, (B, 1, N, H)), *caches, pages_BL, positions_B1, *scales
+
+    def call(q, k, v, pages, positions, *scales):
+        return op(q, k, v, positions, scales=scales or None, table=PageTable(pages), scale=1 / math.sqrt(H))
+    return Side(inputs, call, notes=notes)
+
+
+def _cache(key: jax.Array, shape: tuple[int, ...], dtype: str) -> jax.Array:
+    return codes_of(key, shape, jnp.int8, -127, 127) if dtype == "int8" else normal(key, shape, dtype)
+
+
+def paged_bundled(*, B: int, S: int, page: int, N: int, K: int, H: int, k_splits: int, pages_per_compute_block: int) -> Side:
+    """``jax.experimental.pallas.ops.gpu.paged_attention``."""
+    from jax.experimental.pallas.ops.gpu.paged_attention import paged_attention
+    L = S // page
+    tables_BL = jax.random.permutation(jax.random.key(7), B * L).reshape(B, L).astype(jnp.int32)
+    lengths_B = jnp.full(B, S, jnp.int32)
+
+    def inputs(key):
+        q_key, k_key, v_key = jax.random.split(key, 3)
+        return normal(q_key, (B, N, H)), *(normal(one, (K, B * L, page, H)) for one in (k_key, v_key)), tables_BL, lengths_B
+
+    def call(q, k, v, tables, lengths):
+        return paged_attention(q, k, v, tables, lengths, k_splits=k_splits, pages_per_compute_block=pages_per_compute_block)
+    return Side(inputs, call, notes={"note": f"{k_splits} splits, {pages_per_compute_block} pages a block"})
+
+
+# Products.
+
+def dense_xla(*, M: int, N: int, K: int, dtype: str = "bfloat16") -> Side:
+    """A product of XLA's, the weight as checkpoints hold it."""
+    def inputs(key):
+        x_key, w_key = jax.random.split(key)
+        return normal(x_key, (M, K), dtype), normal(w_key, (N, K), dtype, 1 / math.sqrt(K))
+    return Side(inputs, lambda x, w: _dot(x, w).astype(jnp.bfloat16))
+
+
+def _dot(x: jax.Array, w: jax.Array) -> jax.Array:
+    return jax.lax.dot_general(x, w, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+
+
+def dense_bundled_mosaic(*, M: int, N: int, K: int, tile_m: int, tile_n: int, tile_k: int) -> Side:
+    """``jax.experimental.pallas.ops.gpu.hopper_matmul_mgpu``, whose weight is [K, N]."""
+    from jax.experimental.pallas.ops.gpu.hopper_matmul_mgpu import TuningConfig, matmul
+    config = TuningConfig(tile_m=tile_m, tile_n=tile_n, tile_k=tile_k, max_concurrent_steps=4)
+
+    def inputs(key):
+        a_key, b_key = jax.random.split(key)
+        return normal(a_key, (M, K)), normal(b_key, (K, N), scale=1 / math.sqrt(K))
+    return Side(inputs, lambda a, b: matmul(a, b, None, config), notes={"note": f"tiles {tile_m} x {tile_n} x {tile_k}"})
+
+
+def weight_only_ours(*, M: int, N: int, K: int, bits: int, group: int, implementation: str | None = None, interpret: bool = False) -> Side:
+    """``quant_matmul`` of bfloat16 activations and codes, as ``QuantizedTensor`` holds them."""
+    op, notes = our_op("quant_matmul", implementation, interpret)
+    zero, span = (8, (0, 15)) if bits == 4 else (0, (-127, 127))
+
+    def inputs(key):
+        x_key, w_key = jax.random.split(key)
+        scales = jnp.full((N, K // group) if group else (N,), 1 / (2**(bits - 2) * math.sqrt(K)), jnp.float16 if group else jnp.float32)
+        return normal(x_key, (M, K)), codes_of(w_key, (N, K), jnp.uint4 if bits == 4 else jnp.int8, *span), scales
+    return Side(inputs, lambda x, codes, scales: op(x, codes, scales, group=group, zero=zero), notes=notes)
+
+
+def weight_only_xla(*, M: int, N: int, K: int, bits: int, group: int) -> Side:
+    """XLA on the same arrays: it makes the weight dense in bfloat16, then multiplies, fused as far as it can."""
+    ours, zero = weight_only_ours(M=M, N=N, K=K, bits=bits, group=group), 8 if bits == 4 else 0
+
+    def call(x, codes, scales):
+        scales_NK = jnp.repeat(scales, group, axis=1) if group else scales[:, None]
+        return _dot(x, ((codes.astype(jnp.float32) - zero) * scales_NK.astype(jnp.float32)).astype(x.dtype)).astype(x.dtype)
+    return Side(ours.inputs, call)
+
+
+def fp8_inputs(key: jax.Array, M: int, N: int, K: int) -> tuple[jax.Array, ...]:
+    """Both factors in e4m3, a scale a row of each."""
+    x_key, w_key = jax.random.split(key)
+    return (normal(x_key, (M, K), jnp.float8_e4m3fn), normal(w_key, (N, K), jnp.float8_e4m3fn), jnp.full(M, 1.0, jnp.float32),
+            jnp.full(N, 1 / math.sqrt(K), jnp.float32))
+
+
+def fp8_ours(*, M: int, N: int, K: int, implementation: str | None = None, interpret: bool = False) -> Side:
+    """``fp8_matmul``."""
+    op, notes = our_op("quant_matmul", implementation, interpret, "fp8_matmul")
+    return Side(lambda key: fp8_inputs(key, M, N, K), lambda x, w, x_scales, w_scales: op(x, w, x_scales, w_scales, dtype=jnp.bfloat16), notes=notes)
+
+
+def fp8_xla(*, M: int, N: int, K: int) -> Side:
+    """XLA's fp8 product (cuBLASLt)."""
+    def call(x, w, x_scales, w_scales):
+        return (_dot(x, w) * x_scales[:, None] * w_scales).astype(jnp.bfloat16)
+    return Side(lambda key: fp8_inputs(key, M, N, K), call)
+
+
+def int8_ours(*, M: int, N: int, K: int, implementation: str | None = None, interpret: bool = False) -> Side:
+    """``int8_matmul``: activations are quantized in it."""
+    op, notes = our_op("quant_matmul", implementation, interpret, "int8_matmul")
+
+    def inputs(key):
+        x_key, w_key = jax.random.split(key)
+        return normal(x_key, (M, K)), codes_of(w_key, (N, K), jnp.int8, -127, 127), jnp.full(N, 1 / (64 * math.sqrt(K)), jnp.float32)
+    return Side(inputs, lambda x, codes, scales: op(x, codes, scales), notes=notes)
+
+
+# The fused ones.
+
+def norm_ours(*, M: int, D: int, implementation: str | None = None, interpret: bool = False) -> Side:
+    """``rms_norm`` of a sum, which is written too."""
+    op, notes = our_op("rms_norm", implementation, interpret)
+
+    def inputs(key):
+        keys = jax.random.split(key)
+        return normal(keys[0], (M, D)), normal(keys[1], (M, D)), jnp.ones(D, jnp.bfloat16)
+
+    def call(x, residual, weight):
+        return op(x, weight, eps=1e-5, residual_D=residual)
+    return Side(inputs, call, notes=notes)
+
+
+def norm_xla(*, M: int, D: int) -> Side:
+    """The same in XLA's fusions."""
+    def call(x, residual, weight):
+        total = x + residual
+        total32 = total.astype(jnp.float32)
+        scale = jax.lax.rsqrt(jnp.mean(jnp.square(total32), axis=-1, keepdims=True) + 1e-5)
+        return (total32 * scale * weight.astype(jnp.float32)).astype(x.dtype), total
+    return Side(norm_ours(M=M, D=D).inputs, call)
+
+
+def mlp_ours(*, M: int, D: int, F: int, implementation: str | None = None, interpret: bool = False) -> Side:
+    """``gated_mlp`` on dense weights."""
+    op, notes = our_op("gated_mlp", implementation, interpret)
+
+    def inputs(key):
+        keys = jax.random.split(key, 4)
+        shapes = ((F, D), (F, D), (D, F))
+        return normal(keys[0], (M, D)), *(normal(one, shape, scale=1 / math.sqrt(shape[1])) for one, shape in zip(keys[1:], shapes, strict=True))
+    return Side(inputs, lambda x, gate, up, down: op(x, gate, up, down, activation="silu"), notes=notes)
+
+
+def mlp_xla(*, M: int, D: int, F: int) -> Side:
+    """Three products of XLA's, and its fusion between."""
+    def call(x, gate, up, down):
+        return _dot((jax.nn.silu(_dot(x, gate)) * _dot(x, up)).astype(x.dtype), down).astype(x.dtype)
+    return Side(mlp_ours(M=M, D=D, F=F).inputs, call)
+
+
+SIDES: dict[str, Callable[..., Side]] = {builder.__name__: builder for builder in (
+    flash_ours, flash_jax, flash_bundled_triton, flash_bundled_mosaic, paged_ours, paged_bundled, dense_xla, dense_bundled_mosaic, weight_only_ours,
+    weight_only_xla, fp8_ours, fp8_xla, int8_ours, norm_ours, norm_xla, mlp_ours, mlp_xla)}

@@ -1,0 +1,164 @@
+"""Products of activations and quantized weights on a TPU.
+
+The weight lies with its inputs first, so that a group's scale belongs to neighbouring rows of registers. A tile of outputs with all its inputs is
+dequantized into vector memory once, and multiplied with one tile of rows after another; int8 weights are multiplied with int8 activations as they are.
+Sums run over all of K in the same order, however many rows there are.
+"""
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels.quant_matmul.byte_codes import BLOCK, slices
+from pallas_kernels.quant_matmul.packing import PackedArrays, WeightFormat
+from pallas_kernels.tiling import KIB, Device, choose_tiles
+
+MARGIN_BYTES = 4 * KIB**2
+"""Of vector memory, for what the compiler keeps there."""
+ROW_ALIGNMENT = 32
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiles:
+    """Rows of activations and outputs that one step multiplies."""
+
+    rows: int
+    outputs: int
+
+
+def candidates(num_rows: int, num_outputs: int) -> list[Tiles]:
+    """Tiles for these shapes, the best known first."""
+    rows = [rows for rows in (512, 256, 128, 64, 32) if rows <= max(ROW_ALIGNMENT, pl.next_power_of_2(num_rows))]
+    return [Tiles(rows, outputs) for rows in rows for outputs in (512, 256, 128) if num_outputs % outputs == 0]
+
+
+def on_chip_bytes(tiles: Tiles, *, num_inputs: int, weight_format: WeightFormat, item_bytes: int) -> int:
+    """Vector memory: blocks twice, what is dequantized once."""
+    f, outputs = weight_format, tiles.outputs
+    codes = num_inputs * outputs * f.bits // 8
+    groups = num_inputs // f.group if f.group else 8
+    scales = groups * outputs * 4
+    blocks = codes + (1 if f.mins == "none" else 2) * scales + tiles.rows * num_inputs * item_bytes + 4 * tiles.rows * outputs
+    dense = 0 if f.activations == "int8" else 2 * num_inputs * outputs + 2 * scales
+    return 2 * blocks + dense + 4 * tiles.rows * outputs + MARGIN_BYTES
+
+
+def tpu_matmul(x_MK: jax.Array, row_scales_MB: jax.Array | None, arrays: PackedArrays, weight_format: WeightFormat, bias_N: jax.Array | None, *,
+               out_dtype, device: Device, interpret: bool) -> jax.Array:
+    """[M, N] of activations [M, K], or of their codes and scales [M, 1 or groups]; N and K as they are packed."""
+    (M, K), N, f = x_MK.shape, weight_format.shape(arrays.codes)[0], weight_format
+    key = (M, N, K, f.bits, f.kind, f.group, f.mins, f.activations, str(x_MK.dtype))
+    needed = functools.partial(on_chip_bytes, num_inputs=K, weight_format=f, item_bytes=x_MK.dtype.itemsize)
+    tiles = choose_tiles("quant_matmul", device, key, candidates(M, N), needed)
+    rows = pl.cdiv(M, tiles.rows) * tiles.rows
+    inputs = {name: array for name, array in arrays._asdict().items() if array is not None}
+    inputs = {"x": x_MK, "row_scales": row_scales_MB, **inputs, "bias": None if bias_N is None else bias_N[None]}
+    inputs = {name: array for name, array in inputs.items() if array is not None}
+
+    def spec(name: str) -> pl.BlockSpec:
+        array = inputs[name]
+        if name in ("x", "row_scales"):
+            return pl.BlockSpec((tiles.rows, array.shape[1]), lambda n, m: (m, 0))
+        return pl.BlockSpec((array.shape[0], tiles.outputs), lambda n, m: (0, n))
+    for name in ("x", "row_scales"):
+        if name in inputs and rows > M:
+            inputs[name] = jnp.pad(inputs[name], ((0, rows - M), (0, 0)))
+    has_dense = f.activations != "int8"
+    groups = K // f.group if f.group else 1
+    scratch = [pltpu.VMEM((K, tiles.outputs), jnp.bfloat16), *[pltpu.VMEM((groups, tiles.outputs), jnp.float32)] * 2] if has_dense else []
+    y_MN = pl.pallas_call(
+        functools.partial(_body, names=tuple(inputs), weight_format=f),
+        out_shape=jax.ShapeDtypeStruct((rows, N), out_dtype), grid=(N // tiles.outputs, rows // tiles.rows), in_specs=[spec(name) for name in inputs],
+        out_specs=pl.BlockSpec((tiles.rows, tiles.outputs), lambda n, m: (m, n)), scratch_shapes=scratch, name="quant_matmul",
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=needed(tiles) + MARGIN_BYTES),
+        interpret=pltpu.InterpretParams() if interpret else False)(*inputs.values())
+    return y_MN[:M]
+
+
+def _body(*refs, names: tuple[str, ...], weight_format: WeightFormat):
+    f, has_dense = weight_format, weight_format.activations != "int8"
+    inputs, (out_ref, *scratch) = dict(zip(names, refs, strict=False)), refs[len(names):]
+    if has_dense:
+        weight_ref, scales_ref, mins_ref = scratch
+        pl.when(pl.program_id(1) == 0)(lambda: _dequantize(inputs, weight_ref, scales_ref, mins_ref, f))
+
+    def product(x, weight, dtype):
+        exact = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+        return jax.lax.dot_general(x, weight, (((1,), (0,)), ((), ())), precision=exact, preferred_element_type=dtype)
+    if not has_dense:
+        y = product(inputs["x"][...], inputs["codes"][...], jnp.int32).astype(jnp.float32)
+    elif f.activations == "e4m3" and f.group:
+        y = jnp.zeros(out_ref.shape, jnp.float32)
+        for group in range(weight_ref.shape[0] // f.group):
+            some = slice(group * f.group, (group + 1) * f.group)
+            part = product(inputs["x"][:, some].astype(jnp.float32).astype(jnp.bfloat16), weight_ref[some], jnp.float32)
+            y = y + part * inputs["row_scales"][:, group:group + 1]
+    else:
+        x = inputs["x"][...]
+        y = product(x if f.activations == "float" else x.astype(jnp.float32).astype(jnp.bfloat16), weight_ref[...].astype(_dense_dtype(x)), jnp.float32)
+    if f.activations != "float" and not f.group:
+        y = y * inputs["row_scales"][...]
+    if not f.group:
+        y = y * inputs["scales"][...].astype(jnp.float32)
+    y = y + inputs["bias"][...].astype(jnp.float32) if "bias" in inputs else y
+    out_ref[...] = y.astype(out_ref.dtype)
+
+
+def _dense_dtype(x):
+    return x.dtype if x.dtype in (jnp.bfloat16, jnp.float16) else jnp.bfloat16
+
+
+def _dequantize(inputs, weight_ref, scales_ref, mins_ref, f: WeightFormat) -> None:
+    """Fill ``weight_ref`` [K, outputs], a block of inputs after the other."""
+    if f.group:
+        _expand_scales(inputs, scales_ref, mins_ref, f)
+    block = 2 * BLOCK if f.bits == 5 else BLOCK
+    width = BLOCK if f.bits == 8 else 64 if f.bits == 4 else 32
+
+    def one_block(i, _):
+        for piece in slices(f.bits, width, block):
+            values = _codes(inputs["codes"], i * (block if f.bits == 8 else block // 2) + piece.byte, width, piece.mask)
+            if piece.high_byte is not None:
+                high = _codes(inputs["high"], i * (block * (f.bits - 4) // 8) + piece.high_byte, width, piece.high_mask)
+                values = values + high * piece.high_scale
+            values = values * piece.scale + (piece.offset - f.zero) if f.bits != 8 else values
+            group = min(f.group or width, width)
+            for first in range(0, width, group):
+                part, k = values[first:first + group], i * block + piece.first + first
+                if f.group:
+                    part = part * scales_ref[pl.ds(k // f.group, 1)]
+                    part = part if f.mins == "none" else part + mins_ref[pl.ds(k // f.group, 1)]
+                weight_ref[pl.ds(pl.multiple_of(k, 16), group)] = part.astype(weight_ref.dtype)
+        return _
+    jax.lax.fori_loop(0, weight_ref.shape[0] // block, one_block, 0)
+
+
+def _codes(ref, first, width: int, mask: int | None):
+    """float32 of some rows of codes, masked."""
+    codes = ref[pl.ds(pl.multiple_of(first, 32), width)]
+    if mask is None:
+        return codes.astype(jnp.float32)
+    return (codes.astype(jnp.int32) & mask).astype(jnp.float32)
+
+
+def _expand_scales(inputs, scales_ref, mins_ref, f: WeightFormat) -> None:
+    """Fill the scales and mins of groups, as float32."""
+    per_super = f.super_group // f.group if f.super_group else scales_ref.shape[0]
+    for first in range(0, scales_ref.shape[0], per_super):
+        some, super_group = slice(first, first + per_super), slice(first // per_super, first // per_super + 1)
+        scales = _float(inputs["scales"][some])
+        scales = scales * _float(inputs["super_scales"][super_group]) if f.super_group else scales
+        scales_ref[some] = scales
+        if f.mins != "none":
+            mins = _float(inputs["mins"][some])
+            mins_ref[some] = {"float": lambda: mins, "zeros": lambda: -scales * mins,  # noqa: B023
+                              "super": lambda: -mins * _float(inputs["super_mins"][super_group])}[f.mins]()  # noqa: B023
+
+
+def _float(values):
+    if jnp.issubdtype(values.dtype, jnp.integer):
+        values = values.astype(jnp.int32)
+    return values.astype(jnp.float32)

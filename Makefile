@@ -16,7 +16,7 @@ BUILD = $(WITH_CMAKE) cmake --build
 TUNED = $(CONFIGURE) -B build/native/tuned -DTPLLM_INPLACE=ON -DTPLLM_MARCH_NATIVE=ON
 PROFILE_WORKLOAD ?= $(VENV)/bin/python tools/native_profile_workload.py
 
-.PHONY: setup quickstart lint test test-slow test-oracle test-aot notebooks docs docs-commands clean native native-tuned native-asan native-tsan
+.PHONY: setup quickstart lint test test-slow test-oracle test-aot notebooks docs docs-commands clean native native-tuned native-asan native-tsan native-neon
 
 setup: $(VENV)/.installed
 	@$(MAKE) --no-print-directory $(VENV)/.native || echo "make: goes on without the native library"
@@ -65,6 +65,13 @@ native-asan native-tsan: $(VENV)/.cmake
 	$(CONFIGURE) -B build/native/$(SANITIZE) -DTPLLM_DRIVER=ON -DTPLLM_SANITIZE=$(SANITIZE) > /dev/null
 	$(BUILD) build/native/$(SANITIZE)
 	build/native/$(SANITIZE)/native_driver
+
+# For 64-bit ARM, in an emulator: Debian's g++-aarch64-linux-gnu and qemu-user.
+native-neon: $(VENV)/.cmake
+	$(CONFIGURE) -B build/native/aarch64 -DTPLLM_DRIVER=ON -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 \
+		-DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++ > /dev/null
+	$(BUILD) build/native/aarch64
+	qemu-aarch64 -L /usr/aarch64-linux-gnu build/native/aarch64/native_driver
 
 notebooks: $(VENV)/.notebooks $(VENV)/.native
 	$(VENV)/bin/python tools/run_notebooks.py

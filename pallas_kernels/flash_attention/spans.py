@@ -2,8 +2,8 @@
 
     query t sees key s   <=>   low[t] <= rank[s] <= high[t]
 
-A rank is a position, or where texts are packed ``segment * stride + position``; padding has rank -1, and an empty interval. Windows, segments, padding
-and keys of earlier chunks are all the same to a kernel, and the tables take memory linear in the tokens.
+A rank is a position, or where texts are packed ``segment * stride + position``; padding has rank -1, and an empty interval. So windows, segments,
+padding and keys of earlier chunks are all the same to a kernel, and what it is told takes memory linear in the tokens.
 """
 import jax
 import jax.numpy as jnp
@@ -34,8 +34,8 @@ class Spans:
     def blocks(self, block_q: int, block_k: int) -> jax.Array:
         """int32 [B, T / block_q, 4]: of each tile of queries (first, full_first, full_end, end) in blocks of keys.
 
-        No query of the tile sees a key outside of the blocks [first, end); every query of it sees every key of [full_first, full_end), which
-        lies within. Where neighbours' ranks ascend these are the tightest; for any other order they are true and wider.
+        No query of the tile sees a key outside of the blocks [first, end), which are one at least; every query of it sees every key of
+        [full_first, full_end), which lies within. Where neighbours' ranks ascend these are the tightest; for any other order they are true and wider.
         """
         B = self.low_BT.shape[0]
         low_BQq, high_BQq = (x.reshape(B, -1, block_q) for x in (self.low_BT, self.high_BT))
@@ -45,7 +45,8 @@ class Spans:
         highest_BQ = jnp.where(is_real_BQq, high_BQq, -1).max(-1)
         least_BJ, most_BJ = jnp.where(is_key_BJk, ranks_BJk, NEVER).min(-1), ranks_BJk.max(-1)
         end_BQ = _count_at_most(_least_from_here(least_BJ), highest_BQ)
-        first_BQ = jnp.minimum(_count_at_most(_most_so_far(most_BJ), lowest_BQ - 1), end_BQ)
+        first_BQ = jnp.minimum(_count_at_most(_most_so_far(most_BJ), lowest_BQ - 1), most_BJ.shape[1] - 1)
+        end_BQ = jnp.maximum(end_BQ, first_BQ + 1)  # a tile of padding is written too
         most_if_full_BJ = jnp.where(is_key_BJk.all(-1), most_BJ, NEVER)
         full_end_BQ = _count_at_most(_most_so_far(most_if_full_BJ), high_BQq.min(-1))
         full_first_BQ = _count_at_most(_least_from_here(least_BJ), low_BQq.max(-1) - 1)

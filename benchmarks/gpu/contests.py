@@ -91,7 +91,7 @@ def run_contest(contest: Contest, workers: Mapping[str, Worker], pace: Pace, *, 
 
 
 def _module(entrant: Entrant) -> str:
-    return f"{entrant.worker}_worker"
+    return f".{entrant.worker}_worker"
 
 
 def _prepare(contest: Contest, entrant: Entrant, workers: Mapping[str, Worker], generations: dict[str, int]) -> dict[str, Any]:

@@ -22,24 +22,24 @@ def lengths(session: Session) -> dict[str, Any]:
 
 def begin(session: Session, names: list[str]) -> None:
     """Describe the machine; start what only compiles, and so can go on beside the first section."""
-    session.report["machine"] = session.workers["jax"].call("jax_worker:describe", timeout_s=120)
+    session.report["machine"] = session.workers["jax"].call(".jax_worker:describe", timeout_s=120)
     if session.report["machine"]["platform"] != "gpu" and not session.is_tiny:
         raise TaskError(f"JAX finds no GPU here but {session.report['machine']['platform']}; install jax[cuda13], or use --tiny")
     sizes = lengths(session)
     if "transformers" in names:
-        session.workers["transformers"].start("transformers_worker:open_model", shape=sizes["shape"], batch_sizes=list(_peer_batches(session)),
+        session.workers["transformers"].start(".transformers_worker:open_model", shape=sizes["shape"], batch_sizes=list(_peer_batches(session)),
                                               prompt_len=sizes["prompt_len"], output_len=sizes["output_len"], is_compiled=not session.is_tiny)
     if "plan" in names and _topology(session):
-        session.workers["plan"].start("plan_worker:forecast", is_compiled=True, **_plan_options(session, None, 1))
+        session.workers["plan"].start(".plan_worker:forecast", is_compiled=True, **_plan_options(session, None, 1))
 
 
 def correctness(session: Session, section: dict[str, Any]) -> None:
     """Every op's own cases; the rest of what was started meanwhile is waited for too, so that nothing computes beside what is timed."""
     worker, entries = session.workers["jax"], section.setdefault("entries", [])
-    for op, cases in worker.call("correctness_worker:list_cases", timeout_s=session.timeout(60), is_tiny=session.is_tiny).items():
+    for op, cases in worker.call(".correctness_worker:list_cases", timeout_s=session.timeout(60), is_tiny=session.is_tiny).items():
         for case in cases:
             try:
-                entries.append(worker.call("correctness_worker:check", timeout_s=session.timeout(60), is_tiny=session.is_tiny, **case))
+                entries.append(worker.call(".correctness_worker:check", timeout_s=session.timeout(60), is_tiny=session.is_tiny, **case))
             except TaskError as error:
                 entries.append({**case, **failure(error), "is_right": False})
             except OutOfTimeError:
@@ -53,11 +53,11 @@ def ceilings(session: Session, section: dict[str, Any]) -> None:
     section["best"] = {}
     for name in ("jax", "torch"):
         entry = section[name] = {}
-        _note(entry, "copy", lambda name=name: session.workers[name].call(f"{name}_worker:copy_bandwidth", timeout_s=session.timeout(60),
+        _note(entry, "copy", lambda name=name: session.workers[name].call(f".{name}_worker:copy_bandwidth", timeout_s=session.timeout(60),
                                                                           num_bytes=num_bytes, num_samples=5))
         for dtype in PRODUCT_DTYPES:
             _note(entry, dtype, lambda name=name, dtype=dtype: [2 * size**3 / seconds for seconds in session.workers[name].call(
-                f"{name}_worker:matmul_seconds", timeout_s=session.timeout(60), dtype=dtype, size=size, num_samples=5)])
+                f".{name}_worker:matmul_seconds", timeout_s=session.timeout(60), dtype=dtype, size=size, num_samples=5)])
         if isinstance(entry["copy"], dict) and "copy_bytes_per_s" in entry["copy"]:
             _keep_best(section["best"], "copy", entry["copy"]["copy_bytes_per_s"])
         for dtype in PRODUCT_DTYPES:
@@ -115,7 +115,7 @@ def end_to_end(session: Session, section: dict[str, Any]) -> None:
     for quantization in QUANTIZATIONS:
         name = quantization or "bfloat16"
         try:
-            opened = worker.call("engine_worker:open_engine", timeout_s=session.timeout(120), quantization=quantization, **engine)
+            opened = worker.call(".engine_worker:open_engine", timeout_s=session.timeout(120), quantization=quantization, **engine)
         except OutOfTimeError:
             section.setdefault("not_run", []).append(name)
             continue
@@ -132,7 +132,7 @@ def end_to_end(session: Session, section: dict[str, Any]) -> None:
 def _measure_step(session: Session, section: dict[str, Any], entry: dict[str, Any], named: tuple[str, str], arguments: dict[str, Any]) -> None:
     kind, what = named
     try:
-        entry[kind].append(session.workers["jax"].call(f"engine_worker:{kind}", timeout_s=session.timeout(90), **arguments))
+        entry[kind].append(session.workers["jax"].call(f".engine_worker:{kind}", timeout_s=session.timeout(90), **arguments))
     except TaskError as error:
         entry[kind].append({**arguments, **failure(error)})
     except OutOfTimeError:
@@ -141,7 +141,7 @@ def _measure_step(session: Session, section: dict[str, Any], entry: dict[str, An
 
 def _try_close(session: Session) -> None:
     try:
-        session.workers["jax"].call("engine_worker:close_engine", timeout_s=60)
+        session.workers["jax"].call(".engine_worker:close_engine", timeout_s=60)
     except TaskError:
         session.workers["jax"].stop()
 
@@ -156,7 +156,7 @@ def transformers_peer(session: Session, section: dict[str, Any]) -> None:
         return
     for batch_size in _peer_batches(session):
         try:
-            entry = session.workers["transformers"].call("transformers_worker:decode", timeout_s=session.timeout(60), batch_size=batch_size,
+            entry = session.workers["transformers"].call(".transformers_worker:decode", timeout_s=session.timeout(60), batch_size=batch_size,
                                                          prompt_len=sizes["prompt_len"], output_len=sizes["output_len"], num_runs=3)
         except TaskError as error:
             section.setdefault("entries", []).append({"batch_size": batch_size, **failure(error)})
@@ -179,7 +179,7 @@ def plan(session: Session, section: dict[str, Any]) -> None:
         for row in model["decode"]:
             if not row.get("decode_tokens_per_s"):
                 continue
-            found = session.workers["plan"].call("plan_worker:forecast", timeout_s=session.timeout(60), is_compiled=False,
+            found = session.workers["plan"].call(".plan_worker:forecast", timeout_s=session.timeout(60), is_compiled=False,
                                                  **_plan_options(session, model["quantization"], row["batch_size"]))["speed"]
             planned, measured = found["tokens_per_s"], row["decode_tokens_per_s"]
             section.setdefault("entries", []).append({

@@ -23,7 +23,7 @@ def open_model(shape: str, batch_sizes: list[int], prompt_len: int, output_len: 
     with device():
         model = transformers.AutoModelForCausalLM.from_config(hf_config, dtype=torch.bfloat16, attn_implementation="sdpa").eval()
     wait(None)
-    _KEPT["model"], _KEPT["step"] = model, torch.compile(_step, mode="reduce-overhead", fullgraph=True) if is_compiled else _step
+    _KEPT["model"], _KEPT["step"] = model, torch.compile(_step, mode="reduce-overhead", fullgraph=True, dynamic=False) if is_compiled else _step
     seconds = {"open_s": time.perf_counter() - began}
     for batch_size in batch_sizes:
         began = time.perf_counter()

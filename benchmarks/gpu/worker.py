@@ -1,8 +1,8 @@
 """A process that runs tasks one after the other, and may die of one.
 
 A kernel that was never run before can hang a GPU, or leave a process with an error that every later call of CUDA repeats. So nothing of the
-benchmark computes in the process that keeps its results: tasks run in workers, which are ended at a time limit and started anew. A task is a
-function of this package, ``"module:function"``; its arguments and its result are JSON, a line each way.
+benchmark computes in the process that keeps its results: tasks run in workers, which are ended at a time limit and started anew. A task is
+a function, ``"module:function"``, with a dot before a module of this package; its arguments and its result are JSON, a line each way.
 """
 import contextlib
 import importlib
@@ -136,7 +136,7 @@ def serve() -> None:
         request = json.loads(line)
         try:
             module, _, function = request["task"].partition(":")
-            answer = {"result": getattr(importlib.import_module(f"{PACKAGE}.{module}"), function)(**request["arguments"])}
+            answer = {"result": getattr(importlib.import_module(module, PACKAGE), function)(**request["arguments"])}
         except Exception as error:
             answer = {"error": f"{type(error).__name__}: {error}", "details": traceback.format_exc()}
         answers.write(json.dumps(answer).encode() + b"\n")

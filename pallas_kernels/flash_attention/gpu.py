@@ -1,7 +1,7 @@
 """Attention on NVIDIA Hopper, in Mosaic GPU.
 
-A block of three warp groups computes two tiles of queries of one head. The third warp group brings keys and values into a ring in shared memory (TMA);
-the first two multiply (wgmma) and keep an online softmax in registers. They take turns on the tensor cores: while one multiplies, the other
+A block of three warp groups computes two tiles of queries of one head. The third warp group brings keys and values into a ring in shared memory
+(TMA); the first two multiply (wgmma) and keep an online softmax in registers. They take turns on the tensor cores: while one multiplies, the other
 exponentiates (Shah et al. 2024, arXiv:2407.08608). The product with block j's values and that of the queries with block j + 1's keys are
 issued together. Only blocks of keys that some query sees are visited, and only those that some query does not wholly see are masked.
 
@@ -83,7 +83,7 @@ def flash_attention_gpu(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array,
         tiles: None for the best known.
         interpret: whether to run in the interpreter.
     """
-    (B, T, N, H), (_, S, K, _) = q_BTNH.shape, k_BSKH.shape
+    (_, T, N, H), (_, S, K, _) = q_BTNH.shape, k_BSKH.shape
     if tiles is None:
         tiles = choose_tiles("flash_attention", device, (H, str(q_BTNH.dtype)), candidates(H), functools.partial(on_chip_bytes, head_dim=H))
     tile_q = NUM_CONSUMERS * tiles.block_q
@@ -165,6 +165,12 @@ def _produce(q_ref, k_ref, v_ref, *, tile, first, end, tiles: GpuTiles, q_smem, 
             pl.when(step >= tiles.num_stages)(functools.partial(plgpu.barrier_wait, emptied.at[slot]))
             plgpu.copy_gmem_to_smem(ref.at[keys], smem.at[slot], filled.at[slot])
     lax.fori_loop(0, end - first, bring, None)
+
+    @pl.when(end - first > tiles.num_stages)  # one that has waited for a barrier waits for all of its phases
+    def _():
+        for i in range(tiles.num_stages):
+            for emptied in (k_emptied, v_emptied):
+                plgpu.barrier_wait(emptied.at[lax.rem(end - first + i, tiles.num_stages)])
 
 
 def _consume(group, sink, mask, *, first, full_first, full_end, end, tiles: GpuTiles, scale, softcap, groups, q_smem, k_smem, v_smem, q_filled,

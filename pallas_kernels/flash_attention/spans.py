@@ -44,13 +44,12 @@ class Spans:
         lowest_BQ = jnp.where(is_real_BQq, low_BQq, NEVER).min(-1)
         highest_BQ = jnp.where(is_real_BQq, high_BQq, -1).max(-1)
         least_BJ, most_BJ = jnp.where(is_key_BJk, ranks_BJk, NEVER).min(-1), ranks_BJk.max(-1)
-        end_BQ = _count_at_most(_least_from_here(least_BJ), highest_BQ)
-        first_BQ = jnp.minimum(_count_at_most(_most_so_far(most_BJ), lowest_BQ - 1), most_BJ.shape[1] - 1)
-        end_BQ = jnp.maximum(end_BQ, first_BQ + 1)  # a tile of padding is written too
+        num_blocks = most_BJ.shape[1]
+        first_BQ = jnp.minimum(_first(most_BJ[:, None] >= lowest_BQ[..., None]), num_blocks - 1)
+        end_BQ = jnp.maximum(_last(least_BJ[:, None] <= highest_BQ[..., None]) + 1, first_BQ + 1)  # a tile of padding is written too
         most_if_full_BJ = jnp.where(is_key_BJk.all(-1), most_BJ, NEVER)
-        full_end_BQ = _count_at_most(_most_so_far(most_if_full_BJ), high_BQq.min(-1))
-        full_first_BQ = _count_at_most(_least_from_here(least_BJ), low_BQq.max(-1) - 1)
-        full_first_BQ = jnp.clip(full_first_BQ, first_BQ, end_BQ)
+        full_end_BQ = _first(most_if_full_BJ[:, None] > high_BQq.min(-1)[..., None])
+        full_first_BQ = jnp.clip(_last(least_BJ[:, None] < low_BQq.max(-1)[..., None]) + 1, first_BQ, end_BQ)
         return jnp.stack([first_BQ, full_first_BQ, jnp.clip(full_end_BQ, full_first_BQ, end_BQ), end_BQ], axis=-1)
 
 
@@ -69,14 +68,12 @@ def make_spans(positions_BT: jax.Array, key_positions_BS: jax.Array | None, *, w
     return Spans(jnp.where(is_real_BT, low_BT, 0), jnp.where(is_real_BT, high_BT, -1), jnp.where(key_positions_BS >= 0, ranks_BS, -1))
 
 
-def _most_so_far(x_BJ: jax.Array) -> jax.Array:
-    return jax.lax.cummax(x_BJ, axis=1)
+def _first(is_so_BQJ: jax.Array) -> jax.Array:
+    """[B, Q] int32: the first of each row of flags; their number where there is none."""
+    J = is_so_BQJ.shape[-1]
+    return jnp.where(is_so_BQJ, jnp.arange(J, dtype=jnp.int32), J).min(-1)
 
 
-def _least_from_here(x_BJ: jax.Array) -> jax.Array:
-    return jax.lax.cummin(x_BJ, axis=1, reverse=True)
-
-
-def _count_at_most(ascending_BJ: jax.Array, bound_BQ: jax.Array) -> jax.Array:
-    """[B, Q] int32: how many of each row's numbers are at most the bound."""
-    return jax.vmap(lambda row, bound: jnp.searchsorted(row, bound, side="right"))(ascending_BJ, bound_BQ).astype(jnp.int32)
+def _last(is_so_BQJ: jax.Array) -> jax.Array:
+    """[B, Q] int32: the last of each row of flags; -1 where there is none."""
+    return jnp.where(is_so_BQJ, jnp.arange(is_so_BQJ.shape[-1], dtype=jnp.int32), -1).max(-1)

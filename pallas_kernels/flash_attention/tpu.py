@@ -109,10 +109,11 @@ def _grid(grid: tuple[int, ...], head_dim: int, heads_per_kv: int, tiles: TpuTil
     kv = pl.BlockSpec((None, None, tiles.block_k, head_dim),
                       lambda row, head, tile, block, blocks_ref, _: (row, lax.div(head, heads_per_kv), visited(row, tile, block, blocks_ref), 0))
     queries = pl.BlockSpec((None, None, tiles.block_q, head_dim), lambda row, head, tile, *_: (row, head, tile, 0))
+    spans = pl.BlockSpec((None, 2, tiles.block_q), lambda row, head, tile, *_: (row, 0, tile))
+    ranks = pl.BlockSpec((None, 1, tiles.block_k),
+                         lambda row, head, tile, block, blocks_ref, _: (row, 0, visited(row, tile, block, blocks_ref)))
     return pltpu.PrefetchScalarGridSpec(
-        num_scalar_prefetch=2, grid=grid,
-        in_specs=(queries, kv, kv, pl.BlockSpec((None, 2, tiles.block_q), lambda row, head, tile, *_: (row, 0, tile)),
-                  pl.BlockSpec((None, 1, tiles.block_k), lambda row, _, tile, block, blocks_ref, __: (row, 0, visited(row, tile, block, blocks_ref)))),
+        num_scalar_prefetch=2, grid=grid, in_specs=(queries, kv, kv, spans, ranks),
         out_specs=(queries, pl.BlockSpec((None, None, 1, tiles.block_q), lambda row, head, tile, *_: (row, head, 0, tile))),
         scratch_shapes=(*(pltpu.VMEM((tiles.block_q, LANES), dtype) for dtype in (jnp.int32, jnp.int32, jnp.float32, jnp.float32)),
                         pltpu.VMEM((tiles.block_q, head_dim), jnp.float32)))

@@ -2,7 +2,6 @@
 
 The interpreter knows neither layouts of registers, nor a product whose left side lies in registers, nor accumulators with a first value.
 """
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl

@@ -18,10 +18,8 @@ from pallas_kernels.quant_matmul.byte_codes import BLOCK, pack_bytes, unpack_byt
 from pallas_kernels.quant_matmul.fragment_codes import pack_fragments, unpack_fragments
 from pallas_kernels.tiling import Device
 
-ROW_TILE = 64
-"""What N is padded to: the rows that a warp group multiplies."""
-LANES = 128
-"""The same where inputs come first: the outputs of a TPU's register."""
+OUTPUT_TILE = 128
+"""What N is padded to: two warp groups of a GPU, or the width of a TPU's registers."""
 LARGEST_GROUP = 256
 Array = jax.Array | np.ndarray
 Layout = Literal["rows", "columns", "fragments"]
@@ -74,11 +72,6 @@ class WeightFormat:
         """What K is padded to, with codes, scales and mins of 0."""
         return max(2 * BLOCK if self.bits == 5 else BLOCK, self.group, self.super_group)
 
-    @property
-    def output_tile(self) -> int:
-        """What N is padded to."""
-        return LANES if self.layout == "columns" else ROW_TILE
-
     def shape(self, codes: Array) -> tuple[int, int]:
         """(N, K), padded, of packed codes."""
         N, K = codes.shape[::-1] if self.layout == "columns" else codes.shape
@@ -119,12 +112,12 @@ def pack(weight_format: WeightFormat, codes_NK: Array, scales: Array | None = No
         super_scales, super_mins: [N, super groups].
 
     Returns:
-        The arrays, N padded to a multiple of ``weight_format.output_tile`` and K to one of ``weight_format.block``. 8-bit codes of a shape that needs no
+        The arrays, N padded to a multiple of 128 and K to one of ``weight_format.block``. 8-bit codes of a shape that needs no
         padding are returned as they are, or transposed.
     """
     numpy = np if isinstance(codes_NK, np.ndarray) else jnp
     (N, K), f, high = codes_NK.shape, weight_format, None
-    rows, columns = -N % f.output_tile, -K % f.block
+    rows, columns = -N % OUTPUT_TILE, -K % f.block
 
     def groups_first(values: Array | None, group: int) -> Array | None:
         if values is None:

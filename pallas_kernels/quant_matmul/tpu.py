@@ -54,7 +54,8 @@ def tpu_matmul(x_MK: jax.Array, row_scales_MB: jax.Array | None, arrays: PackedA
     needed = functools.partial(on_chip_bytes, num_inputs=K, weight_format=f, item_bytes=x_MK.dtype.itemsize)
     tiles = choose_tiles("quant_matmul", device, key, candidates(M, N), needed)
     rows = pl.cdiv(M, tiles.rows) * tiles.rows
-    inputs = {name: array for name, array in arrays._asdict().items() if array is not None}
+    inputs = {name: jax.lax.bitcast_convert_type(array, jnp.int16) if array.dtype == jnp.float16 else array
+              for name, array in arrays._asdict().items() if array is not None}
     inputs = {"x": x_MK, "row_scales": row_scales_MB, **inputs, "bias": None if bias_N is None else bias_N[None]}
     inputs = {name: array for name, array in inputs.items() if array is not None}
 
@@ -86,8 +87,7 @@ def _body(*refs, names: tuple[str, ...], weight_format: WeightFormat):
         pl.when(pl.program_id(1) == 0)(lambda: _dequantize(inputs, weight_ref, scales_ref, mins_ref, f))
 
     def product(x, weight, dtype):
-        exact = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-        return jax.lax.dot_general(x, weight, (((1,), (0,)), ((), ())), precision=exact, preferred_element_type=dtype)
+        return jax.lax.dot_general(x, weight, (((1,), (0,)), ((), ())), preferred_element_type=dtype)
     if not has_dense:
         y = product(inputs["x"][...], inputs["codes"][...], jnp.int32).astype(jnp.float32)
     elif f.activations == "e4m3" and f.group:
@@ -98,17 +98,13 @@ def _body(*refs, names: tuple[str, ...], weight_format: WeightFormat):
             y = y + part * inputs["row_scales"][:, group:group + 1]
     else:
         x = inputs["x"][...]
-        y = product(x if f.activations == "float" else x.astype(jnp.float32).astype(jnp.bfloat16), weight_ref[...].astype(_dense_dtype(x)), jnp.float32)
+        y = product(x if f.activations == "float" else x.astype(jnp.float32).astype(jnp.bfloat16), weight_ref[...], jnp.float32)
     if f.activations != "float" and not f.group:
         y = y * inputs["row_scales"][...]
     if not f.group:
         y = y * inputs["scales"][...].astype(jnp.float32)
     y = y + inputs["bias"][...].astype(jnp.float32) if "bias" in inputs else y
     out_ref[...] = y.astype(out_ref.dtype)
-
-
-def _dense_dtype(x):
-    return x.dtype if x.dtype in (jnp.bfloat16, jnp.float16) else jnp.bfloat16
 
 
 def _dequantize(inputs, weight_ref, scales_ref, mins_ref, f: WeightFormat) -> None:
@@ -129,8 +125,9 @@ def _dequantize(inputs, weight_ref, scales_ref, mins_ref, f: WeightFormat) -> No
             for first in range(0, width, group):
                 part, k = values[first:first + group], i * block + piece.first + first
                 if f.group:
-                    part = part * scales_ref[pl.ds(k // f.group, 1)]
-                    part = part if f.mins == "none" else part + mins_ref[pl.ds(k // f.group, 1)]
+                    row = pl.ds(i * (block // f.group) + (piece.first + first) // f.group if f.group <= block else i >> 1, 1)
+                    part = part * scales_ref[row]
+                    part = part if f.mins == "none" else part + mins_ref[row]
                 weight_ref[pl.ds(pl.multiple_of(k, 16), group)] = part.astype(weight_ref.dtype)
         return _
     jax.lax.fori_loop(0, weight_ref.shape[0] // block, one_block, 0)
@@ -146,19 +143,27 @@ def _codes(ref, first, width: int, mask: int | None):
 
 def _expand_scales(inputs, scales_ref, mins_ref, f: WeightFormat) -> None:
     """Fill the scales and mins of groups, as float32."""
-    per_super = f.super_group // f.group if f.super_group else scales_ref.shape[0]
-    for first in range(0, scales_ref.shape[0], per_super):
-        some, super_group = slice(first, first + per_super), slice(first // per_super, first // per_super + 1)
-        scales = _float(inputs["scales"][some])
-        scales = scales * _float(inputs["super_scales"][super_group]) if f.super_group else scales
-        scales_ref[some] = scales
-        if f.mins != "none":
-            mins = _float(inputs["mins"][some])
-            mins_ref[some] = {"float": lambda: mins, "zeros": lambda: -scales * mins,  # noqa: B023
-                              "super": lambda: -mins * _float(inputs["super_mins"][super_group])}[f.mins]()  # noqa: B023
+    for name, target in (("scales", scales_ref), ("mins", mins_ref)):
+        if name not in inputs:
+            continue
+        target[...] = _float(inputs[name][...])
+        if f"super_{name}" in inputs:
+            supers, ratio = _float(inputs[f"super_{name}"][...]), f.super_group // f.group
+            for i in range(supers.shape[0]):
+                some = slice(i * ratio, (i + 1) * ratio)
+                target[some] = target[some] * supers[i:i + 1]
+    if f.mins == "zeros":
+        mins_ref[...] = -scales_ref[...] * mins_ref[...]
+    elif f.mins == "super":
+        mins_ref[...] = -mins_ref[...]
 
 
 def _float(values):
-    if jnp.issubdtype(values.dtype, jnp.integer):
-        values = values.astype(jnp.int32)
-    return values.astype(jnp.float32)
+    """float32 of floats, small integers, or the bits of float16 in int16, which TPUs do not load."""
+    if values.dtype != jnp.int16:
+        return (values.astype(jnp.int32) if jnp.issubdtype(values.dtype, jnp.integer) else values).astype(jnp.float32)
+    bits = values.astype(jnp.int32)
+    size = bits & 0x7FFF
+    normal = jax.lax.bitcast_convert_type((size << 13) + (112 << 23), jnp.float32)
+    floats = jnp.where(size < 0x400, size.astype(jnp.float32) * 2.0**-24, normal)
+    return jnp.where(bits < 0, -floats, floats)

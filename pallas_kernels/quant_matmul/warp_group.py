@@ -39,7 +39,7 @@ class WarpGroup:
 
     interpret: bool
 
-    def zeros(self, num_columns: int, dtype=jnp.float32) -> jax.Array:
+    def zeros(self, num_columns: int, dtype) -> jax.Array:
         """A sum to begin with, [64, columns]."""
         zeros = jnp.zeros((ROWS, num_columns), dtype)
         return zeros if self.interpret else plgpu.layout_cast(zeros, plgpu.Layout.WGMMA)

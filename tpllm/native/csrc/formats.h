@@ -1,6 +1,8 @@
 // How the codes of each format become floats (for every instruction set) or pairs of bfloat16 (where products of those exist). Both are
 // exact: what is multiplied is the code itself, and scales are applied to sums. See kernels.h for the layouts.
 //
+// words(raw, j) are inputs 2j and 2j + 1 of integer codes as two int16, before the zero is taken from them.
+//
 // A step is 8 inputs. load() reads what a step of a unit needs for vector v of the 32 outputs; f32(raw, i) gives input i of it, pair(raw, j)
 // inputs 2j and 2j + 1 as the two halves of each lane.
 
@@ -50,8 +52,17 @@ struct Bytes {
   static TPLLM_INLINE vi signed_byte(const Raw& raw, int i) { return (vi)(raw.quads[i / 4] << (24 - 8 * kByteOf[i % 4])) >> 24; }
 };
 
+// What a panel of words holds.
+struct DenseWords {
+  static constexpr int kUnit = 2048;
+  struct Raw { const uint8_t* at; };
+  static TPLLM_INLINE Raw load(const uint8_t* unit, int step, int v) { return {unit + step * 512 + v * W * 4}; }
+  static TPLLM_INLINE vi words(const Raw& raw, int j) { return ::tpllm::TPLLM_ISA::load<vi>(raw.at + j * 128); }
+};
+
 struct I8 : Bytes {
   static constexpr bool kIsInteger = true;
+  static TPLLM_INLINE vi words(const Raw& raw, int j) { return (vi)((j % 2 ? (vw)raw.quads[j / 2] : (vw)raw.quads[j / 2] << 8) >> 8); }
   static TPLLM_INLINE vf f32(const Raw& raw, int i, const Tables&) { return __builtin_convertvector(signed_byte(raw, i), vf); }
 };
 template <int kMantissa, int kBias>
@@ -104,6 +115,11 @@ struct Pairs {
     if constexpr (kBits == 3) code |= ((raw.high >> (raw.bit + j + half)) & 1) << 2;
     return __builtin_convertvector((vi)code, vf) - splat(tables.zero);
   }
+  static TPLLM_INLINE vi words(const Raw& raw, int j) {
+    vu codes = (raw.low >> (2 * (raw.field + j))) & 0x00030003;
+    if constexpr (kBits == 3) codes |= ((raw.high >> (raw.bit + j)) & 0x00010001) << 2;
+    return (vi)codes;
+  }
 #if defined(__AVX512BF16__)
   // As of nibbles: the table repeats, so that bits above the code's do not matter.
   static TPLLM_INLINE __m512i pair(const Raw& raw, int j, const Tables& tables) {
@@ -152,6 +168,12 @@ struct Nibbles {
     if constexpr (kBits == 5) code |= ((raw.high >> (raw.field + j + half)) & 1) << 4;
     if constexpr (kBits == 6) code |= ((raw.high >> (2 * (raw.field + j) + half)) & 3) << 4;
     return __builtin_convertvector((vi)code, vf) - splat(tables.zero);
+  }
+  static TPLLM_INLINE vi words(const Raw& raw, int j) {
+    vu codes = (raw.low >> (4 * j)) & 0x000F000F;
+    if constexpr (kBits == 5) codes |= ((raw.high >> (raw.field + j)) & 0x00010001) << 4;
+    if constexpr (kBits == 6) codes |= ((raw.high >> (2 * (raw.field + j))) & 0x00030003) << 4;
+    return (vi)codes;
   }
 #if defined(__AVX512BF16__)
   static TPLLM_INLINE __m512i pair(const Raw& raw, int j, const Tables& tables) {

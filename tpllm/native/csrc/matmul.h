@@ -48,6 +48,9 @@ struct TileArgs {
   int64_t first_unit, num_units;
   const Scaler* scaler;
   const Tables* tables;
+  const float* unit_scales;  // of int16 activations, of the first unit: [units][M]
+  const int32_t* half_sums;  // of int16 activations, of the first unit: [units][2][M]
+  int64_t zero;              // what is taken from each code before int16 activations multiply it
 };
 
 // The sums of the groups so far: in registers where there are enough for them, in memory else.
@@ -97,27 +100,74 @@ static TPLLM_INLINE void prefetch_step(const uint8_t* unit, int step) {
     __builtin_prefetch(unit + at + kPrefetchBytes, 0, 3);
 }
 
+// How the products of a step are added to `partial`: at once, or as whole numbers that are turned into floats at the end of a part of the unit.
 template <class F, int M>
 struct FloatMath {
-  static TPLLM_INLINE void step(const uint8_t* unit, int step, const uint32_t* x, const Tables& tables, vf (&partial)[M][V]) {
+  TPLLM_INLINE void begin(const TileArgs&, int64_t, int, int) {}
+  TPLLM_INLINE void end(const TileArgs&, int64_t, vf (&)[M][V]) {}
+  TPLLM_INLINE void step(const uint8_t* unit, int step, const uint32_t* x, const Tables& tables, vf (&partial)[M][V]) {
     typename F::Raw raw[V];
     TPLLM_UNROLL for (int v = 0; v < V; ++v) raw[v] = F::load(unit, step, v);
     TPLLM_UNROLL for (int i = 0; i < 8; ++i) {
-      vf w[V];
-      TPLLM_UNROLL for (int v = 0; v < V; ++v) w[v] = F::f32(raw[v], i, tables);
-      TPLLM_UNROLL for (int m = 0; m < M; ++m) {
-        const vf xm = splat(load<float>(x + (step * 8 + i) * M + m));
-        TPLLM_UNROLL for (int v = 0; v < V; ++v) partial[m][v] = fma(w[v], xm, partial[m][v]);
+      vf xm[M];
+      TPLLM_UNROLL for (int m = 0; m < M; ++m) xm[m] = splat(load<float>(x + (step * 8 + i) * M + m));
+      TPLLM_UNROLL for (int v = 0; v < V; ++v) {
+        const vf w = F::f32(raw[v], i, tables);
+        TPLLM_UNROLL for (int m = 0; m < M; ++m) partial[m][v] = fma(w, xm[m], partial[m][v]);
       }
     }
   }
   static constexpr int kDwords = 32;
 };
 
+#if defined(__AVX2__) && !defined(__AVX512F__)
+// With 16 registers GCC would begin the products of later inputs before it has added these, and have no register for them.
+template <int M>
+static TPLLM_INLINE void stay_in_order(vi (&sums)[M][V]) {
+  TPLLM_UNROLL for (int m = 0; m < M; ++m)
+    TPLLM_UNROLL for (int v = 0; v < V; ++v) asm("" : "+x"(sums[m][v]));
+}
+
+template <class F, int M>
+struct WordMath {
+  vi sums[M][V];
+  const float* scales;
+
+  TPLLM_INLINE void begin(const TileArgs& a, int64_t unit, int half, int num_halves) {
+    const int32_t* halves = a.half_sums + unit * 2 * M + half * M;
+    TPLLM_UNROLL for (int m = 0; m < M; ++m) {
+      const int32_t sum = num_halves == 2 ? halves[m] + halves[M + m] : halves[m];
+      TPLLM_UNROLL for (int v = 0; v < V; ++v) sums[m][v] = vi{} - static_cast<int32_t>(a.zero) * sum;
+    }
+  }
+  TPLLM_INLINE void end(const TileArgs& a, int64_t unit, vf (&partial)[M][V]) {
+    TPLLM_UNROLL for (int m = 0; m < M; ++m)
+      TPLLM_UNROLL for (int v = 0; v < V; ++v)
+        partial[m][v] = fma(__builtin_convertvector(sums[m][v], vf), splat(a.unit_scales[unit * M + m]), partial[m][v]);
+  }
+  TPLLM_INLINE void step(const uint8_t* unit, int step, const uint32_t* x, const Tables&, vf (&)[M][V]) {
+    typename F::Raw raw[V];
+    TPLLM_UNROLL for (int v = 0; v < V; ++v) raw[v] = F::load(unit, step, v);
+    TPLLM_UNROLL for (int j = 0; j < 4; ++j) {
+      __m256i xm[M];
+      TPLLM_UNROLL for (int m = 0; m < M; ++m) xm[m] = _mm256_set1_epi32(load<int32_t>(x + (step * 4 + j) * M + m));
+      TPLLM_UNROLL for (int v = 0; v < V; ++v) {
+        const __m256i w = (__m256i)F::words(raw[v], j);
+        TPLLM_UNROLL for (int m = 0; m < M; ++m) sums[m][v] += (vi)_mm256_madd_epi16(w, xm[m]);
+      }
+      stay_in_order<M>(sums);
+    }
+  }
+  static constexpr int kDwords = 16;
+};
+#endif
+
 #if defined(__AVX512BF16__)
 template <class F, int M>
 struct PairMath {
-  static TPLLM_INLINE void step(const uint8_t* unit, int step, const uint32_t* x, const Tables& tables, vf (&partial)[M][V]) {
+  TPLLM_INLINE void begin(const TileArgs&, int64_t, int, int) {}
+  TPLLM_INLINE void end(const TileArgs&, int64_t, vf (&)[M][V]) {}
+  TPLLM_INLINE void step(const uint8_t* unit, int step, const uint32_t* x, const Tables& tables, vf (&partial)[M][V]) {
     typename F::Raw raw[V];
     TPLLM_UNROLL for (int v = 0; v < V; ++v) raw[v] = F::load(unit, step, v);
     TPLLM_UNROLL for (int j = 0; j < 4; ++j) {
@@ -145,12 +195,16 @@ static void run_tile(const TileArgs& a) {
   Totals<M> totals(a.acc);
   const int64_t units_a_group = FOLD == kWholeUnits ? scaler.units_a_group : 1;
   int64_t in_group = 0, group = FOLD == kHalfUnits ? 2 * a.first_unit : a.first_unit / units_a_group;
+  constexpr int kSteps = FOLD == kHalfUnits ? 2 : 4;  // of a part
+  MATH<F, M> math;
   for (int64_t u = 0; u < a.num_units; ++u) {
     const uint8_t* unit = a.codes + u * F::kUnit;
     const uint32_t* x = a.x + u * MATH<F, M>::kDwords * M;
     TPLLM_UNROLL for (int step = 0; step < 4; ++step) {
       if constexpr (PREFETCHES) prefetch_step<F>(unit, step);
-      MATH<F, M>::step(unit, step, x, tables, partial);
+      if (step % kSteps == 0) math.begin(a, u, step / 2, kSteps / 2);
+      math.step(unit, step, x, tables, partial);
+      if (step % kSteps == kSteps - 1) math.end(a, u, partial);
       if constexpr (FOLD == kHalfUnits)
         if (step % 2) fold_group<M>(scaler, group++, a.sums, partial, totals);
     }
@@ -222,6 +276,18 @@ static void fill_pair_panel(const uint8_t* codes, int64_t num_units, const Table
 }
 #endif
 
+#if defined(__AVX2__) && !defined(__AVX512F__)
+template <class F>
+static void fill_word_panel(const uint8_t* codes, int64_t num_units, const Tables&, uint8_t* panel) {
+  for (int64_t u = 0; u < num_units; ++u)
+    TPLLM_UNROLL for (int step = 0; step < 4; ++step)
+      TPLLM_UNROLL for (int v = 0; v < V; ++v) {
+        const auto raw = F::load(codes + u * F::kUnit, step, v);
+        TPLLM_UNROLL for (int j = 0; j < 4; ++j) store(panel + u * 2048 + (step * 4 + j) * 128 + v * W * 4, F::words(raw, j));
+      }
+}
+#endif
+
 using TileFunction = void (*)(const TileArgs&);
 using PanelFunction = void (*)(const uint8_t*, int64_t, const Tables&, uint8_t*);
 
@@ -273,6 +339,17 @@ static Method pair_method(int fold) {
 }
 #endif
 
+#if defined(__AVX2__) && !defined(__AVX512F__)
+template <class F>
+static Method word_method(int fold) {
+  if constexpr (std::is_same_v<F, Nibbles<6>>)
+    if (fold == kHalfUnits) return make_method<F, kHalfUnits, WordMath, DenseWords>(fill_word_panel<F>, 2048);
+  if constexpr (std::is_same_v<F, I8> || std::is_same_v<F, Nibbles<4>>)
+    if (fold == kNoGroups) return make_method<F, kNoGroups, WordMath, DenseWords>(fill_word_panel<F>, 2048);
+  return make_method<F, kWholeUnits, WordMath, DenseWords>(fill_word_panel<F>, 2048);
+}
+#endif
+
 template <int... I>
 static void set_byte_tiles(TileFunction* tiles, std::integer_sequence<int, I...>) { ((tiles[I] = run_byte_tile<kTileSizes[I]>), ...); }
 
@@ -280,6 +357,10 @@ static Math choose_math(const Weight& weight, [[maybe_unused]] Dtype x_dtype) {
   if (weight.quantizes_input) return Math::kBytes;
 #if defined(__AVX512BF16__)
   if (x_dtype == Dtype::kBF16 && weight.format != Format::kF32 && weight.format != Format::kF16) return Math::kPairs;
+#endif
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  const bool is_integer = weight.format == Format::kI8 || (weight.format >= Format::kI4 && weight.format <= Format::kQ3);
+  if (x_dtype != Dtype::kF32 && is_integer) return Math::kWords;
 #endif
   return Math::kFloats;
 }
@@ -304,6 +385,16 @@ static Method choose_method(const Weight& weight, Math math) {
     case Format::kQ3: return pair_method<Pairs<3>>(fold);
     case Format::kE2M1: return pair_method<E2M1>(fold);
     default: return pair_method<DenseBF16>(fold);
+  }
+#endif
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  if (math == Math::kWords) switch (weight.format) {
+    case Format::kI8: return word_method<I8>(fold);
+    case Format::kI4: return word_method<Nibbles<4>>(fold);
+    case Format::kQ5: return word_method<Nibbles<5>>(fold);
+    case Format::kQ2: return word_method<Pairs<2>>(fold);
+    case Format::kQ3: return word_method<Pairs<3>>(fold);
+    default: return word_method<Nibbles<6>>(fold);
   }
 #endif
   switch (weight.format) {
@@ -350,8 +441,12 @@ struct Product {
       const int64_t count = std::min(step, num_units - unit);
       const uint8_t* from = codes + unit * unit_size;
       if (panel) method.fill_panel(from, count, tables, panel);
-      for (int64_t tile = 0; tile < num_tiles; ++tile)
+      const uint8_t* next = from + count * unit_size;  // at last the first of the next block
+      for (int64_t tile = 0; tile < num_tiles; ++tile) {
+        for (int64_t at = count * unit_size * tile / num_tiles / 64 * 64; at < count * unit_size * (tile + 1) / num_tiles; at += 64)
+          __builtin_prefetch(next + at, 0, 2);
         run(method.from_panel, panel ? panel : from, unit, count, tile, scaler, acc + tile * kMaxTile * kBlock);
+      }
     }
   }
 
@@ -378,8 +473,10 @@ struct Product {
            float* acc) const {
     const int index = tile_index(tiles->rows_of(tile));
     const int64_t stride = kTileSizes[index];
+    const bool has_words = tiles->math == Math::kWords;
     const TileArgs args{codes, tiles->tile(tile) + first_unit * tiles->dwords_a_unit() * stride, tiles->tile_sums(tile) + first_unit * stride,
-                        acc, first_unit, count, &scaler, &tables};
+                        acc, first_unit, count, &scaler, &tables, has_words ? tiles->tile_scales(tile) + first_unit * stride : nullptr,
+                        has_words ? tiles->tile_half_sums(tile) + first_unit * 2 * stride : nullptr, weight->format == Format::kI8 ? 0 : weight->zero};
     functions[index](args);
   }
 };

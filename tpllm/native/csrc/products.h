@@ -3,11 +3,12 @@
 // The tiles that some weights want of one input, by the math they use; filled in a phase of its own where there are many rows.
 struct Inputs {
   Rows x;
-  Tiles tiles[3];
-  bool is_used[3] = {}, needs_sums = false;
+  Tiles tiles[kNumMaths];
+  bool is_used[kNumMaths] = {}, needs_sums = false;
 
   Inputs(const Rows& rows, int64_t num_units, int layer = 0) : x(rows) {
-    for (int i = 0; i < 3; ++i) tiles[i] = Tiles{static_cast<Math>(i), rows.num_rows, num_units, nullptr, nullptr, nullptr, nullptr};
+    for (int i = 0; i < kNumMaths; ++i)
+      tiles[i] = Tiles{static_cast<Math>(i), rows.num_rows, num_units, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr};
     layer_ = layer;
   }
   const Tiles& want(const Weight& weight) {
@@ -19,7 +20,7 @@ struct Inputs {
   }
   int64_t num_tiles() const { return (x.num_rows + kMaxTile - 1) / kMaxTile; }
   void fill(int64_t tile) const {
-    for (int i = 0; i < 3; ++i)
+    for (int i = 0; i < kNumMaths; ++i)
       if (is_used[i]) fill_tile(tiles[i], x, tile, needs_sums);
   }
 

@@ -1,5 +1,5 @@
 // Memory that a thread keeps between calls, one buffer for each purpose, and a second one where a product feeds another.
-enum class Slot { kPairs, kFloats, kBytes, kSums, kRowScales, kInner, kAccumulators, kPanel, kAttention, kPartials, kCount };
+enum class Slot { kPairs, kFloats, kBytes, kSums, kRowScales, kUnitScales, kInner, kAccumulators, kPanel, kAttention, kPartials, kCount };
 
 class Scratch {
  public:

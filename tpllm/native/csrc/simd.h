@@ -13,6 +13,7 @@ constexpr int V = kBlock / W;  // vectors of a block's outputs
 typedef float vf __attribute__((vector_size(W * 4)));
 typedef int32_t vi __attribute__((vector_size(W * 4)));
 typedef uint32_t vu __attribute__((vector_size(W * 4)));
+typedef int16_t vw __attribute__((vector_size(W * 4)));
 typedef uint16_t vh __attribute__((vector_size(W * 2)));
 typedef uint8_t vb __attribute__((vector_size(W)));
 typedef int8_t vsb __attribute__((vector_size(W)));

@@ -43,6 +43,21 @@ def gated(gate_F: jax.Array, up_F: jax.Array, activation: Activation) -> jax.Arr
     return gate_F * jax.nn.sigmoid(activation.alpha * gate_F) * (jnp.clip(up_F, -activation.limit, activation.limit) + 1)
 
 
+def gated_product_reference(x_MD: jax.Array, gate_FD: jax.Array, up_FD: jax.Array, *, activation: Activation,
+                            biases: tuple[jax.Array | None, jax.Array | None] = (None, None)) -> jax.Array:
+    """What the down projection of dense weights multiplies, computed in float32; [M, F] in ``x_MD``'s dtype.
+
+    Args:
+        x_MD: activations.
+        gate_FD, up_FD: weights.
+        activation: see :func:`gated`.
+        biases: of gate and up, [F] or None.
+    """
+    gate_MF, up_MF = (quant_matmul_reference(x_MD, weight, bias=bias, dtype=jnp.float32)
+                      for weight, bias in zip((gate_FD, up_FD), biases, strict=True))
+    return gated(gate_MF, up_MF, activation).astype(x_MD.dtype)
+
+
 def gated_mlp_reference(x_MD: jax.Array, gate_FD: jax.Array, up_FD: jax.Array, down_DF: jax.Array, *,
                         activation: Activation) -> jax.Array:
     """The layer on dense weights, in float32 but for the inner activations, which have ``x_MD``'s dtype; [M, D] in it.
@@ -52,6 +67,4 @@ def gated_mlp_reference(x_MD: jax.Array, gate_FD: jax.Array, up_FD: jax.Array, d
         gate_FD, up_FD, down_DF: weights.
         activation: see :func:`gated`.
     """
-    gate_MF, up_MF = (quant_matmul_reference(x_MD, weight, dtype=jnp.float32) for weight in (gate_FD, up_FD))
-    inner_MF = gated(gate_MF, up_MF, activation).astype(x_MD.dtype)
-    return quant_matmul_reference(inner_MF, down_DF)
+    return quant_matmul_reference(gated_product_reference(x_MD, gate_FD, up_FD, activation=activation), down_DF)

@@ -8,10 +8,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.rms_norm.reference import round_codes, scale_rows
-from pallas_kernels.tiling import Device, choose_tiles
+from pallas_kernels.tiling import KIB, Device, choose_tiles
 
 DEVICES = "a TPU"
 LANES = 128
+SPARE = 2 * KIB**2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,7 +22,7 @@ class Tiles:
     rows: int
 
 
-CANDIDATES = tuple(map(Tiles, (256, 128, 64, 32)))  # 32: a tile of 8-bit codes
+CANDIDATES = tuple(map(Tiles, (128, 256, 64, 32)))  # 32: a tile of 8-bit codes
 
 
 def runs_on(device: Device) -> bool:
@@ -36,7 +37,7 @@ def refusal(_: int, __: str | None) -> None:
 def on_chip_bytes(tiles: Tiles, D: int, itemsize: int, num_blocks: int) -> int:
     """Two buffers of each block, and the float32 rows that the body holds."""
     padded = pl.cdiv(D, LANES) * LANES
-    return tiles.rows * (padded * (2 * num_blocks * itemsize + 3 * 4) + 2 * LANES * 4)
+    return tiles.rows * (padded * (2 * num_blocks * itemsize + 4 * 4) + 2 * LANES * 4) + SPARE
 
 
 def rms_norm_rows(x_MD: jax.Array, weight_D: jax.Array, residual_MD: jax.Array | None, *, eps: float, offset: float, quantized: str | None,
@@ -44,8 +45,8 @@ def rms_norm_rows(x_MD: jax.Array, weight_D: jax.Array, residual_MD: jax.Array |
     """(y or codes [M, D], scales [M, 1] of codes, x + residual where there is one)."""
     M, D = x_MD.shape
     num_blocks = 2 + 2 * (residual_MD is not None)
-    tiles = choose_tiles("rms_norm", device, (M, D, str(x_MD.dtype), str(quantized), num_blocks), CANDIDATES,
-                         lambda tiles: on_chip_bytes(tiles, D, x_MD.dtype.itemsize, num_blocks))
+    needed = functools.partial(on_chip_bytes, D=D, itemsize=x_MD.dtype.itemsize, num_blocks=num_blocks)
+    tiles = choose_tiles("rms_norm", device, (M, D, str(x_MD.dtype), str(quantized), num_blocks), CANDIDATES, needed)
     rows = min(tiles.rows, M)
     block = pl.BlockSpec((rows, D), lambda i: (i, 0))
     weight_block, scale_block = pl.BlockSpec((1, D), lambda i: (0, 0)), pl.BlockSpec((rows, 1), lambda i: (i, 0))
@@ -57,8 +58,9 @@ def rms_norm_rows(x_MD: jax.Array, weight_D: jax.Array, residual_MD: jax.Array |
         arrays, blocks = [*arrays, residual_MD], [*blocks, block]
         outs, out_blocks = [*outs, jax.ShapeDtypeStruct((M, D), x_MD.dtype)], [*out_blocks, block]
     body = functools.partial(_body, eps=eps, offset=offset, quantized=quantized, has_residual=residual_MD is not None)
-    return tuple(pl.pallas_call(body, grid=(pl.cdiv(M, rows),), in_specs=blocks, out_specs=out_blocks, out_shape=outs, interpret=interpret,
-                                compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",)), name="rms_norm")(*arrays))
+    params = pltpu.CompilerParams(dimension_semantics=("parallel",), vmem_limit_bytes=needed(tiles))
+    return tuple(pl.pallas_call(body, grid=(pl.cdiv(M, rows),), in_specs=blocks, out_specs=out_blocks, out_shape=outs, name="rms_norm",
+                                interpret=pltpu.InterpretParams() if interpret else False, compiler_params=params)(*arrays))
 
 
 def _body(x_ref, weight_ref, *refs, eps, offset, quantized, has_residual):

@@ -2,6 +2,9 @@
 import argparse
 import importlib.metadata
 import pathlib
+import signal
+import sys
+from typing import Any
 
 from benchmarks import gpu
 from benchmarks.gpu.sections import SECTIONS, begin
@@ -25,6 +28,7 @@ def main(argv: list[str] | None = None) -> int:
     except ConfigError as error:
         print(f"error: {error}")
         return 2
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that workers are ended too
     session = Session(is_tiny=args.tiny, seconds=60 * args.minutes, path=args.out)
     chosen = [section for section in SECTIONS if section.name in args.only]
     session.report["setup"] |= {"sections": [section.name for section in chosen], "packages": _packages()}
@@ -40,7 +44,14 @@ def main(argv: list[str] | None = None) -> int:
     session.write()
     print_report(session.report)
     print(f"{session.report['seconds']:.0f} s" + (f", written to {args.out}" if args.out else ""))
-    return int(any(entry["is_right"] is False for entry in session.entries("correctness")))
+    return int(has_wrong_results(session.report))
+
+
+def has_wrong_results(report: dict[str, Any]) -> bool:
+    """Whether a case of a kernel, or its result in a contest, was not what it should be."""
+    entries = [entry for section in report["sections"].values() for entry in section.get("entries", [])]
+    results = [*entries, *(side for entry in entries for side in entry.get("sides", {}).values())]
+    return any(result.get("is_right") is False for result in results)
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:

@@ -67,10 +67,8 @@ def check(op: str, index: int, implementation: str, is_tiny: bool, seed: int = 0
 
 
 def _cases(op: str) -> Sequence[Any]:
-    try:
-        return importlib.import_module(f"pallas_kernels.{op}.cases").CASES
-    except ImportError:
-        return ()
+    cases = importlib.import_module(f"pallas_kernels.{op}.cases")
+    return tuple(case for name in LISTS.get(op, ("CASES",)) for case in getattr(cases, name))
 
 
 def _float32(x: jax.Array | None) -> jax.Array | None:
@@ -99,6 +97,53 @@ def _rounded(expected: jax.Array, actual: jax.Array, scales: jax.Array, dtype: s
     return jnp.where(jnp.abs(actual - expected) <= allowed + 0.01 * jnp.abs(expected), actual, expected)
 
 
+def _flash_attention(case: Any, seed: int, how: dict[str, Any]) -> Comparison:
+    from pallas_kernels.flash_attention import flash_attention, flash_attention_reference
+    arrays, options = case.arrays(seed)
+    statics = {name: value for name, value in options.items() if not isinstance(value, jax.Array)}
+    traced = {name: value for name, value in options.items() if isinstance(value, jax.Array)}
+    got = jax.jit(lambda arrays, traced: flash_attention(*arrays, **traced, **statics, returns_lse=True, **how))(arrays, traced)
+    expected = flash_attention_reference(*map(_float32, arrays[:3]), arrays[3], **options, returns_lse=True)
+    return Comparison(list(zip(got, expected, strict=True)), case.dtype)
+
+
+def _paged_attention(case: Any, seed: int, how: dict[str, Any]) -> Comparison:
+    from pallas_kernels.paged_attention import paged_attention, paged_attention_reference
+    arguments = case.arguments(seed)
+    statics = {name: arguments.pop(name) for name in ("scale", "window", "softcap")}
+    got = jax.jit(lambda arguments: paged_attention(**arguments, **statics, **how))(arguments)
+    exact = {name: _float32(arguments[name]) for name in ("q_BTNH", *(("k_PKSH", "v_PKSH") if arguments["scales"] is None else ()))}
+    expected = paged_attention_reference(**{**arguments, **exact}, **statics)
+    is_real = np.asarray(arguments["positions_BT"]) >= 0
+    return Comparison([(np.asarray(_float32(got))[is_real], np.asarray(expected)[is_real])], case.dtype)
+
+
+def _quant_matmul(case: Any, seed: int, how: dict[str, Any]) -> Comparison:
+    from pallas_kernels.quant_matmul import layout_for, packed_matmul_reference, quant_matmul
+    from pallas_kernels.quant_matmul.cases import random_arrays, with_layout
+    layout = "rows" if how["implementation"] in ("triton", "jax_triton") else layout_for(how["device"])
+    x, arrays, bias = random_arrays(case, layout, seed)
+    what = {"weight_format": with_layout(case.weight_format, layout), "num_outputs": case.N}
+    got = jax.jit(lambda x, arrays, bias: quant_matmul(x, arrays, bias=bias, **what, **how))(x, arrays, bias)
+    return Comparison([(got, packed_matmul_reference(_float32(x), arrays, bias=bias, **what))], case.dtype)
+
+
+def _gated_mlp(case: Any, seed: int, how: dict[str, Any]) -> Comparison:
+    from pallas_kernels.gated_mlp import gated_product
+    from pallas_kernels.quant_matmul import layout_for
+    x, weights, biases, f = case.arrays(seed, layout_for(how["device"]))
+    what = {"activation": case.activation, "weight_format": f, "num_outputs": None if f is None else case.F}
+    got = jax.jit(lambda x, weights, biases: gated_product(x, *weights, biases=biases, **what, **how))(x, weights, biases)
+    expected = gated_product(_float32(x), *weights, biases=biases, **what, device=how["device"], implementation="reference")
+    return Comparison([(got, expected)], case.dtype)
+
+
 CHECKS: dict[str, tuple[tuple[str, ...], Callable[[Any, int, dict[str, Any]], Comparison]]] = {
+    "flash_attention": (("mosaic_gpu",), _flash_attention),
+    "paged_attention": (("mosaic_gpu",), _paged_attention),
+    "quant_matmul": (("mosaic_gpu", "triton", "jax_triton"), _quant_matmul),
+    "gated_mlp": (("mosaic_gpu",), _gated_mlp),
     "rms_norm": (("mosaic_gpu", "triton"), _rms_norm),
 }
+LISTS = {"paged_attention": ("DECODE", "CHUNKS", "RARER"), "gated_mlp": ("CASES", "PACKED_CASES")}
+"""What an op's lists of cases are called, where there are several."""

@@ -54,8 +54,20 @@ def prepare(key: str, side: str, sizes: dict[str, Any], target_bytes: int) -> di
         compiled = program.lower(sets).compile()
         compile_s = time.perf_counter() - began
         prepared.keep(key, prepared.Program(lambda: compiled(sets), jax.block_until_ready, num_calls=count))
-        moved = array_bytes(first) + array_bytes(jax.eval_shape(found.call, *first)) if found.num_bytes is None else found.num_bytes
-    return {"num_bytes": moved, "num_sets": count, "compile_s": compile_s, **({"log": messages.lines} if messages.lines else {}), **found.notes}
+        out = call(*first)
+        checked = {} if found.expected is None else {"error_of_result": relative_error(out, jax.jit(found.expected)(*first))}
+    log = {"log": messages.lines} if messages.lines else {}
+    return {"num_bytes": array_bytes((first, out)), "num_sets": count, "compile_s": compile_s, **checked, **log, **found.notes}
+
+
+def relative_error(actual: Any, expected: Any) -> float:
+    """Of two trees of arrays the largest relative Frobenius error; infinite where something is not finite."""
+    errors = []
+    for one, other in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        one, other = one.astype(jnp.float32), other.astype(jnp.float32)
+        error = jnp.linalg.norm((one - other).reshape(-1)) / jnp.maximum(jnp.linalg.norm(other.reshape(-1)), 1e-30)
+        errors.append(float(error) if jnp.isfinite(one).all() else float("inf"))
+    return max(errors)
 
 
 def drop() -> None:

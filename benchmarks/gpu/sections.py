@@ -9,7 +9,7 @@ from benchmarks.gpu.worker import TaskError
 QUANTIZATIONS = (None, "int8", "int4", "fp8")
 PRODUCT_DTYPES = ("bfloat16", "float8_e4m3fn", "int8")
 FULL = {"shape": "llama-3.1-8b", "batch_sizes": (1, 8, 64), "prompt_lens": (2048, 8192), "prompt_len": 512, "output_len": 65, "num_runs": 2}
-TINY = {"shape": "tiny", "batch_sizes": (1, 2), "prompt_lens": (40,), "prompt_len": 20, "output_len": 4, "num_runs": 1}
+TINY = {"shape": "tiny", "batch_sizes": (1, 2), "prompt_lens": (40,), "prompt_len": 20, "output_len": 24, "num_runs": 1}
 PEER_BATCHES = (1, 8)
 SPARE_TOKENS = 64  # of a row: a page, and decode steps ahead
 TOPOLOGIES = {"NVIDIA H200": "h200:1", "NVIDIA H100 80GB HBM3": "h100:1", "cpu": "cpu:1"}

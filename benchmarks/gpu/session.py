@@ -16,6 +16,12 @@ OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "TOKENIZERS_PARAL
 WORKERS = ("jax", "torch", "transformers", "plan")
 
 
+def _on_cpu() -> dict[str, str]:
+    """Eight devices, as Pallas's interpreter of GPU kernels needs a thread for each warp group, and XLA has as many as devices at least."""
+    return {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": "",
+            "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"}
+
+
 class OutOfTimeError(Exception):
     """The budget leaves no time for what comes."""
 
@@ -47,7 +53,7 @@ class Session:
     def __init__(self, *, is_tiny: bool, seconds: float, path: pathlib.Path | None):
         self.is_tiny, self._path, self._began = is_tiny, path, time.monotonic()
         self._end = self._limit = self._began + seconds
-        environment = {**OFFLINE, **({"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""} if is_tiny else ON_GPU)}
+        environment = {**OFFLINE, **(_on_cpu() if is_tiny else ON_GPU)}
         # A plan compiles for a device as it would without one: it must not take memory on the one that is here.
         self.workers = {name: Worker(name, {**environment, **({"JAX_PLATFORMS": ""} if name == "plan" else {})}) for name in WORKERS}
         self.report: dict[str, Any] = {"benchmark": "gpu", "machine": {}, "setup": {"is_tiny": is_tiny, "budget_s": seconds}, "sections": {}}

@@ -75,8 +75,14 @@ def _print_contests(report: Report, section: Report, console: Console) -> None:
                 continue
             table.add_row(label, f"{1e6 * side['seconds']:,.1f}", f"{side['seconds'] / best:.2f}", f"{side['bytes_per_s'] / 1e9:,.0f}",
                           _share(side["bytes_per_s"], ceiling(report, "copy")), f"{side['flops_per_s'] / 1e12:,.1f}",
-                          _share(side["flops_per_s"], ceiling(report, "bfloat16")), _short("; ".join(side.get("log", [])) or side.get("note", "")))
+                          _share(side["flops_per_s"], ceiling(report, "bfloat16")), _remark(side))
         console.print(table)
+
+
+def _remark(side: Report) -> str:
+    if side.get("is_right") is False:
+        return f"WRONG: off by {side['error_of_result']:.3f}"
+    return _short("; ".join(side.get("log", [])) or side.get("note", ""))
 
 
 def _print_models(report: Report, section: Report, console: Console) -> None:
@@ -102,7 +108,8 @@ def _print_models(report: Report, section: Report, console: Console) -> None:
 
 
 def _print_transformers(report: Report, section: Report, console: Console) -> None:
-    table = _table("transformers, torch.compile, static cache, bfloat16", "rows", "tokens/s", "ms a step", "ms to the first token", "ours")
+    title = f"transformers, static cache, bfloat16, {section['model'].get('step', 'no step')}"
+    table = _table(title, "rows", "tokens/s", "ms a step", "ms to the first token", "ours")
     for entry in section.get("entries", []):
         if "step_s" not in entry:
             table.add_row(str(entry["batch_size"]), _why(entry), "", "", "")

@@ -42,11 +42,11 @@ class Worker:
         environment: added to this process's.
 
     Attributes:
-        generation: counts the processes that were started: what a task left in an earlier one is gone.
+        generation: counts the processes: what a task left in an earlier one is gone.
     """
 
     def __init__(self, name: str, environment: Mapping[str, str]):
-        self.name, self.generation = name, 0
+        self.name, self.generation = name, 1
         self._environment, self._process, self._log = {**os.environ, **environment}, None, None
         self._pending: str | None = None
 
@@ -87,6 +87,11 @@ class Worker:
         return answer["result"]
 
     @property
+    def is_running(self) -> bool:
+        """Whether there is a process."""
+        return self._process is not None
+
+    @property
     def is_busy(self) -> bool:
         """Whether a task was started and not finished."""
         return self._pending is not None
@@ -102,12 +107,12 @@ class Worker:
         self._process.stdout.close()
         self._log.close()
         self._process, self._pending = None, None
+        self.generation += 1
 
     def _launch(self) -> None:
         self._log = tempfile.TemporaryFile()
         self._process = subprocess.Popen([sys.executable, "-m", f"{PACKAGE}.worker"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                                          stderr=self._log, bufsize=0, cwd=ROOT, env=self._environment, start_new_session=True)
-        self.generation += 1
 
     def _read_line(self, deadline: float) -> bytes | None:
         """A line; empty where the process ended; None where there was none in time."""

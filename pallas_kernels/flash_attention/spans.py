@@ -17,7 +17,7 @@ class Spans:
     """Intervals of visible ranks.
 
     Attributes:
-        low_BT, high_BT: int32, first and last rank that a query sees; a query of padding has (0, -1).
+        low_BT, high_BT: int32, first and last rank that a query sees; a query of padding has (NEVER, -1).
         ranks_BS: int32 of the keys; -1 where a key is seen by none.
     """
 
@@ -28,7 +28,7 @@ class Spans:
     def pad(self, num_queries: int, num_keys: int) -> "Spans":
         """With padding behind, up to these numbers."""
         rows, columns = ((0, 0), (0, num_queries - self.low_BT.shape[1])), ((0, 0), (0, num_keys - self.ranks_BS.shape[1]))
-        return Spans(jnp.pad(self.low_BT, rows), jnp.pad(self.high_BT, rows, constant_values=-1),
+        return Spans(jnp.pad(self.low_BT, rows, constant_values=NEVER), jnp.pad(self.high_BT, rows, constant_values=-1),
                      jnp.pad(self.ranks_BS, columns, constant_values=-1))
 
     def blocks(self, block_q: int, block_k: int) -> jax.Array:
@@ -65,7 +65,7 @@ def make_spans(positions_BT: jax.Array, key_positions_BS: jax.Array | None, *, w
         low_BT, high_BT = low_BT + start_BT, high_BT + start_BT
         ranks_BS = ranks_BS + (segments_BT if key_segments_BS is None else key_segments_BS) * stride
     is_real_BT = positions_BT >= 0
-    return Spans(jnp.where(is_real_BT, low_BT, 0), jnp.where(is_real_BT, high_BT, -1), jnp.where(key_positions_BS >= 0, ranks_BS, -1))
+    return Spans(jnp.where(is_real_BT, low_BT, NEVER), jnp.where(is_real_BT, high_BT, -1), jnp.where(key_positions_BS >= 0, ranks_BS, -1))
 
 
 def _first(is_so_BQJ: jax.Array) -> jax.Array:

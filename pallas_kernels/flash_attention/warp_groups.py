@@ -2,10 +2,13 @@
 
 The interpreter knows neither layouts of registers, nor a product whose left side lies in registers, nor accumulators with a first value.
 """
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
+
+WHOLE = ((),) if jax.__version_info__ < (0, 11) else ()  # jax 0.10 asks for an index, 0.11 warns of one
 
 
 def pick(interpret: bool) -> type:
@@ -29,7 +32,7 @@ class Hopper:
     @staticmethod
     def load(ref, index, layout):
         """What a reference holds."""
-        return plgpu.load(ref, index, layout=layout, optimized=False)
+        return plgpu.load(ref.at[index], *WHOLE, layout=layout, optimized=False)
 
     @staticmethod
     def full(shape, value, layout):
@@ -45,7 +48,7 @@ class Hopper:
     def product(left_smem, right_smem):
         """left right.T"""
         def run(acc_ref):
-            plgpu.wgmma(acc_ref, left_smem, plgpu.transpose_ref(right_smem, (1, 0)))
+            plgpu.wgmma(acc_ref, left_smem, right_smem.transpose((1, 0)))
             return acc_ref[...]
         return pl.run_scoped(run, plgpu.ACC((left_smem.shape[0], right_smem.shape[0]), jnp.float32))
 
@@ -60,7 +63,7 @@ class Hopper:
         def run(refs):
             acc_ref, scores_ref = refs
             plgpu.wgmma(acc_ref, left, right_smem)
-            plgpu.wgmma(scores_ref, left_smem, plgpu.transpose_ref(next_smem, (1, 0)))
+            plgpu.wgmma(scores_ref, left_smem, next_smem.transpose((1, 0)))
             issued()
         zeros = Hopper.full((left_smem.shape[0], next_smem.shape[0]), 0.0, Hopper.MATRIX)
         return pl.run_state(run)((plgpu.ACC.init(acc), plgpu.ACC.init(zeros)))

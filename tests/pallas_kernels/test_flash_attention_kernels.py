@@ -98,7 +98,7 @@ def test_blocks_leave_out_no_visible_key_and_call_full_only_what_is(is_ascending
     rng = np.random.default_rng(SEED)
     for _ in range(30):
         ranks, high = (np.sort(x) if is_ascending else x for x in (rng.integers(-3, 60, 48), rng.integers(-1, 60, 32)))
-        low = np.where(high < 0, 0, np.maximum(high - rng.integers(1, 70), 0))
+        low = np.where(high < 0, 2**31 - 1, np.maximum(high - rng.integers(1, 70), 0))
         spans = Spans(*(jnp.asarray(x[None], jnp.int32) for x in (low, high, np.maximum(ranks, -1))))
         is_seen = (ranks[None] >= low[:, None]) & (ranks[None] <= high[:, None])
         for tile, (first, full_first, full_end, end) in enumerate(np.asarray(spans.blocks(8, 4))[0]):

@@ -18,7 +18,7 @@ from tpllm.errors import ConfigError
 from tpllm.model.config import ModelConfig
 from tpllm.model.params import DecoderParams
 from tpllm.model.partition import fit_to_mesh, largest_tensor_axis
-from tpllm.ops import uses_native
+from tpllm.ops import kernels_of, uses_native
 from tpllm.quant.policy import AS_STORED, Policy, Quantization, parse_policy
 from tpllm.quant.storage import Storage
 from tpllm.tokenizer import Tokenizer
@@ -53,9 +53,11 @@ class OpenedModel:
         """Where each parameter lies in the checkpoint."""
         return find_entries(self.checkpoint, self.config)
 
-    def storage(self, *, is_packed: bool) -> Storage:
+    def storage(self, *, packed: bool) -> Storage:
         """How the matrices will be kept."""
-        return Storage(self.dtype, self.policy, is_packed=is_packed, stored=stored_schemes(self.entries, self.config))
+        partition = self.config.partition
+        return Storage(self.dtype, self.policy, is_packed=packed and uses_native(partition), stored=stored_schemes(self.entries, self.config),
+                       kernels_of=kernels_of(partition) if packed else None)
 
 
 def load_model(model: str, mesh: str | Mapping[str, int] | Mesh = "auto", *, rules: Rules | None = None, dtype: str = "auto",
@@ -68,8 +70,8 @@ def load_model(model: str, mesh: str | Mapping[str, int] | Mesh = "auto", *, rul
         rules: how logical axes map to mesh axes; by default tensor parallel over ``tp``, rows over ``dp``.
         dtype: of weights and activations: ``"auto"``, ``"float32"``, ``"bfloat16"`` or ``"float16"``.
         quantization: as for :class:`tpllm.LLM`.
-        packed: whether matrices are packed for the native kernels of a CPU, as ``LLM`` has them there; without it they are plain arrays, or
-            :class:`~tpllm.quant.quantized_tensor.QuantizedTensor`, which XLA computes with. It makes no difference on other devices.
+        packed: whether matrices are packed for kernels, as ``LLM`` has them: on a CPU all, for the native ones, on an accelerator those that are
+            quantized; without it they are plain arrays, or :class:`~tpllm.quant.quantized_tensor.QuantizedTensor`, which XLA computes with.
         revision: of a hub id.
 
     Returns:
@@ -99,7 +101,7 @@ def load_weights(opened: OpenedModel, *, cache_bytes_per_device: int = 0, packed
     Raises:
         MemoryNeedError: they do not.
     """
-    storage = opened.storage(is_packed=packed and uses_native(opened.config.partition))
+    storage = opened.storage(packed=packed)
     needed, staging = needed_bytes(opened.config, dtype=opened.dtype, cache_bytes_per_device=cache_bytes_per_device, storage=storage)
     check_memory(needed, staging_bytes=staging)
     return load_params(opened.checkpoint, opened.config, dtype=opened.dtype, storage=storage, entries=opened.entries)

@@ -3,25 +3,22 @@
 Kernels run inside ``jax.shard_map``, each on its own shard: left to automatic partitioning, XLA would gather what they read.
 """
 import functools
-from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.flash_attention import flash_attention_reference
-from pallas_kernels.gated_mlp import Activation
+from pallas_kernels.flash_attention import flash_attention
 from pallas_kernels.kv_append import kv_append_reference, quantize_entries
 from pallas_kernels.layer_norm import layer_norm_reference
 from pallas_kernels.page_table import PageTable
-from pallas_kernels.paged_attention import paged_attention_reference
+from pallas_kernels.paged_attention import paged_attention
 from pallas_kernels.rms_norm import rms_norm_reference
 from pallas_kernels.rope import rope_reference
+from pallas_kernels.tiling import Device, device_of
 from sharding_rules import Partition
 from sharding_rules.axes import BATCH, HEAD_DIM, HEADS, KV_HEADS, VOCAB
 from tpllm import native
 from tpllm.native import attention as native_attention
-from tpllm.native import products
-from tpllm.native.packed import PackedWeight
 
 QUERY_AXES = (BATCH, None, HEADS, HEAD_DIM)
 NEW_KV_AXES = (BATCH, None, KV_HEADS, HEAD_DIM)
@@ -39,13 +36,25 @@ def uses_native(partition: Partition | None) -> bool:
     return platform == "cpu" and native.is_available()
 
 
+def device_for(partition: Partition | None) -> Device:
+    """What the kernels of a model on this mesh are made for."""
+    return device_of(jax.devices()[0] if partition is None else partition.mesh.devices.flat[0])
+
+
+def kernels_of(partition: Partition | None) -> Device | None:
+    """The accelerator of this mesh, for whose kernels quantized weights are packed; None where there are none."""
+    device = device_for(partition)
+    return device if device.platform in ("gpu", "tpu") else None
+
+
 def self_attention(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, positions_BT: jax.Array, *, rope: tuple[jax.Array, jax.Array],
                    scale: float, window: int | None, softcap: float | None, partition: Partition | None,
                    sinks_N: jax.Array | None = None) -> jax.Array:
     """Causal attention of a call's tokens to each other, queries and keys rotated; [B, T, N, H]. See ``flash_attention_reference``."""
     def attend(q, k, v, positions, cos, sin, *sinks):
         q, k = rope_reference(q, cos, sin), rope_reference(k, cos, sin)
-        return flash_attention_reference(q, k, v, positions, scale=scale, window=window, softcap=softcap, sinks_N=(*sinks, None)[0])
+        return flash_attention(q, k, v, positions, scale=scale, window=window, softcap=softcap, sinks_N=(*sinks, None)[0],
+                               device=device_for(partition))
     sinks, sink_axes = _optional(sinks_N, HEAD_AXES)
     return _on_shards(attend, partition, (QUERY_AXES, NEW_KV_AXES, NEW_KV_AXES, POSITION_AXES, ROPE_AXES, ROPE_AXES, *sink_axes), (QUERY_AXES,))(
         q_BTNH, k_BTKH, v_BTKH, positions_BT, *rope, *sinks)
@@ -74,7 +83,7 @@ def cached_attention(q_BTNH: jax.Array, new_kv: tuple[jax.Array, jax.Array], cac
     Returns:
         (out_BTNH, the arrays of the cache ...).
     """
-    attend = native_attention.attention if uses_native(partition) else _cached_attention_reference
+    attend = native_attention.attention if uses_native(partition) else functools.partial(_append_and_attend, device=device_for(partition))
     cache_axes = (CACHE_AXES, CACHE_AXES, SCALE_AXES, SCALE_AXES)[:len(cache_kv)]
     table_arrays = () if table is None else tuple(x for x in (table.pages_RL, table.rows) if x is not None)
     table_axes, (sinks, sink_axes) = tuple((BATCH, None)[:x.ndim] for x in table_arrays), _optional(sinks_N, HEAD_AXES)
@@ -94,14 +103,14 @@ def has_scales(cache_dtype) -> bool:
     return jnp.dtype(cache_dtype) in native_attention.SCALED_DTYPES
 
 
-def _cached_attention_reference(q, new_kv, cache, positions, *, rope, table, **how):
+def _append_and_attend(q, new_kv, cache, positions, *, rope, table, **how):
     new, updated = (rope_reference(new_kv[0], *rope), new_kv[1]), []
     if len(cache) == 4:
         quantized = [quantize_entries(x, cache[0].dtype) for x in new]
         new = (*(codes for codes, _ in quantized), *(scales[..., None] for _, scales in quantized))
     for old, entries in zip(cache, new, strict=True):
         updated.append(kv_append_reference(old if old.ndim == 4 else old[..., None], entries, positions, table).reshape(old.shape))
-    out = paged_attention_reference(rope_reference(q, *rope), *updated[:2], positions, scales=tuple(updated[2:]) or None, table=table, **how)
+    out = paged_attention(rope_reference(q, *rope), *updated[:2], positions, scales=tuple(updated[2:]) or None, table=table, **how)
     return out, *updated
 
 
@@ -202,74 +211,6 @@ def _native_row_sums(x):
 
 
 _native_row_sums.defvjp(lambda x: (_native_row_sums(x), x), lambda x, gradient: (jnp.broadcast_to(gradient[..., None], x.shape),))
-
-
-def packed_linears(x_D: jax.Array, weights: Sequence[PackedWeight], biases: Sequence[jax.Array | None], dtype=None) -> tuple[jax.Array, ...]:
-    """``x @ w.T + bias`` for packed weights that are cut alike, in one call a shard.
-
-    Args:
-        x_D: [..., D], the first dim over the batch axis.
-        weights: each [F, D]; where D is cut, so is ``x_D``, and the shards' sums are added.
-        biases: each [F] or None.
-        dtype: of the results; None for ``x_D``'s.
-    """
-    layout = weights[0].layout
-    n_axes, k_axis = [weight.layout.axes[0] for weight in weights], layout.axes[1]
-    is_summed = layout.num_shards[1] > 1
-    inner_biases = [None] * len(weights) if is_summed else biases
-
-    def multiply(x, weights, biases):
-        outs = products.linear(x, weights, biases, dtype)
-        return tuple(jax.lax.psum(out, layout.partition.rules.mesh_axis(k_axis)) for out in outs) if is_summed else outs
-    lead = (BATCH, *(None,) * (x_D.ndim - 2))
-    outs = _on_weight_shards(multiply, layout.partition, (*lead, k_axis), weights, [(axis,) for axis in n_axes], inner_biases,
-                             out_axes=[(*lead, axis) for axis in n_axes])(x_D, tuple(weights), tuple(inner_biases))
-    return tuple(out if bias is None or not is_summed else out + bias.astype(out.dtype) for out, bias in zip(outs, biases, strict=True))
-
-
-def packed_gated_mlp(x_BTD: jax.Array, weights: tuple[PackedWeight, PackedWeight, PackedWeight],
-                     biases: tuple[jax.Array | None, jax.Array | None, jax.Array | None], *, activation: Activation) -> jax.Array:
-    """``down(act(gate(x)) * up(x))`` for packed (gate, up, down), in one call a shard."""
-    layout = weights[2].layout
-    mlp_axis, is_summed = layout.axes[1], layout.num_shards[1] > 1
-    inner_biases = (*biases[:2], None if is_summed else biases[2])
-
-    def multiply(x, weights, biases):
-        out = products.gated_mlp(x, *weights, biases, activation=activation)
-        return (jax.lax.psum(out, layout.partition.rules.mesh_axis(mlp_axis)) if is_summed else out,)
-    out = _on_weight_shards(multiply, layout.partition, HIDDEN_AXES, weights, [(mlp_axis,), (mlp_axis,), (None,)], inner_biases,
-                            out_axes=[HIDDEN_AXES])(x_BTD, weights, inner_biases)[0]
-    return out if biases[2] is None or not is_summed else out + biases[2].astype(out.dtype)
-
-
-def packed_lookup(tokens_BT: jax.Array, table: PackedWeight, dtype) -> jax.Array:
-    """[B, T, D]: rows of a packed embedding; ids beyond it count as the nearest one that is there."""
-    layout = table.layout
-    tokens_BT = jnp.clip(tokens_BT, 0, layout.shape[0] - 1)
-
-    def read(tokens, weights, _):
-        if layout.num_shards[0] == 1:
-            return (products.lookup(tokens, weights[0], dtype),)
-        axis = layout.partition.rules.mesh_axis(layout.axes[0])
-        first = jax.lax.axis_index(axis) * layout.shard_shape[0]
-        return (jax.lax.psum(products.lookup(tokens - first, weights[0], dtype), axis),)
-    return _on_weight_shards(read, layout.partition, POSITION_AXES, (table,), [()], (None,), out_axes=[HIDDEN_AXES])(tokens_BT, (table,), (None,))[0]
-
-
-def _on_weight_shards(function, partition: Partition | None, x_axes, weights: Sequence[PackedWeight], bias_axes, biases, *, out_axes):
-    """``function(x, weights, biases)`` run by each device on its shards."""
-    if partition is None or partition.mesh.size == 1:
-        return function
-
-    bias_specs = tuple(None if bias is None else partition.spec(axes) for bias, axes in zip(biases, bias_axes, strict=True))
-    weight_specs = tuple(packed_specs(weight, partition) for weight in weights)
-    return jax.shard_map(function, mesh=partition.mesh, in_specs=(partition.spec(x_axes), weight_specs, bias_specs),
-                         out_specs=tuple(map(partition.spec, out_axes)), check_vma=False)
-
-
-def packed_specs(weight: PackedWeight, partition: Partition) -> PackedWeight:
-    """The ``PartitionSpec`` of each of a packed weight's arrays, in its place."""
-    return weight.replace(**{name: partition.spec(weight.layout.array_axes(name)) for name in weight.arrays()})
 
 
 def _on_shards(function, partition: Partition | None, in_axes, out_axes):

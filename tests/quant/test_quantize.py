@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sharding_rules import TENSOR, Partition, ShardingError, make_mesh
-from tpllm import ops
+from tpllm import weight_ops
 from tpllm.checkpoint.matrices import make_matrix
 from tpllm.errors import ConfigError
 from tpllm.native.packed import PackedWeight
@@ -130,7 +130,7 @@ def test_shards_keep_the_scales_of_groups_that_they_cut(native_library, scheme, 
     dense = dequantize(rows, scheme)
     x = jnp.asarray(np.random.default_rng(1).standard_normal((2, 3, shape[1]), np.float32))
     if is_packed:
-        found = ops.packed_linears(x, (weight,), (None,))[0]
+        found = weight_ops.packed_linears(x, (weight,), (None,))[0]
     else:
         np.testing.assert_array_equal(weight.dequantize(), dense)
         found = linear(x, weight)

@@ -21,7 +21,7 @@ from tpllm.loading import choose_cache_dtype, choose_dtype, choose_mesh
 from tpllm.model.config import ModelConfig, RopeConfig
 from tpllm.model.params import DecoderParams, ParamSpec, init_params, map_specs, param_specs
 from tpllm.model.partition import fit_to_mesh
-from tpllm.ops import uses_native
+from tpllm.ops import kernels_of, uses_native
 from tpllm.quant.policy import Quantization, parse_policy
 from tpllm.quant.storage import Storage
 
@@ -80,7 +80,7 @@ def llm_of_shape(name: str, *, mesh: str = "auto", dtype: str = "auto", quantiza
     enable_compile_cache()
     fitted = fit_to_mesh(config, choose_mesh(mesh, config), DATA_TENSOR)
     weight_dtype = choose_dtype(dtype, {}, fitted.partition)
-    storage = Storage(weight_dtype, policy, is_packed=uses_native(fitted.partition))
+    storage = Storage(weight_dtype, policy, is_packed=uses_native(fitted.partition), kernels_of=kernels_of(fitted.partition))
     options = EngineOptions(**engine)
     cache_dtype = choose_cache_dtype(kv_cache_dtype, weight_dtype)
     cache_bytes = least_cache_bytes(fitted, options.shapes(fitted, is_packed=storage.is_packed), cache_dtype, kv_cache_tokens=options.kv_cache_tokens)

@@ -165,6 +165,10 @@ class PackedWeight:
         named = {name: getattr(self, name) for name in ("codes", "scales", "mins", "super_scales", "super_mins")}
         return {name: array for name, array in named.items() if array is not None}
 
+    def specs(self, partition: Partition) -> "PackedWeight":
+        """The ``PartitionSpec`` of each array, in its place."""
+        return self.replace(**{name: partition.spec(self.layout.array_axes(name)) for name in self.arrays()})
+
     def attributes(self, *, has_bias: bool = False) -> list[int]:
         """How bindings.cc has a shard of it described.
 

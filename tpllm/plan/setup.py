@@ -16,7 +16,7 @@ from tpllm.loading import choose_cache_dtype, choose_dtype
 from tpllm.model.config import ModelConfig
 from tpllm.model.params import DecoderParams, abstract_params
 from tpllm.model.partition import fit_to_mesh, largest_tensor_axis
-from tpllm.ops import uses_native
+from tpllm.ops import kernels_of, uses_native
 from tpllm.plan.devices import find_devices
 from tpllm.quant.policy import Quantization, parse_policy
 from tpllm.quant.storage import Storage
@@ -124,5 +124,5 @@ def prepare(options: PlanOptions, subject: Subject | None = None) -> Setup:
     if options.prompt_len is not None and not 1 <= options.prompt_len < context:
         raise ConfigError(f"prompt_len is {options.prompt_len}; it must be at least 1 and below the context of {context}")
     stored = {} if subject.checkpoint is None else stored_schemes(find_entries(subject.checkpoint, config), config)
-    storage = Storage(dtype, parse_policy(options.quantization), is_packed=is_packed, stored=stored)
+    storage = Storage(dtype, parse_policy(options.quantization), is_packed=is_packed, stored=stored, kernels_of=kernels_of(config.partition))
     return Setup(options, config, tuple(devices), shapes, dtype, choose_cache_dtype(options.kv_cache_dtype, dtype), storage)

@@ -12,7 +12,6 @@ from sharding_rules import Partition
 from sharding_rules.axes import BATCH, EMBED, EXPERT_MLP, EXPERTS, MLP
 from tpllm.native import products
 from tpllm.native.packed import PackedWeight
-from tpllm.ops import packed_specs
 from tpllm.quant.linear import Matrix
 from tpllm.quant.quantized_tensor import QuantizedTensor
 
@@ -91,7 +90,7 @@ def _dense(matrix: Matrix, num_experts: int, num_rows: int, dtype: Any) -> jax.A
 
 def _spec(partition: Partition, matrix: Matrix, axes: tuple[str, str]) -> Any:
     if isinstance(matrix, PackedWeight):
-        return packed_specs(matrix, partition)
+        return matrix.specs(partition)
     if isinstance(matrix, QuantizedTensor):
         return matrix.replace(**{name: partition.spec(array_axes) for name, (_, _, array_axes) in matrix.layout.arrays().items()})
     return partition.spec(axes)

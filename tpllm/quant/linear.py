@@ -7,11 +7,13 @@ import jax.numpy as jnp
 
 from pallas_kernels.precision import matmul_precision
 from pallas_kernels.quant_matmul import int8_matmul_reference
-from tpllm import ops
+from tpllm import weight_ops
+from tpllm.kernel_weights import KernelWeight
 from tpllm.native.packed import PackedWeight
 from tpllm.quant.quantized_tensor import QuantizedTensor
 
-Matrix = jax.Array | QuantizedTensor | PackedWeight
+Matrix = jax.Array | QuantizedTensor | PackedWeight | KernelWeight
+QUANTIZED = QuantizedTensor | PackedWeight | KernelWeight
 
 
 def linear(x_D: jax.Array, weight_FD: Matrix, bias_F: jax.Array | None = None, *, dtype: Any = None) -> jax.Array:
@@ -39,18 +41,18 @@ def linears(x_D: jax.Array, weights: Sequence[Matrix], biases: Sequence[jax.Arra
     if counts != {0}:
         return _with_outliers(x_D, weights, biases, dtype)
     if all(isinstance(weight, PackedWeight) for weight in weights):
-        return ops.packed_linears(x_D, weights, biases, dtype)
-    return tuple(_dense(x_D, weight, bias, dtype or x_D.dtype) for weight, bias in zip(weights, biases, strict=True))
+        return weight_ops.packed_linears(x_D, weights, biases, dtype)
+    return tuple(_alone(x_D, weight, bias, dtype or x_D.dtype) for weight, bias in zip(weights, biases, strict=True))
 
 
 def has_order(weight: Matrix) -> bool:
     """Whether a weight's columns are out of order."""
-    return isinstance(weight, QuantizedTensor | PackedWeight) and weight.order is not None
+    return isinstance(weight, QUANTIZED) and weight.order is not None
 
 
 def num_outliers(weight: Matrix) -> int:
     """How many inputs of a row a weight multiplies as they are while the others become int8."""
-    return weight.num_outliers if isinstance(weight, QuantizedTensor | PackedWeight) else 0
+    return weight.num_outliers if isinstance(weight, QUANTIZED) else 0
 
 
 def _with_outliers(x_D: jax.Array, weights: Sequence[Matrix], biases: Sequence[jax.Array | None], dtype: Any) -> tuple[jax.Array, ...]:
@@ -80,13 +82,17 @@ def lookup(tokens: jax.Array, table_VD: Matrix, dtype: Any) -> jax.Array:
     if has_order(table_VD):
         return lookup(tokens, table_VD.replace(order=None), dtype)[..., jnp.argsort(table_VD.order)]
     if isinstance(table_VD, PackedWeight):
-        return ops.packed_lookup(tokens, table_VD, dtype)
+        return weight_ops.packed_lookup(tokens, table_VD, dtype)
+    if isinstance(table_VD, KernelWeight):
+        return weight_ops.kernel_lookup(tokens, table_VD, dtype)
     if isinstance(table_VD, QuantizedTensor):
         return table_VD.rows(tokens, dtype)
     return table_VD.at[tokens].get(mode="clip").astype(dtype)
 
 
-def _dense(x_D: jax.Array, weight_FD: jax.Array | QuantizedTensor, bias_F: jax.Array | None, dtype: Any) -> jax.Array:
+def _alone(x_D: jax.Array, weight_FD: jax.Array | QuantizedTensor | KernelWeight, bias_F: jax.Array | None, dtype: Any) -> jax.Array:
+    if isinstance(weight_FD, KernelWeight):
+        return weight_ops.kernel_linear(x_D, weight_FD, bias_F, dtype)
     if isinstance(weight_FD, QuantizedTensor) and weight_FD.layout.kept.quantizes_input:
         rows = x_D.reshape(-1, x_D.shape[-1])
         y_F = int8_matmul_reference(rows, weight_FD.codes, weight_FD.scales[:, 0].astype(jnp.float32), dtype=dtype).reshape(*x_D.shape[:-1], -1)

@@ -1,11 +1,13 @@
-"""How the matrices of a model are kept: dense or quantized, as XLA reads them or packed for the native kernels."""
+"""How the matrices of a model are kept: dense or quantized, as XLA reads them or packed for kernels."""
 import dataclasses
 from collections.abc import Mapping
 
 import numpy as np
 
+from pallas_kernels.tiling import Device
 from sharding_rules import Partition
 from tpllm.native.packed import BLOCK, DENSE, Format, PackedLayout, PackedWeight, groups_of, pack_rows
+from tpllm.quant.kernel_matrix import KernelMatrix, kernel_matrix
 from tpllm.quant.policy import AS_STORED, Policy
 from tpllm.quant.quantize import SCHEMES
 from tpllm.quant.quantized_tensor import ARRAYS, QuantizedLayout
@@ -25,15 +27,17 @@ class Storage:
         policy: how matrices are quantized while they are loaded.
         is_packed: whether they are packed for the native kernels.
         stored: the schemes of the checkpoint's quantized matrices, by parameter name.
+        kernels_of: an accelerator for whose kernels quantized matrices are packed; None for none.
     """
 
     dtype: np.dtype
     policy: Policy = AS_STORED
     is_packed: bool = False
     stored: Mapping[str, Scheme] = dataclasses.field(default_factory=dict)
+    kernels_of: Device | None = None
 
     def layout(self, shape: tuple[int, ...], axes: tuple[str | None, ...], partition: Partition | None, *,
-               name: str) -> "PackedMatrix | QuantizedLayout | None":
+               name: str) -> "PackedMatrix | KernelMatrix | QuantizedLayout | None":
         """How a parameter lies in memory; None for a plain array of ``dtype``.
 
         Raises:
@@ -47,7 +51,8 @@ class Storage:
         if partition is not None:
             partition.sharding(axes, shape=shape, name=name)
         if not self.is_packed:
-            return QuantizedLayout(scheme, shape, axes, partition, name)
+            packed = self.kernels_of and kernel_matrix(scheme, shape, axes, partition, device=self.kernels_of, name=name)
+            return packed or QuantizedLayout(scheme, shape, axes, partition, name)
         if scheme is None:
             return PackedMatrix(PackedLayout(DENSE[self.dtype], shape, axes, partition), None, None)
         code_format = FLOAT_FORMATS.get(scheme.kind) or INTEGER_FORMATS[widened(scheme).bits]

@@ -19,7 +19,6 @@ namespace TPLLM_ISA {
 
 #include "simd.h"
 #include "formats.h"
-#include "scratch.h"
 #include "tiles.h"
 #include "matmul.h"
 #include "products.h"

@@ -1,12 +1,19 @@
-// Memory that a thread keeps between calls, one buffer for each purpose, and a second one where a product feeds another.
+// Memory that kernels keep between calls. Whoever works on one has a set of buffers for that time, and takes the one that was given back last: there
+// are as many sets as threads that ever worked at once, not as threads that ever did, of which XLA has many.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+#include <cstdlib>
+#include <mutex>
+#include <vector>
+
+namespace tpllm {
+
+// One buffer for each purpose, and a second one where a product feeds another.
 enum class Slot { kPairs, kFloats, kBytes, kSums, kRowScales, kUnitScales, kInner, kAccumulators, kPanel, kAttention, kPartials, kCount };
 
 class Scratch {
  public:
-  ~Scratch() {
-    for (auto& layer : buffers_)
-      for (auto& buffer : layer) std::free(buffer.data);
-  }
   // Aligned memory of at least num_bytes; what it held is gone.
   void* get(Slot slot, size_t num_bytes, int layer = 0) {
     Buffer& buffer = buffers_[layer][static_cast<int>(slot)];
@@ -28,7 +35,42 @@ class Scratch {
   Buffer buffers_[2][static_cast<int>(Slot::kCount)];
 };
 
-static Scratch& scratch() {
-  static thread_local Scratch instance;
-  return instance;
-}
+inline thread_local Scratch* own_scratch = nullptr;
+inline Scratch& scratch() { return *own_scratch; }
+
+// Gives this thread a set, unless it has one already, until the end of the scope.
+class ScratchLease {
+ public:
+  ScratchLease() : is_first_(own_scratch == nullptr) {
+    if (!is_first_) return;
+    Shelf& shelf = Shelf::instance();
+    std::lock_guard<std::mutex> lock(shelf.mutex);
+    if (shelf.sets.empty()) {
+      own_scratch = new Scratch;
+    } else {
+      own_scratch = shelf.sets.back();
+      shelf.sets.pop_back();
+    }
+  }
+  ~ScratchLease() {
+    if (!is_first_) return;
+    Shelf& shelf = Shelf::instance();
+    std::lock_guard<std::mutex> lock(shelf.mutex);
+    shelf.sets.push_back(own_scratch);
+    own_scratch = nullptr;
+  }
+  ScratchLease(const ScratchLease&) = delete;
+
+ private:
+  struct Shelf {
+    std::mutex mutex;
+    std::vector<Scratch*> sets;
+    static Shelf& instance() {
+      static Shelf* shelf = new Shelf;  // never destroyed: threads of the pool may outlive everything
+      return *shelf;
+    }
+  };
+  bool is_first_;
+};
+
+}  // namespace tpllm

@@ -24,6 +24,8 @@
 #include <xmmintrin.h>
 #endif
 
+#include "scratch.h"
+
 namespace tpllm {
 
 constexpr int kSpins = 20000;  // some 100 us of waiting for a chunk under way, before yielding
@@ -171,6 +173,7 @@ class Team {
 
     void take_part() override {
       FlushDenormals flush;
+      ScratchLease lease;
       const int64_t seat = num_seats.fetch_add(1, std::memory_order_relaxed);
       for (size_t i = 0; i < phases.size(); ++i) {
         for (int64_t turn = 0; turn < spans; ++turn) work_on(i, (seat + turn) % spans);
@@ -197,6 +200,7 @@ class Team {
     std::atomic<int64_t> num_seats{0};
   };
 
+  ScratchLease lease_;  // of the calling thread, while the call goes on
   Pool& pool_;
   int64_t size_;
 };

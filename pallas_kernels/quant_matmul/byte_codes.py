@@ -1,8 +1,8 @@
 """Codes of 4 to 6 bits in bytes, unpacked by masks alone.
 
 The low four bits lie two codes a byte: in each 128 inputs byte j has input j in its low half, and input j + 64, less 8 and so a signed number, in its
-high half. What is above those four bits lies in bytes of its own: byte j of 32 has input j + 32 i at bit 2 i (6 bits, 128 inputs; the last of them less
-2) or at bit i (5 bits, 256 inputs). A masked byte is a signed number, and what it is to be multiplied by goes into the scale.
+high half. What is above those four bits lies in bytes of its own: byte j of 32 has input j + 32 i at bit 2 i (6 bits, 128 inputs; the last of them
+less 2) or at bit i (5 bits, 256 inputs). A masked byte is a signed number, and what it is to be multiplied by goes into the scale.
 """
 import dataclasses
 from collections.abc import Iterator

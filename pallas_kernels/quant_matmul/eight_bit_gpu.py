@@ -1,7 +1,7 @@
 """One step of a product of 8-bit activations and 8-bit weights on a Hopper GPU: wgmma takes both from shared memory.
 
-Tensor cores add products of fp8 with fewer bits than float32 has (DeepSeek-V3, arXiv:2412.19437, section 3.3.2). So the products of 128 inputs are summed
-there, and these sums in float32; scales of groups of 128 are applied between.
+Tensor cores add products of fp8 with fewer bits than float32 has (DeepSeek-V3, arXiv:2412.19437, section 3.3.2). So the products of 128 inputs are
+summed there, and these sums in float32; scales of groups of 128 are applied between.
 """
 import jax
 

@@ -1,10 +1,10 @@
 """Products of activations and quantized weights on a Hopper GPU.
 
-Computed is y^T = w x^T: the weight is the left operand, 64 outputs a warp group, and activations are the right one, as narrow as 8 rows. Main memory is
-read ahead by a warp group of its own. Scales of whole outputs and of rows are applied to the sum.
+Computed is y^T = w x^T: the weight is the left operand, 64 outputs a warp group, and activations are the right one, as narrow as 8 rows. A warp group
+of its own reads ahead from main memory. Scales of whole outputs and of rows are applied to the sum.
 
-K is cut into parts by N and K alone, and each part is summed in order, so that a row's result does not depend on how many rows there are: for few rows
-by blocks of their own, whose sums are then added up; for many one after the other.
+K is cut into parts by N and K alone, and each part is summed in order, so that a row's result does not depend on how many rows there are: for few
+rows by blocks of their own, whose sums are then added up; for many one after the other.
 """
 import functools
 
@@ -127,6 +127,6 @@ def _pipelined(problem: Problem, refs, rows, outputs, first_step):
         elif groups.get(name):
             count, steps = pl.cdiv(tiles.inputs, groups[name]), max(1, groups[name] // tiles.inputs)
             piped[name] = ref.at[:, rows] if name == "row_scales" else ref.at[:, my_groups]
-            block = (count, tiles.rows) if name == "row_scales" else (count, tiles.warp_groups, ROWS)
-            specs.append(plgpu.BlockSpec(block, lambda k, steps=steps, zeros=(0,) * (len(block) - 1): ((first_step + k) // steps, *zeros)))
+            block, zeros = ((count, tiles.rows), (0,)) if name == "row_scales" else ((count, tiles.warp_groups, ROWS), (0, 0))
+            specs.append(plgpu.BlockSpec(block, lambda k, steps=steps, zeros=zeros: ((first_step + k) // steps, *zeros)))
     return piped, specs

@@ -1,5 +1,7 @@
+# ruff: noqa: F821  -- Triton's language is a global only once it is imported
 """The product with 4-bit weights in groups as a Triton kernel, called through jax-triton: optional, and imported only when it is used."""
 import functools
+import inspect
 from typing import Any
 
 import jax
@@ -9,17 +11,18 @@ from pallas_kernels.quant_matmul.packing import PackedArrays, WeightFormat
 from pallas_kernels.quant_matmul.triton import candidates, on_chip_bytes
 from pallas_kernels.tiling import Device, choose_tiles
 
-INSTALL = "pip install jax-triton 'triton>=3.7', with jax 0.11 or later"
+INSTALL = "pip install 'jax-triton>=0.4' 'triton>=3.7', with jax 0.11 or later"
 
 
 @functools.cache
 def refusal() -> str | None:
     """Why jax-triton cannot be used; None where it can."""
     try:
-        _modules()
+        jax_triton, *_ = _modules()
     except Exception as error:  # an old jax-triton fails in many ways where no GPU is
         return f"needs jax-triton: {INSTALL} (importing it: {type(error).__name__}: {error})"
-    return None
+    takes_types = "out_type" in inspect.signature(jax_triton.triton_call).parameters
+    return None if takes_types else f"needs a newer jax-triton: {INSTALL}"
 
 
 def _modules() -> tuple[Any, Any, Any]:
@@ -51,35 +54,35 @@ def jax_triton_matmul(x_MK: jax.Array, _, arrays: PackedArrays, weight_format: W
     row_tiles = -(-M // tiles.rows)
     vectors = [arrays.scales, arrays.scales if arrays.mins is None else arrays.mins, arrays.scales if bias_N is None else bias_N]
     return _modules()[0].triton_call(
-        x_MK, arrays.codes, *vectors, kernel=_kernel(), out_shape=jax.ShapeDtypeStruct((M, N), jnp.dtype(out_dtype)),
+        x_MK, arrays.codes, *vectors, kernel=_kernel(), out_type=jax.ShapeDtypeStruct((M, N), jnp.dtype(out_dtype)),
         grid=(N // tiles.outputs, row_tiles), num_warps=tiles.warps, num_stages=tiles.stages, M=M, N=N, K=K, GROUP=f.group, ZERO=f.zero,
         MINS={"none": 0, "float": 1, "zeros": 2}[f.mins], HAS_BIAS=bias_N is not None, ROWS=tiles.rows, OUTPUTS=tiles.outputs, WIDTH=min(f.group, 64))
 
 
-def _body(x_pointer, codes_pointer, scales_pointer, mins_pointer, bias_pointer, out_pointer, M: "tl.constexpr", N: "tl.constexpr",  # noqa: F821
-          K: "tl.constexpr", GROUP: "tl.constexpr", ZERO: "tl.constexpr", MINS: "tl.constexpr", HAS_BIAS: "tl.constexpr",  # noqa: F821
-          ROWS: "tl.constexpr", OUTPUTS: "tl.constexpr", WIDTH: "tl.constexpr"):  # noqa: F821
-    outputs = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)  # noqa: F821
-    rows = tl.program_id(1) * ROWS + tl.arange(0, ROWS)  # noqa: F821
-    inputs = tl.arange(0, WIDTH)  # noqa: F821
-    sums = tl.zeros((ROWS, OUTPUTS), tl.float32)  # noqa: F821
+def _body(x_pointer, codes_pointer, scales_pointer, mins_pointer, bias_pointer, out_pointer, M: "tl.constexpr", N: "tl.constexpr",
+          K: "tl.constexpr", GROUP: "tl.constexpr", ZERO: "tl.constexpr", MINS: "tl.constexpr", HAS_BIAS: "tl.constexpr",
+          ROWS: "tl.constexpr", OUTPUTS: "tl.constexpr", WIDTH: "tl.constexpr"):
+    outputs = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
+    rows = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    inputs = tl.arange(0, WIDTH)
+    sums = tl.zeros((ROWS, OUTPUTS), tl.float32)
     for byte in range(0, K // 2, WIDTH):
-        codes = tl.load(codes_pointer + outputs[None, :] * (K // 2) + byte + inputs[:, None]).to(tl.int32)  # noqa: F821
-        for half in tl.static_range(2):  # noqa: F821
-            values = (codes & 15).to(tl.float32)  # noqa: F821
+        codes = tl.load(codes_pointer + outputs[None, :] * (K // 2) + byte + inputs[:, None]).to(tl.int32)
+        for half in tl.static_range(2):
+            values = (codes & 15).to(tl.float32)
             if half == 1:
-                values = (codes >> 4).to(tl.float32) + 8  # noqa: F821
+                values = (codes >> 4).to(tl.float32) + 8
             first = byte // 64 * 128 + half * 64 + byte % 64
-            scales = tl.load(scales_pointer + first // GROUP * N + outputs).to(tl.float32)[None, :]  # noqa: F821
+            scales = tl.load(scales_pointer + first // GROUP * N + outputs).to(tl.float32)[None, :]
             weight = (values - ZERO) * scales
             if MINS != 0:
-                mins = tl.load(mins_pointer + first // GROUP * N + outputs).to(tl.float32)[None, :]  # noqa: F821
+                mins = tl.load(mins_pointer + first // GROUP * N + outputs).to(tl.float32)[None, :]
                 if MINS == 1:
                     weight = values * scales + mins
                 else:
                     weight = (values - mins) * scales
-            x = tl.load(x_pointer + rows[:, None] * K + first + inputs[None, :], mask=rows[:, None] < M, other=0.0)  # noqa: F821
-            sums += tl.dot(x, weight.to(x.dtype))  # noqa: F821
+            x = tl.load(x_pointer + rows[:, None] * K + first + inputs[None, :], mask=rows[:, None] < M, other=0.0)
+            sums += tl.dot(x, weight.to(x.dtype))
     if HAS_BIAS:
-        sums += tl.load(bias_pointer + outputs).to(tl.float32)[None, :]  # noqa: F821
-    tl.store(out_pointer + rows[:, None] * N + outputs[None, :], sums.to(out_pointer.dtype.element_ty), mask=rows[:, None] < M)  # noqa: F821
+        sums += tl.load(bias_pointer + outputs).to(tl.float32)[None, :]
+    tl.store(out_pointer + rows[:, None] * N + outputs[None, :], sums.to(out_pointer.dtype.element_ty), mask=rows[:, None] < M)

@@ -26,8 +26,8 @@ def quant_matmul(x_MK: jax.Array, arrays: PackedArrays, *, weight_format: Weight
         num_outputs: N without padding; None for all there are.
         bias: [N] without padding, added, or None.
         dtype: of the result; None for that of ``x_MK``.
-        implementation: ``"mosaic_gpu"`` (layout ``"fragments"``), ``"mosaic_tpu"`` (``"columns"``), ``"triton"`` or ``"jax_triton"`` (``"rows"``, 4 bits
-            in groups), or ``"reference"``, which makes the dense weight; None for the best known on this device.
+        implementation: ``"mosaic_gpu"`` (layout ``"fragments"``), ``"mosaic_tpu"`` (``"columns"``), ``"triton"`` or ``"jax_triton"`` (``"rows"``, 4
+            bits in groups), or ``"reference"``, which makes the dense weight; None for the best known on this device.
         interpret: whether a kernel is interpreted, on a CPU.
 
     Returns:
@@ -46,7 +46,8 @@ def quant_matmul(x_MK: jax.Array, arrays: PackedArrays, *, weight_format: Weight
     if chosen == REFERENCE:
         return _reference(x_MK, arrays, bias, quantizes=True, **how)
     kernel = functools.partial(kernels[chosen][0], device=device, interpret=interpret)
-    return _differentiable(functools.partial(_kernel, kernel=kernel, **how), functools.partial(_reference, quantizes=False, **how), x_MK, arrays, bias)
+    reference = functools.partial(_reference, quantizes=False, **how)
+    return _differentiable(functools.partial(_kernel, kernel=kernel, **how), reference, x_MK, arrays, bias)
 
 
 def packed_matmul_reference(x_MK: jax.Array, arrays: PackedArrays, *, weight_format: WeightFormat, num_outputs: int | None = None,
@@ -114,7 +115,7 @@ def _refuse_dtype(x_MK, implementation: str) -> str | None:
 def _refuse_gpu(f: WeightFormat, device: Device, interpret: bool) -> str | None:
     if not interpret and not device.has_mosaic_gpu:
         return f"needs a Hopper GPU, not {device.kind or device.platform}"
-    return None if f.bits == 8 and f.layout != "columns" or f.layout == "fragments" else f"reads layout 'fragments', not {f.layout!r}"
+    return None if f.layout == "fragments" else f"reads layout 'fragments', not {f.layout!r}"
 
 
 def _refuse_tpu(f: WeightFormat, device: Device, interpret: bool) -> str | None:

@@ -4,7 +4,8 @@ A weight of N outputs and K inputs is
 
     w[n, k] = s[n, k // group] (code[n, k] - zero) + m[n, k // group]
 
-with s and m floats; or small integers times the float16 scales of larger groups, as in llama.cpp's K-quants: s = super_scale scale, m = -super_min min.
+with s and m floats; or small integers times the float16 scales of larger groups, as in llama.cpp's K-quants: s = super_scale scale and
+m = -super_min min.
 Mins of kind ``"zeros"`` are integers too, and m = -s min.
 """
 import dataclasses
@@ -38,8 +39,8 @@ class WeightFormat:
         super_group: inputs that share a scale of scales; 0 for none.
         activations: ``"float"``: multiplied as they are; ``"int8"``: quantized, one scale a row (weights of 8 bit integers with a scale an output);
             ``"e4m3"``: quantized, one scale a row, or a group of 128 where the weights have such groups (e4m3 weights).
-        layout: ``"rows"``: [N, bytes], see :mod:`.byte_codes`; ``"columns"``: the same transposed, for TPUs; ``"fragments"``: codes of fewer than 8 bits
-            as in :mod:`.fragment_codes`, for Hopper GPUs.
+        layout: ``"rows"``: [N, bytes], see :mod:`.byte_codes`; ``"columns"``: the same transposed, for TPUs; ``"fragments"``: codes of fewer than 8
+            bits as in :mod:`.fragment_codes`, for Hopper GPUs.
     """
 
     bits: int = 8
@@ -58,10 +59,10 @@ class WeightFormat:
             raise ValueError(f"groups of {self.group} inputs; they may be of 16, 32, 64, 128 or 256, or 0 for one scale an output: repeat the scales "
                              "of other ones for smaller groups")
         if self.super_group and (not self.group or self.super_group % self.group or LARGEST_GROUP % self.super_group):
-            raise ValueError(f"super groups of {self.super_group} inputs over groups of {self.group}; they must be a multiple of them, and 256 one of them")
+            raise ValueError(f"super groups of {self.super_group} inputs over groups of {self.group}; they must be a multiple of those and divide 256")
         if (self.mins != "none" and not self.group) or (self.mins == "super" and not self.super_group):
-            raise ValueError(f"{self.mins} mins with groups of {self.group} and super groups of {self.super_group}; mins belong to groups, super ones "
-                             "to super groups")
+            raise ValueError(f"{self.mins} mins with groups of {self.group} and super groups of {self.super_group}; mins belong to groups, super "
+                             "ones to super groups")
         integers = self.kind == "int" and self.bits == 8 and not self.group
         if (self.activations == "int8" and not integers) or (self.activations == "e4m3" and (self.kind != "e4m3" or self.group not in (0, BLOCK))):
             raise ValueError(f"{self.activations} activations times {self.kind} weights of {self.bits} bits in groups of {self.group}; int8 ones go "

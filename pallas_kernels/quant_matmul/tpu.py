@@ -1,8 +1,8 @@
 """Products of activations and quantized weights on a TPU.
 
 The weight lies with its inputs first, so that a group's scale belongs to neighbouring rows of registers. A tile of outputs with all its inputs is
-dequantized into vector memory once, and multiplied with one tile of rows after another; int8 weights are multiplied with int8 activations as they are.
-Sums run over all of K in the same order, however many rows there are.
+dequantized into vector memory once, and multiplied with one tile of rows after another; int8 weights are multiplied with int8 activations as they
+are. Sums run over all of K in the same order, however many rows there are.
 """
 import dataclasses
 import functools
@@ -51,11 +51,13 @@ def tpu_matmul(x_MK: jax.Array, row_scales_MB: jax.Array | None, arrays: PackedA
     """[M, N] of activations [M, K], or of their codes and scales [M, 1 or groups]; N and K as they are packed."""
     (M, K), N, f = x_MK.shape, weight_format.shape(arrays.codes)[0], weight_format
     key = (M, N, K, f.bits, f.kind, f.group, f.mins, f.activations, str(x_MK.dtype))
-    needed = functools.partial(on_chip_bytes, num_inputs=K, weight_format=f, item_bytes=x_MK.dtype.itemsize)
+    needed = functools.partial(on_chip_bytes, num_inputs=K, weight_format=f, item_bytes=2 if f.group else x_MK.dtype.itemsize)
     tiles = choose_tiles("quant_matmul", device, key, candidates(M, N), needed)
     rows = pl.cdiv(M, tiles.rows) * tiles.rows
     inputs = {name: jax.lax.bitcast_convert_type(array, jnp.int16) if array.dtype == jnp.float16 else array
               for name, array in arrays._asdict().items() if array is not None}
+    if f.activations == "e4m3" and f.group:  # no chip multiplies fp8: what the codes stand for loses less than the weight does
+        x_MK, row_scales_MB = (x_MK.astype(jnp.float32) * jnp.repeat(row_scales_MB, f.group, axis=1)).astype(jnp.bfloat16), None
     inputs = {"x": x_MK, "row_scales": row_scales_MB, **inputs, "bias": None if bias_N is None else bias_N[None]}
     inputs = {name: array for name, array in inputs.items() if array is not None}
 
@@ -86,25 +88,27 @@ def _body(*refs, names: tuple[str, ...], weight_format: WeightFormat):
         weight_ref, scales_ref, mins_ref = scratch
         pl.when(pl.program_id(1) == 0)(lambda: _dequantize(inputs, weight_ref, scales_ref, mins_ref, f))
 
-    def product(x, weight, dtype):
-        return jax.lax.dot_general(x, weight, (((1,), (0,)), ((), ())), preferred_element_type=dtype)
-    if not has_dense:
-        y = product(inputs["x"][...], inputs["codes"][...], jnp.int32).astype(jnp.float32)
-    elif f.activations == "e4m3" and f.group:
-        y = jnp.zeros(out_ref.shape, jnp.float32)
-        for group in range(weight_ref.shape[0] // f.group):
-            some = slice(group * f.group, (group + 1) * f.group)
-            part = product(inputs["x"][:, some].astype(jnp.float32).astype(jnp.bfloat16), weight_ref[some], jnp.float32)
-            y = y + part * inputs["row_scales"][:, group:group + 1]
-    else:
-        x = inputs["x"][...]
-        y = product(x if f.activations == "float" else x.astype(jnp.float32).astype(jnp.bfloat16), weight_ref[...], jnp.float32)
-    if f.activations != "float" and not f.group:
+    y = _product(inputs["x"], weight_ref if has_dense else inputs["codes"], out_ref.shape, jnp.float32 if has_dense else jnp.int32)
+    y = y.astype(jnp.float32)
+    if "row_scales" in inputs:
         y = y * inputs["row_scales"][...]
     if not f.group:
         y = y * inputs["scales"][...].astype(jnp.float32)
     y = y + inputs["bias"][...].astype(jnp.float32) if "bias" in inputs else y
     out_ref[...] = y.astype(out_ref.dtype)
+
+
+def _product(x_ref, weight_ref, shape, dtype):
+    """x [rows, K] times a weight [K, outputs], some inputs after the other: the compiler unrolls a product."""
+    num_inputs = weight_ref.shape[0]
+    chunk = next(size for size in (2048, 1792, 1536, 1408, 1024, 512, 256, 128) if num_inputs % size == 0)
+
+    def add(i, sums):
+        some = pl.ds(pl.multiple_of(i * chunk, BLOCK), chunk)
+        x, weight = x_ref[:, some], weight_ref[some]
+        x = x.astype(jnp.float32).astype(weight.dtype) if x.dtype != weight.dtype else x
+        return sums + jax.lax.dot_general(x, weight, (((1,), (0,)), ((), ())), preferred_element_type=dtype)
+    return jax.lax.fori_loop(0, num_inputs // chunk, add, jnp.zeros(shape, dtype))
 
 
 def _dequantize(inputs, weight_ref, scales_ref, mins_ref, f: WeightFormat) -> None:

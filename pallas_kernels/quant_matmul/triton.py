@@ -61,7 +61,7 @@ def _body(x_ref, codes_ref, scales_ref, *refs, weight_format: WeightFormat, has_
         for byte in range(0, HALF, width):
             codes = codes_ref[:, pl.ds(block * HALF + byte, width)].astype(jnp.int32)
             for half in range(2):
-                values = ((codes & -16) * (1 / 16) + 8 if half else codes & 15).astype(jnp.float32) - f.zero
+                values = ((codes >> 4) + 8 if half else codes & 15).astype(jnp.float32) - f.zero
                 first = block * BLOCK + half * HALF + byte
                 scales = scales_ref[first // f.group].astype(jnp.float32)[:, None]
                 if f.mins == "none":

@@ -11,7 +11,6 @@ import pytest
 from pallas_kernels.quant_matmul import (
     WeightFormat,
     dequantize_packed,
-    dequantize_reference,
     int8_matmul_reference,
     jax_triton,
     layout_for,
@@ -21,15 +20,22 @@ from pallas_kernels.quant_matmul import (
     quantize_rows,
 )
 from pallas_kernels.quant_matmul.cases import CASES, FORMATS, Case, random_arrays, random_weight, with_layout
+from pallas_kernels.quant_matmul.gpu_tiles import Problem, candidates, num_parts
 from pallas_kernels.tiling import Device
+from tests.pallas_kernels import quick_interpreter
 
 H200, V5E, A100 = Device("gpu", "NVIDIA H200", (9, 0)), Device("tpu", "TPU v5 lite"), Device("gpu", "NVIDIA A100", (8, 0))
 BACK_ENDS = {"mosaic_gpu": (H200, "fragments"), "mosaic_tpu": (V5E, "columns"), "triton": (A100, "rows")}
 TOLERANCE = {"bfloat16": 1e-2, "float16": 3e-3, "float32": 1e-3}
 
 
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch):
+    quick_interpreter.install(monkeypatch)
+
+
 def oracle_weight(name: str, weight) -> np.ndarray:
-    f, (N, K) = FORMATS[name], weight["codes_NK"].shape
+    f, K = FORMATS[name], weight["codes_NK"].shape[1]
 
     def spread(values, group):
         return np.repeat(np.asarray(values, np.float32), group or K, axis=1)[:, :K]
@@ -112,16 +118,25 @@ def test_a_shard_of_inputs_is_packed_by_itself_and_the_products_add_up():
     assert error(parts[0] + parts[1], whole) < 1e-5
 
 
-@pytest.mark.parametrize("back_end", ["mosaic_gpu", "mosaic_tpu"])
-def test_a_row_comes_out_the_same_alone_and_among_many(back_end):
-    device, layout = BACK_ENDS[back_end]
+def test_a_row_comes_out_of_a_tpus_kernel_the_same_alone_and_among_many():
     case = Case("int4", 70, 128, 1024)
-    x, arrays, _ = random_arrays(case, layout, random.randrange(2**32))
-    run = functools.partial(quant_matmul, arrays=arrays, weight_format=with_layout(case.weight_format, layout), device=device, implementation=back_end,
-                            interpret=True, dtype=jnp.float32)
+    x, arrays, _ = random_arrays(case, "columns", random.randrange(2**32))
+    run = functools.partial(quant_matmul, arrays=arrays, weight_format=with_layout(case.weight_format, "columns"), device=V5E,
+                            implementation="mosaic_tpu", interpret=True, dtype=jnp.float32)
     many = run(x)
     for rows in (1, 9):
         np.testing.assert_array_equal(run(x[:rows]), many[:rows])
+
+
+@pytest.mark.parametrize("name", ["int8", "q4_k", "w8a8", "fp8-g128-a8"])
+def test_a_gpus_kernel_sums_the_same_parts_of_the_inputs_however_many_rows_there_are(name):
+    f, N, K = with_layout(FORMATS[name], "fragments"), 1024, 8192
+    for rows in (1, 16, 33, 64, 4096):
+        for tiles in candidates(rows, N, K, f):
+            problem = Problem(f, rows, N, K, "bfloat16", "bfloat16", tiles, has_bias=False, interpret=False)
+            parts = problem.num_parts if problem.has_partial_sums else problem.parts_in_turn
+            assert parts == num_parts(N, K, f) > 1 or f.activations == "int8"
+            assert K // parts % tiles.inputs == 0
 
 
 def test_the_gradient_is_that_of_the_dequantized_weight():
@@ -161,7 +176,8 @@ def test_a_named_implementation_that_cannot_do_it_says_why(implementation, devic
 
 @pytest.mark.parametrize(("x", "how", "message"), [
     (np.ones((2, 512), np.float32), {}, "activations of shape"), (np.ones((0, 256), np.float32), {}, "at least one row"),
-    (np.ones((1, 256), np.float32), {"num_outputs": 129}, "num_outputs is 129"), (np.ones((1, 256), np.float32), {"bias": np.ones(3)}, "a bias of shape"),
+    (np.ones((1, 256), np.float32), {"num_outputs": 129}, "num_outputs is 129"),
+    (np.ones((1, 256), np.float32), {"bias": np.ones(3)}, "a bias of shape"),
     (np.ones((1, 256), np.float32), {"implementation": "triton"}, "takes activations of bfloat16 or float16, not float32")])
 def test_shapes_and_dtypes_that_do_not_fit_are_refused(x, how, message):
     arrays = pack(FORMATS["int4"], **random_weight(FORMATS["int4"], 128, 256, np.random.default_rng(0)))

@@ -165,12 +165,12 @@ class Hopper:
     @staticmethod
     def multiply(sums, left_smem, right_smem):
         """Add left right.T"""
-        plgpu.wgmma(sums, left_smem, plgpu.transpose_ref(right_smem, (1, 0)))
+        plgpu.wgmma(sums, left_smem, right_smem.transpose((1, 0)))
 
     @staticmethod
     def store_transposed(smem, x):
         """Write x.T"""
-        plgpu.transpose_ref(smem, (1, 0))[...] = plgpu.layout_cast(x, plgpu.Layout.WGMMA_TRANSPOSED)
+        smem.transpose((1, 0))[...] = plgpu.layout_cast(x, plgpu.Layout.WGMMA_TRANSPOSED)
 
 
 class Interpreted:

@@ -42,7 +42,8 @@ def gated_product(x_MD: jax.Array, gate: PackedArrays, up: PackedArrays, biases:
     arrays = {"x": jnp.pad(x_MD, ((0, padded - M), (0, 0)))}
     for prefix, weight, bias in (("gate", gate, biases[0]), ("up", up, biases[1])):
         own = {**weight._asdict(), "bias": None if bias is None else bias[None]}
-        arrays |= {f"{prefix} {name}": array for name, array in own.items() if array is not None}
+        arrays |= {f"{prefix} {name}": jax.lax.bitcast_convert_type(array, jnp.int16) if array.dtype == jnp.float16 else array
+                   for name, array in own.items() if array is not None}  # a TPU loads no float16
     blocks = [pl.BlockSpec((tiles.rows, K), lambda n, m: (m, 0)) if name == "x" else
               pl.BlockSpec((array.shape[0], tiles.outputs), lambda n, m: (0, n)) for name, array in arrays.items()]
     scales = pltpu.VMEM((K // f.group if f.group else 1, tiles.outputs), jnp.float32)
@@ -51,7 +52,7 @@ def gated_product(x_MD: jax.Array, gate: PackedArrays, up: PackedArrays, biases:
         out_shape=jax.ShapeDtypeStruct((padded, N), x_MD.dtype), grid=(N // tiles.outputs, padded // tiles.rows), in_specs=blocks,
         out_specs=pl.BlockSpec((tiles.rows, tiles.outputs), lambda n, m: (m, n)),
         scratch_shapes=[*[pltpu.VMEM((K, tiles.outputs), jnp.bfloat16)] * 2, scales, scales],
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=needed(tiles)),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=needed(tiles) + quant_tpu.MARGIN_BYTES),
         interpret=pltpu.InterpretParams() if interpret else False)(*arrays.values())
     return out_MN[:M]
 
@@ -66,7 +67,7 @@ def _body(*refs, names: tuple[str, ...], weight_format: WeightFormat, activation
             quant_tpu._dequantize(own, weight_ref, scales_ref, mins_ref, weight_format)
 
     def product(own, weight_ref):
-        y = jax.lax.dot_general(inputs["x"][...], weight_ref[...], (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32)
-        y = y if weight_format.group else y * own["scales"][...].astype(jnp.float32)
-        return y + own["bias"][...].astype(jnp.float32) if "bias" in own else y
+        y = quant_tpu._product(inputs["x"], weight_ref, out_ref.shape, jnp.float32)
+        y = y if weight_format.group else y * quant_tpu._float(own["scales"][...])
+        return y + quant_tpu._float(own["bias"][...]) if "bias" in own else y
     out_ref[...] = gated(*map(product, both, weight_refs), activation).astype(out_ref.dtype)

@@ -1,10 +1,7 @@
 """Paged attention of a Hopper GPU in Mosaic GPU: one warp group attends with up to 64 query rows (tokens of a run x query heads of a KV head).
 
-Blocks of pages come by TMA, some of them ahead. Decode is split along the sequence: each part writes its sums, :func:`_combine` adds them up. With
-more tokens a block of threads goes through all parts and adds them up itself, in the same order.
-
-The running maximum is a whole power of two, so that rescaling by it is exact: a row has the same bits however its parts are added up, in a decode
-step or among the tokens of other rows.
+Decode is split along the sequence: each part writes its sums, :func:`_combine` adds them up. With more tokens a block of threads goes through all
+parts and adds them up itself, in the same order.
 """
 import dataclasses
 import functools
@@ -17,16 +14,13 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.interpreter import gpu_interpreter
 from pallas_kernels.page_table import PageTable
+from pallas_kernels.paged_attention.gpu_blocks import COLUMNS, LOG2_E, NOTHING, QUERY_ROWS, ROWS, Cache, Call, added, attend, load, nothing, two_to
 from pallas_kernels.paged_attention.runs import Runs, cut_into_runs
 from pallas_kernels.tiling import Device, choose_tiles
 
 DEVICES = "a Hopper GPU"
-QUERY_ROWS = 64  # of a product of a warp group
-COLUMNS, MAX_COLUMNS = 64, 128  # of the head dim: those one product with values makes, and those a block of threads can sum twice
-MASKED, NOTHING = -1e30, -0.5e30  # a score that is not seen; the maximum of none, beside which a masked score is nothing
-MATRIX, ROWS, KEYS = plgpu.Layout.WGMMA, plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)  # of a product; of a number a row, a column
-SWIZZLE = 128
-LOG2_E = math.log2(math.e)
+MAX_COLUMNS = 128  # of the head dim, that a block of threads can sum twice
+SWIZZLE = 128  # bytes of a row of what products read
 MIN_SPLIT, MAX_SPLITS = 1024, 16
 
 
@@ -39,34 +33,6 @@ class Tiles:
 
 
 CANDIDATES = (Tiles(64, 2), Tiles(64, 3), Tiles(128, 2), Tiles(64, 4), Tiles(32, 4), Tiles(32, 2))
-
-
-@dataclasses.dataclass(frozen=True)
-class Call:
-    """What is fixed when a kernel is built. ``split``: blocks of a part of the sequence; ``columns``: of the values, that a block of threads sums."""
-
-    block: int
-    stages: int
-    page_size: int
-    group: int
-    head_dim: int
-    split: int
-    scale: float
-    softcap: float | None
-    window: int | None
-    dtype: jnp.dtype
-    cache_dtype: jnp.dtype
-    columns: int
-    interpret: bool
-
-    @property
-    def has_codes(self) -> bool:
-        return self.cache_dtype.itemsize == 1
-
-    @property
-    def pieces(self) -> int:
-        """Pages of a block."""
-        return max(1, self.block // self.page_size)
 
 
 def runs_on(device: Device) -> bool:
@@ -99,15 +65,22 @@ def on_chip_bytes(tiles: Tiles, H: int, cache_itemsize: int) -> int:
     return QUERY_ROWS * (H * 2 + 4) + 2 * tiles.stages * tiles.block * (H * cache_itemsize + 4) + codes + out + 4096
 
 
+def tiling(q_BTNH: jax.Array, k_PKSH: jax.Array, device: Device) -> tuple:
+    """The arguments of :func:`choose_tiles`; the number of rows is none of them, for a row's bits may not depend on it."""
+    (_, T, N, H), (_, K, S, _) = q_BTNH.shape, k_PKSH.shape
+    candidates = [tiles for tiles in CANDIDATES if tiles.block % S == 0 or S % tiles.block == 0]
+    key = (K, N // K, H, S, str(k_PKSH.dtype), "decode" if T == 1 else "ragged")
+    return "paged_attention", device, key, candidates, lambda tiles: on_chip_bytes(tiles, H, k_PKSH.dtype.itemsize)
+
+
+@functools.partial(jax.jit, static_argnames=("scale", "window", "softcap", "device", "interpret", "tiles"))  # lowered once for all layers
 def paged_attention(q_BTNH: jax.Array, k_PKSH: jax.Array, v_PKSH: jax.Array, positions_BT: jax.Array, *, scales, table: PageTable,
                     sinks_N: jax.Array | None, scale: float, window: int | None, softcap: float | None, device: Device,
-                    interpret: bool) -> jax.Array:
-    """See :func:`paged_attention_reference`; here the table is always given."""
+                    interpret: bool, tiles: Tiles | None = None) -> jax.Array:
+    """See :func:`paged_attention_reference`; here the table is always given. ``tiles``: None for the best known."""
     (B, T, N, H), (_, K, S, _), L = q_BTNH.shape, k_PKSH.shape, table.pages_RL.shape[1]
     group = N // K
-    tiles = choose_tiles("paged_attention", device, (K, group, H, S, str(k_PKSH.dtype), int(T == 1)),
-                         [t for t in CANDIDATES if t.block % S == 0 or S % t.block == 0],
-                         lambda tiles: on_chip_bytes(tiles, H, k_PKSH.dtype.itemsize))
+    tiles = tiles or choose_tiles(*tiling(q_BTNH, k_PKSH, device))
     dtype = jnp.dtype(k_PKSH.dtype if k_PKSH.dtype.itemsize == 2 else q_BTNH.dtype)
     split = pl.cdiv(max(MIN_SPLIT, pl.cdiv(L * S, MAX_SPLITS)), 128) * 128
     call = Call(tiles.block, tiles.stages, S, group, H, split // tiles.block, scale, softcap, window, dtype, jnp.dtype(k_PKSH.dtype),
@@ -118,8 +91,8 @@ def paged_attention(q_BTNH: jax.Array, k_PKSH: jax.Array, v_PKSH: jax.Array, pos
     positions_M = jnp.pad(jnp.repeat(positions_BT.reshape(-1), group), (0, QUERY_ROWS), constant_values=-1)
     arrays = (table.pages_RL, q_KMH, positions_M, k_PKSH, v_PKSH, *(scales or ()))
     sinks_KG = None if sinks_N is None else sinks_N.astype(jnp.float32).reshape(K, group) * LOG2_E
-    attend = _decode if T == 1 else _ragged
-    return attend(call, runs, arrays, sinks_KG, pl.cdiv(L * S, split)).reshape(B, T, N, H).astype(q_BTNH.dtype)
+    run = _decode if T == 1 else _ragged
+    return run(call, runs, arrays, sinks_KG, pl.cdiv(L * S, split)).reshape(B, T, N, H).astype(q_BTNH.dtype)
 
 
 def _decode(call: Call, runs: Runs, arrays, sinks_KG, num_splits: int) -> jax.Array:
@@ -152,18 +125,12 @@ def _combine(parts_SUKGH: jax.Array, stats_2SUKG: jax.Array, is_used_SU: jax.Arr
         top_UKG = jnp.maximum(top_UKG, jnp.round(sinks_KG))
     acc, total = 0.0, 0.0
     for s in range(parts_SUKGH.shape[0]):  # one after the other: of a sum, XLA would choose the order by the number of rows
-        weight_UKG = _two_to(top_SUKG[s] - top_UKG)
+        weight_UKG = two_to(top_SUKG[s] - top_UKG)
         acc = acc + jnp.where(is_used_SU11[s, ..., None], parts_SUKGH[s], 0.0) * weight_UKG[..., None]
         total = total + sum_SUKG[s] * weight_UKG
     if sinks_KG is not None:
         total = total + jnp.exp2(sinks_KG - top_UKG)
     return acc / jnp.maximum(total, 1e-30)[..., None]
-
-
-def _two_to(power: jax.Array) -> jax.Array:
-    """2 to a whole number that is not positive, exactly; 0 where that is no normal number."""
-    exponent = jnp.maximum(power, -127.0).astype(jnp.int32) + 127
-    return jax.lax.bitcast_convert_type(jax.lax.shift_left(exponent, 23), jnp.float32)
 
 
 def _told(runs: Runs, call: Call) -> jax.Array:
@@ -189,7 +156,7 @@ def _kernel(body, call: Call, outs, *, grid, names, out_dtype):
     return plgpu.kernel(functools.partial(body, call=call), out_type=outs, grid=grid, grid_names=names, scratch_types=scratch,
                         kernel_name="paged_attention" + body.__name__.removesuffix("_body"),
                         interpret=gpu_interpreter(call.interpret),
-                        compiler_params=plgpu.CompilerParams(approx_math=True))
+                        compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane))
 
 
 def _decode_body(told, table, q, positions, k, v, *rest, call, q_smem, positions_smem, out_smem, stats_smem, q_ready, **smem):
@@ -200,10 +167,10 @@ def _decode_body(told, table, q, positions, k, v, *rest, call, q_smem, positions
 
     @pl.when(first < end)
     def _():
-        cache = _Cache(call, table, row, head, 0, (oldest, newest), (k, v, *scales), smem)
+        cache = Cache(call, table, row, head, 0, (oldest, newest), (k, v, *scales), smem)
         cache.start(first, end)
         _read_queries(q.at[head], positions, start * call.group, q_smem, positions_smem, q_ready)
-        top, total, accs = _attend(call, cache, (first, end), (oldest, newest), q_smem, positions_smem)
+        top, total, accs = attend(call, cache, (first, end), (oldest, newest), q_smem, positions_smem)
         stats_smem[0], stats_smem[1] = top, total
         plgpu.commit_smem()
         for i in range(2):
@@ -225,17 +192,17 @@ def _ragged_body(told, table, q, positions, k, v, *rest, call, q_smem, positions
 
     @pl.when(count > 0)
     def _():
-        cache = _Cache(call, table, row, head, columns * call.columns, (oldest, newest), (k, v, *scales), smem)
+        cache = Cache(call, table, row, head, columns * call.columns, (oldest, newest), (k, v, *scales), smem)
         cache.start(first, end)
         _read_queries(q.at[head], positions, start * call.group, q_smem, positions_smem, q_ready)
 
         def add_part(part, state):
             blocks = jnp.maximum(first, part * call.split), jnp.minimum(end, (part + 1) * call.split)
-            return _added(state, _attend(call, cache, blocks, (oldest, newest), q_smem, positions_smem))
-        state = jax.lax.fori_loop(first // call.split, (end + call.split - 1) // call.split, add_part, _nothing(call))
+            return added(state, attend(call, cache, blocks, (oldest, newest), q_smem, positions_smem))
+        state = jax.lax.fori_loop(first // call.split, (end + call.split - 1) // call.split, add_part, nothing(call))
         if sinks:
-            sink = _load(call, sinks[0].at[head], ROWS)
-            state = _added(state, (jnp.round(sink), jnp.exp2(sink - jnp.round(sink)), _nothing(call)[2]))
+            sink = load(call, sinks[0].at[head], ROWS)
+            state = added(state, (jnp.round(sink), jnp.exp2(sink - jnp.round(sink)), nothing(call)[2]))
         for i, acc in enumerate(state[2]):
             out = acc / jax.lax.broadcast_in_dim(jnp.maximum(state[1], 1e-30), acc.shape, (0,))
             out_smem[:, pl.ds(i * COLUMNS, COLUMNS)] = out.astype(call.dtype)
@@ -248,169 +215,7 @@ def _ragged_body(told, table, q, positions, k, v, *rest, call, q_smem, positions
         plgpu.wait_smem_to_gmem(0)
 
 
-def _nothing(call: Call):
-    """What :func:`_attend` begins with."""
-    accs = tuple(_laid_out(call, jnp.zeros((QUERY_ROWS, COLUMNS), jnp.float32), MATRIX) for _ in range(call.columns // COLUMNS))
-    return _laid_out(call, jnp.full(QUERY_ROWS, NOTHING), ROWS), _laid_out(call, jnp.zeros(QUERY_ROWS), ROWS), accs
-
-
-def _counted(call: Call, shape, axis: int) -> jax.Array:
-    """0, 1, 2, ... along an axis of a matrix."""
-    return jax.lax.broadcasted_iota(jnp.int32, shape, axis) if call.interpret else plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=MATRIX)
-
-
-def _load(call: Call, ref, layout) -> jax.Array:
-    return ref[...] if call.interpret else plgpu.load(ref, (), layout=layout, optimized=False)
-
-
-def _laid_out(call: Call, x: jax.Array, layout) -> jax.Array:
-    """``x``, spread over the threads like this; the interpreter knows of no threads."""
-    return x if call.interpret else plgpu.layout_cast(x, layout)
-
-
-def _added(state, part):
-    """The sums of both, counted from the greater maximum."""
-    top = jnp.maximum(state[0], part[0])
-    weights = [_two_to(x[0] - top) for x in (state, part)]
-    total = state[1] * weights[0] + part[1] * weights[1]
-    weights = [jax.lax.broadcast_in_dim(x, (QUERY_ROWS, COLUMNS), (0,)) for x in weights]
-    return top, total, tuple(old * weights[0] + new * weights[1] for old, new in zip(state[2], part[2], strict=True))
-
-
 def _read_queries(q_MH, positions_M, first, q_smem, positions_smem, ready):
     plgpu.copy_gmem_to_smem(q_MH.at[pl.ds(first, QUERY_ROWS)], q_smem, ready)
     plgpu.copy_gmem_to_smem(positions_M.at[pl.ds(first, QUERY_ROWS)], positions_smem, ready)
     plgpu.barrier_wait(ready)
-
-
-class _Cache:
-    """The blocks of one row and KV head, on their way into shared memory; a stage holds a block's keys or values."""
-
-    def __init__(self, call: Call, table, row, head, first_column, seen, arrays, smem):
-        self.call, self.table, self.row, self.head = call, table, row, head
-        self.seen_parts = [jnp.minimum(jax.lax.div(position, call.page_size), table.shape[1] - 1) for position in seen]
-        self.columns = {"k": pl.ds(0, call.head_dim), "v": pl.ds(first_column, call.columns)}
-        self.sources = {"k": arrays[0::2], "v": arrays[1::2]}
-        self.smem = smem
-
-    def start(self, first, end) -> None:
-        """Fetch the first blocks, as many as there are stages."""
-        self.first, self.end = first, end
-        for i in range(self.call.stages):
-            @pl.when(first + i < end)
-            def _(index=first + i):
-                pages = self.pages(index)
-                for name in "kv":
-                    self.fetch(name, index, pages)
-
-    def stage(self, index):
-        return jax.lax.rem(index - self.first, self.call.stages)
-
-    def pages(self, index) -> list:
-        """Where a block lies; asked for well before it is fetched, for the table is in the GPU's memory."""
-        call = self.call
-        parts = [index * call.block // call.page_size] if call.pieces == 1 else [index * call.pieces + i for i in range(call.pieces)]
-        return [jnp.maximum(self.table[self.row, jnp.clip(part, *self.seen_parts)], 0) for part in parts]  # no others are read
-
-    def fetch(self, name: str, index, pages) -> None:
-        call, stage = self.call, self.stage(index)
-        piece = call.block // call.pieces
-        offset = jax.lax.rem(index * call.block, call.page_size) if call.pieces == 1 else 0
-        ready = self.smem[f"{name}_ready"].at[stage]
-        for i, page in enumerate(pages):
-            there, here = (page, self.head, pl.ds(offset, piece)), (stage, pl.ds(i * piece, piece))
-            source, *scales = self.sources[name]
-            plgpu.copy_gmem_to_smem(source.at[(*there, self.columns[name])], self.smem[f"{name}_smem"].at[here], ready)
-            for scale in scales:
-                plgpu.copy_gmem_to_smem(scale.at[there], self.smem[f"{name}_scales_smem"].at[here], ready)
-
-    def refill(self, name: str, index, pages) -> None:
-        """Fetch what comes next into the stage that ``index`` was read from."""
-        @pl.when(index + self.call.stages < self.end)
-        def _():
-            self.fetch(name, index + self.call.stages, pages)
-
-    def wait(self, name: str, index):
-        """(the block's keys or values in shared memory, its stage), when they have come."""
-        stage = self.stage(index)
-        plgpu.barrier_wait(self.smem[f"{name}_ready"].at[stage])
-        if not self.call.has_codes:
-            return self.smem[f"{name}_smem"].at[stage], stage
-        block = self.smem[f"{name}16_smem"]
-        codes = _load(self.call, self.smem[f"{name}_smem"].at[stage], MATRIX)
-        if self.call.cache_dtype != jnp.int8:
-            codes = codes.astype(jnp.float32)
-        block[...] = codes.astype(self.call.dtype)
-        plgpu.commit_smem()
-        return block, stage
-
-    def scales(self, name: str, stage):
-        """[1, block], which spread over the queries; None where there are none."""
-        return _load(self.call, self.smem[f"{name}_scales_smem"].at[stage], KEYS) if self.call.has_codes else None
-
-
-def _attend(call: Call, cache: _Cache, blocks, seen, q_smem, positions_smem):
-    """(maximum [M], sum [M], sums of values [M, 64] for each 64 of the head dim) of one part of the sequence."""
-    oldest, newest = seen
-    shape = (QUERY_ROWS, call.block)
-    query_positions = jax.lax.broadcast_in_dim(_load(call, positions_smem, ROWS), shape, (0,))
-
-    def visit(index, state):
-        top, total, accs = state
-        next_pages = cache.pages(index + call.stages)
-        k_block, stage = cache.wait("k", index)
-        scores = _product(call, q_smem, plgpu.transpose_ref(k_block, (1, 0)) if not call.interpret else k_block, is_transposed=True)
-        scores = _capped(call, scores, cache.scales("k", stage))
-        key_positions = index * call.block + _counted(call, shape, 1)
-        is_seen = key_positions <= query_positions
-        if call.window is not None:
-            is_seen &= key_positions > query_positions - call.window
-        scores = jnp.where(is_seen, scores, MASKED)
-        cache.refill("k", index, next_pages)
-        new_top = jnp.maximum(top, jnp.round(scores.max(axis=1)))
-        probs = jnp.exp2(scores - jax.lax.broadcast_in_dim(new_top, shape, (0,)))
-        shrink = _two_to(top - new_top)
-        total = total * shrink + probs.sum(axis=1)
-        v_block, stage = cache.wait("v", index)
-        if call.has_codes:
-            probs = jnp.where(is_seen, probs * jax.lax.broadcast_in_dim(cache.scales("v", stage), shape, (1,)), 0.0)
-
-        @pl.when(((index + 1) * call.block > newest + 1) | (index * call.block < oldest))
-        def _():
-            _clear(call, v_block, index * call.block, seen)
-        weights, shrink_MH = probs.astype(call.dtype), jax.lax.broadcast_in_dim(shrink, (QUERY_ROWS, COLUMNS), (0,))
-        accs = tuple(acc * shrink_MH + _product(call, weights, v_block.at[:, pl.ds(i * COLUMNS, COLUMNS)]) for i, acc in enumerate(accs))
-        cache.refill("v", index, next_pages)
-        return new_top, total, accs
-
-    return jax.lax.fori_loop(*blocks, visit, _nothing(call))
-
-
-def _capped(call: Call, scores, key_scales):
-    """Scores in powers of two."""
-    if key_scales is not None:
-        scores = scores * jax.lax.broadcast_in_dim(key_scales, scores.shape, (1,))
-    if call.softcap is None:
-        return scores * (call.scale * LOG2_E)
-    return jnp.tanh(scores * (call.scale / call.softcap)) * (call.softcap * LOG2_E)
-
-
-def _clear(call: Call, v_block, first, seen):
-    """Zero the values that no query of the run sees: what another row left there may be NaN, and 0 * NaN is NaN."""
-    oldest, newest = seen
-    positions = first + _counted(call, v_block.shape, 0)
-    values = v_block[...]
-    v_block[...] = jnp.where((positions >= oldest) & (positions <= newest), values, jnp.zeros_like(values))
-    plgpu.commit_smem()
-
-
-def _product(call: Call, a, b, is_transposed: bool = False):
-    """``a @ b`` in float32, of a warp group. The interpreter knows no product with registers or of a transposed matrix."""
-    if call.interpret:
-        a, b = (x[...].astype(jnp.float32) if hasattr(x, "at") and not isinstance(x, jax.Array) else x.astype(jnp.float32) for x in (a, b))
-        return jax.lax.dot_general(a, b, (((1,), (1 if is_transposed else 0,)), ((), ())))
-
-    def multiply(acc):
-        plgpu.wgmma(acc, a, b)
-        return acc[...]
-    return pl.run_scoped(multiply, plgpu.ACC((a.shape[0], b.shape[1]), jnp.float32))

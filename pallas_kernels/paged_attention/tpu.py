@@ -83,19 +83,21 @@ def on_chip_bytes(call: Call, H: int, cache_itemsize: int) -> int:
     return caches + state + body + 2 * 2 * call.heads * call.rows * H * 4 + call.rows * LANES * 8
 
 
+@functools.partial(jax.jit, static_argnames=("scale", "window", "softcap", "device", "interpret", "tiles"))  # lowered once for all layers
 def paged_attention(q_BTNH: jax.Array, k_PKSH: jax.Array, v_PKSH: jax.Array, positions_BT: jax.Array, *, scales, table: PageTable,
                     sinks_N: jax.Array | None, scale: float, window: int | None, softcap: float | None, device: Device,
-                    interpret: bool) -> jax.Array:
-    """See :func:`paged_attention_reference`; here the table is always given."""
+                    interpret: bool, tiles: Tiles | None = None) -> jax.Array:
+    """See :func:`paged_attention_reference`; here the table is always given. ``tiles``: None for the best known."""
     (B, T, N, H), (K, S) = q_BTNH.shape, k_PKSH.shape[1:3]
     G = N // K
     longest = 1 if T == 1 else max(1, RUN_ROWS // G)
     rows = pl.cdiv(longest * G, MIN_ROWS) * MIN_ROWS
     cores = 2 if device.kind in TWO_CORES and K % 2 == 0 else 1
     call = Call(0, S, K // cores, rows, scale, softcap, window, q_BTNH.dtype)
-    candidates = [t for t in CANDIDATES if t.block % S == 0 or S % t.block == 0]
-    tiles = choose_tiles("paged_attention", device, (K, G, H, S, str(k_PKSH.dtype), int(T == 1)), candidates,
-                         lambda tiles: on_chip_bytes(dataclasses.replace(call, block=tiles.block), H, k_PKSH.dtype.itemsize))
+    candidates = [candidate for candidate in CANDIDATES if candidate.block % S == 0 or S % candidate.block == 0]
+    key = (K, G, H, S, str(k_PKSH.dtype), "decode" if T == 1 else "ragged")
+    tiles = tiles or choose_tiles("paged_attention", device, key, candidates,
+                                  lambda tiles: on_chip_bytes(dataclasses.replace(call, block=tiles.block), H, k_PKSH.dtype.itemsize))
     call = dataclasses.replace(call, block=tiles.block)
     runs = cut_into_runs(positions_BT, table, longest=longest, window=window)
     tokens_UQ = jnp.minimum(runs.start[:, None] + jnp.arange(longest), B * T - 1)
@@ -150,7 +152,8 @@ def _kernel(call: Call, told, pages_RL, inputs, caches, cores: int, interpret: b
             num_scalar_prefetch=2, grid=(cores, U), in_specs=[*in_specs, *[pl.BlockSpec(memory_space=pl.ANY)] * len(caches)], out_specs=of_run,
             scratch_shapes=[*buffers, *[pltpu.VMEM((heads, M, LANES), jnp.float32)] * 2, pltpu.VMEM((heads, M, H), jnp.float32),
                             pltpu.SMEM((1,), jnp.int32), pltpu.SemaphoreType.DMA((2, len(caches)))]),
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary"),
+                                             vmem_limit_bytes=on_chip_bytes(call, H, caches[0].dtype.itemsize) + 8 * 2**20),
         interpret=pltpu.InterpretParams() if interpret else False)(told, pages_RL.reshape(-1), *inputs, *caches)
 
 

@@ -148,13 +148,10 @@ def _try(run: Any) -> None:
         pass  # the worker is gone, and what it kept with it
 
 
-KERNELS = ("mosaic_gpu", "triton")
-
-
-def ours(side: str, *, label: str = "ours", kernels: Sequence[str] = KERNELS, **options: Any) -> list[Entrant]:
-    """This project's op as it chooses for itself, which on a CPU is its reference, and by each kernel."""
+def ours(side: str, *, label: str = "ours", others: Sequence[str] = (), **options: Any) -> list[Entrant]:
+    """This project's op as it chooses for itself, which on Hopper is Mosaic's kernel and on a CPU the reference, and by other kernels of its own."""
     return [Entrant(label, side, options=options, needs_gpu=False, is_ours=True),
-            *(Entrant(f"{label}, {name}", side, options={**options, "implementation": name}, is_ours=True) for name in kernels)]
+            *(Entrant(f"{label}, {name}", side, options={**options, "implementation": name}, is_ours=True) for name in others)]
 
 
 def attention_contests(*, is_tiny: bool) -> list[Contest]:
@@ -162,7 +159,7 @@ def attention_contests(*, is_tiny: bool) -> list[Contest]:
     found = []
     for T in ((128,) if is_tiny else (8192, 2048)):
         sizes = {"B": 1, "T": T, "N": 4, "K": 2, "H": 64} if is_tiny else {"B": 1, "T": T, "N": 32, "K": 8, "H": 128}
-        entrants = [*ours("flash_ours", kernels=("mosaic_gpu",)),
+        entrants = [*ours("flash_ours"),
                     Entrant("torch SDPA, flash", "sdpa", "torch", {"backend": "FLASH_ATTENTION"}),
                     Entrant("torch SDPA, cuDNN", "sdpa", "torch", {"backend": "CUDNN_ATTENTION"}),
                     Entrant("jax.nn, cuDNN", "flash_jax", options={"implementation": "cudnn"}),
@@ -179,9 +176,9 @@ def paged_contests(*, is_tiny: bool) -> list[Contest]:
     found = []
     for B, S in (((2, 256),) if is_tiny else ((64, 4096), (8, 32768))):
         sizes = {"B": B, "S": S, "page": 64, **({"N": 4, "K": 2, "H": 64} if is_tiny else {"N": 32, "K": 8, "H": 128})}
-        entrants = ours("paged_ours", kernels=("mosaic_gpu",))
+        entrants = ours("paged_ours")
         for dtype in ("int8", "float8_e4m3fn"):
-            entrants += ours("paged_ours", kernels=(), label=f"ours, {dtype} cache", cache_dtype=dtype)
+            entrants += ours("paged_ours", label=f"ours, {dtype} cache", cache_dtype=dtype)
         entrants += [Entrant(f"JAX's Triton kernel, {splits} splits", "paged_bundled", options={"k_splits": splits, "pages_per_compute_block": 4})
                      for splits in ((4, 16) if B > 8 else (16, 64))]
         found.append(Contest(f"{B} rows of {S}", sizes, entrants, flops=4 * B * S * sizes["N"] * sizes["H"]))
@@ -190,8 +187,8 @@ def paged_contests(*, is_tiny: bool) -> list[Contest]:
 
 def product_contests(*, is_tiny: bool) -> list[Contest]:
     """Few rows, where weights are read, and many, where they are multiplied."""
-    shapes = ((128, 256),) if is_tiny else ((14336, 4096), (4096, 14336))
-    found = [_few_rows(M, N, K, is_tiny=is_tiny) for N, K in shapes for M in ((8,) if is_tiny else (1, 8, 16))]
+    shapes = ((8, 128, 256),) if is_tiny else ((1, 14336, 4096), (16, 14336, 4096), (8, 4096, 14336))
+    found = [_few_rows(*shape, is_tiny=is_tiny) for shape in shapes]
     size = 128 if is_tiny else 4096
     sizes = {"M": size, "N": size, "K": size}
     peers = [Entrant("bf16, XLA", "dense_xla", needs_gpu=False), Entrant("bf16, torch", "dense", "torch", needs_gpu=False),
@@ -202,15 +199,14 @@ def product_contests(*, is_tiny: bool) -> list[Contest]:
              for label, name in (("fp8", "fp8-a8"), ("fp8 in blocks of 128", "fp8-g128-a8"), ("int8 x int8", "w8a8"))),
            *(entrant for label, name in (("fp8, ours, from bfloat16", "fp8-a8"), ("int8 x int8, ours, from bfloat16", "w8a8"),
                                          ("int8 weights, ours", "int8"), ("int4 weights, ours", "int4"))
-             for entrant in ours("packed_ours", label=label, kernels=(), name=name))]
+             for entrant in ours("packed_ours", label=label, name=name))]
     return [*found, Contest(f"{size}^3", sizes, [*own, *peers], flops=2 * size**3)]
 
 
 def _few_rows(M: int, N: int, K: int, *, is_tiny: bool) -> Contest:
     entrants = [Entrant("bf16, XLA", "dense_xla", needs_gpu=False), Entrant("bf16, torch", "dense", "torch", needs_gpu=False)]
-    for label, name, kernels in (("int8", "int8", KERNELS[:1]), ("int4-g32", "int4", KERNELS), ("int4-g128", "int4-g128", ("jax_triton",)),
-                                 ("q4_k", "q4_k", ()), ("fp8", "fp8", ())):
-        entrants += ours("packed_ours", label=f"{label}, ours", kernels=kernels, name=name)
+    for label, name, others in (("int8", "int8", ()), ("int4-g32", "int4", ("triton", "jax_triton")), ("q4_k", "q4_k", ())):
+        entrants += ours("packed_ours", label=f"{label}, ours", others=others, name=name)
     entrants += [Entrant(f"{label}, XLA", "packed_xla", options={"bits": bits, "group": group}, needs_gpu=False)
                  for label, bits, group in (("int8", 8, 0), ("int4-g32", 4, 32))]
     return Contest(f"{M} x {N} x {K}", {"M": M, "N": N, "K": K}, entrants, flops=2 * M * N * K, target_bytes=MIB if is_tiny else IN_MEMORY)
@@ -220,14 +216,13 @@ def fused_contests(*, is_tiny: bool) -> list[Contest]:
     """Norms and feed-forward layers."""
     found = []
     for M in ((8,) if is_tiny else (8192, 64)):
-        entrants = [*ours("norm_ours"), Entrant("XLA", "norm_xla", needs_gpu=False)]
+        entrants = [*ours("norm_ours", others=("triton",)), Entrant("XLA", "norm_xla", needs_gpu=False)]
         D = 256 if is_tiny else 4096
         found.append(Contest(f"rms_norm {M} x {D}", {"M": M, "D": D}, entrants, flops=5 * M * D, target_bytes=FEW))
     for M in ((8,) if is_tiny else (1, 64, 2048)):
         sizes = {"M": M, "D": 128, "F": 256} if is_tiny else {"M": M, "D": 4096, "F": 14336}
-        entrants = [*ours("mlp_ours", kernels=("mosaic_gpu",)), Entrant("XLA", "mlp_xla", needs_gpu=False),
-                    *(one for name in ("int8", "int4") for one in ours("mlp_packed_ours", label=f"ours, {name} weights", kernels=(),
-                                                                        name=name))]
+        entrants = [*ours("mlp_ours"), Entrant("XLA", "mlp_xla", needs_gpu=False),
+                    *(one for name in ("int8", "int4") for one in ours("mlp_packed_ours", label=f"ours, {name} weights", name=name))]
         found.append(Contest(f"gated_mlp {M} x {sizes['D']} x {sizes['F']}", sizes, entrants, flops=6 * M * sizes["D"] * sizes["F"],
                              target_bytes=MIB if is_tiny else IN_MEMORY))
     return found

@@ -99,11 +99,11 @@ def flash_bundled_triton(**sizes: int) -> Side:
 
 
 def flash_bundled_mosaic(*, block_q: int, block_kv: int, **sizes: int) -> Side:
-    """``jax.experimental.pallas.ops.gpu.attention_mgpu``, which does not scale."""
+    """``jax.experimental.pallas.ops.gpu.attention_mgpu``, which does not scale, and of jax 0.11.2 computes in float16 alone."""
     from jax.experimental.pallas.ops.gpu.attention_mgpu import TuningConfig, attention
     config = TuningConfig(block_q=block_q, block_kv=block_kv, max_concurrent_steps=2, causal=True)
-    notes = {"note": f"{block_q} x {block_kv}, no scale"}
-    return Side(lambda key: flash_inputs(key, **sizes), lambda q, k, v: attention(q, k, v, config), notes=notes)
+    notes = {"note": f"{block_q} x {block_kv}, float16, no scale"}
+    return Side(lambda key: tuple(x.astype(jnp.float16) for x in flash_inputs(key, **sizes)), lambda q, k, v: attention(q, k, v, config), notes=notes)
 
 
 def _scale(sizes: dict[str, int]) -> float:

@@ -12,6 +12,7 @@ from benchmarks.gpu.jax_sides import SIDES, Side
 from benchmarks.gpu.prepared import measure
 from tpllm.bench.bandwidth import device_bandwidth
 from tpllm.bench.machine import describe_machine
+from tpllm.environment import enable_compile_cache
 
 GPU_FIELDS = ("name", "driver_version", "memory.total", "power.limit", "clocks.max.sm", "clocks.sm", "temperature.gpu", "utilization.gpu")
 
@@ -20,6 +21,7 @@ __all__ = ["copy_bandwidth", "describe", "drop", "matmul_seconds", "measure", "p
 
 def describe() -> dict[str, Any]:
     """The machine and its first device; JSON-able."""
+    enable_compile_cache()
     device = jax.devices()[0]
     return {**describe_machine(device), "compute_capability": getattr(device, "compute_capability", None),
             "device_memory_bytes": (device.memory_stats() or {}).get("bytes_limit"), "nvidia_smi": _nvidia_smi()}
@@ -43,6 +45,7 @@ def prepare(key: str, side: str, sizes: dict[str, Any], target_bytes: int) -> di
         sizes: for its builder.
         target_bytes: of inputs that one program goes through.
     """
+    enable_compile_cache()
     with _Messages() as messages:
         found: Side = SIDES[side](**sizes)
         first = jax.block_until_ready(found.inputs(jax.random.key(0)))

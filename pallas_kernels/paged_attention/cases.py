@@ -81,7 +81,7 @@ DECODE = (
     Case((100, 65), window=20, softcap=5.0, has_sinks=True),
     Case((100, 40), cache_dtype="int8"),
     Case((70, 64), cache_dtype="float8_e4m3fn", page_size=64, num_parts=3, has_sinks=True),
-    Case((1300, 130), num_parts=45, heads=6),
+    Case((1300, 130), heads=3, kv_heads=1, num_parts=45),
 )
 CHUNKS = (
     Case((100, 1, 0), num_tokens=20, heads=8),

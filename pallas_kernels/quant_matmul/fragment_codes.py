@@ -2,8 +2,8 @@
 
 The left operand of a warp group's product lies in registers: of each 16 inputs a thread has, of two rows, inputs 2 t, 2 t + 1, 2 t + 8 and 2 t + 9,
 where t is its number modulo 4 (PTX ISA, "Register fragments for wgmma.mma_async.m64nNk16"). So of 64 inputs it needs 16 of a row, which here are two
-words side by side: word 2 t + u has of the 32 inputs from 32 u on the pair p = 0 ... 3, inputs 16 (p // 2) + 8 (p % 2) + 2 t + {0, 1}, at bits 4 p and
-4 p + 16. A mask then leaves the codes of two neighbouring inputs in the mantissas of two 16-bit floats.
+words side by side: word 2 t + u has, of the 32 inputs from 32 u on, the pair p = 0 ... 3, inputs 16 (p // 2) + 8 (p % 2) + 2 t + {0, 1}, at bits 4 p
+and 4 p + 16. A mask then leaves the codes of two neighbouring inputs in the mantissas of two 16-bit floats.
 
 The bits above the low four have words of their own: of 256 inputs (5 bits) or 128 (6 bits) word 2 t + u has those of the first or second half.
 """

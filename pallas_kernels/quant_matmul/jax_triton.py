@@ -1,5 +1,9 @@
 # ruff: noqa: F821  -- Triton's language is a global only once it is imported
-"""The product with 4-bit weights in groups as a Triton kernel, called through jax-triton: optional, and imported only when it is used."""
+"""The product with 4-bit weights in groups as a Triton kernel, called through jax-triton: optional, and imported only when it is used.
+
+XLA may assemble older PTX than Triton writes ("Unsupported .version 9.4; current version is '9.0'"): the environment's TRITON_MOCK_PTX_VERSION, say 13.0,
+names the CUDA version whose PTX is to be written.
+"""
 import functools
 import inspect
 from typing import Any

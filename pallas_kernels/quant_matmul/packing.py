@@ -59,7 +59,7 @@ class WeightFormat:
             raise ValueError(f"groups of {self.group} inputs; they may be of 16, 32, 64, 128 or 256, or 0 for one scale an output: repeat the scales "
                              "of other ones for smaller groups")
         if self.super_group and (not self.group or self.super_group % self.group or LARGEST_GROUP % self.super_group):
-            raise ValueError(f"super groups of {self.super_group} inputs over groups of {self.group}; they must be a multiple of those and divide 256")
+            raise ValueError(f"super groups of {self.super_group} inputs over groups of {self.group}; they must be their multiple and divide 256")
         if (self.mins != "none" and not self.group) or (self.mins == "super" and not self.super_group):
             raise ValueError(f"{self.mins} mins with groups of {self.group} and super groups of {self.super_group}; mins belong to groups, super "
                              "ones to super groups")

@@ -76,7 +76,7 @@ class WarpGroup:
 
         def run(total_ref):
             for a, b_ref in operands:
-                plgpu.wgmma(total_ref, a, plgpu.transpose_ref(b_ref, (1, 0)))
+                plgpu.wgmma(total_ref, a, b_ref.transpose((1, 0)))
         return pl.run_state(run)(plgpu.ACC.init(total))
 
     def store_transposed(self, value: jax.Array, ref) -> None:
@@ -84,7 +84,7 @@ class WarpGroup:
         if self.interpret:
             ref[...] = value.T
         else:
-            plgpu.transpose_ref(ref, (1, 0))[...] = plgpu.layout_cast(value, plgpu.Layout.WGMMA_TRANSPOSED)
+            ref.transpose((1, 0))[...] = plgpu.layout_cast(value, plgpu.Layout.WGMMA_TRANSPOSED)
 
     def unpack(self, words: jax.Array, high: jax.Array | None, bits: int, dtype) -> jax.Array:
         """``code + MAGIC`` as 16-bit floats of words of :mod:`.fragment_codes`, in the layout of a left operand."""

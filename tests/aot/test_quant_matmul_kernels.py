@@ -66,16 +66,19 @@ def compiled(product: Product) -> CompiledProgram:
     return compile_lowered(lowered)
 
 
+@pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")
 @pytest.mark.parametrize("product", PRODUCTS, ids=str)
 def test_a_kernel_compiles_and_needs_less_memory_than_its_weight(product):
     program = compiled(product)
     N, K = SHAPES[product.shape]
     assert "custom-call" in program.text
-    assert program.temporary_bytes < max(FORMATS[product.name].bits * N * K // 8 // 4, 6 * product.M * (N + K)) + 2**20
+    assert program.temporary_bytes < max(FORMATS[product.name].bits * N * K // 8 // 4, 8 * product.M * (N + K)) + 2**20
     assert not [found for found in program.materialized if any(array.shape in ((N, K), (K, N)) for array in found.results)]
 
 
-def test_jax_triton_compiles_where_it_is_installed():
+@pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
+def test_jax_triton_compiles_where_it_is_installed(monkeypatch):
     if refusal := jax_triton.refusal():
         pytest.skip(refusal)
+    monkeypatch.setenv("TRITON_MOCK_PTX_VERSION", "13.0")  # what XLA assembles
     assert "custom-call" in compiled(Product("h200:1", "int4", 16, implementation="jax_triton")).text

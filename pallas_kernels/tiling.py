@@ -61,9 +61,8 @@ class Device:
 
 def device_of(device: jax.Device) -> Device:
     """What kernels must know of a device, be it here or only compiled for."""
-    capability = getattr(device, "compute_capability", None)
-    parts = tuple(int(part) for part in str(capability).split(".")) if capability else None
-    return Device(device.platform, device.device_kind, parts)
+    capability = re.fullmatch(r"(\d+)\.(\d+)", str(getattr(device, "compute_capability", "")))  # an AMD GPU's is a name
+    return Device(device.platform, device.device_kind, (int(capability[1]), int(capability[2])) if capability else None)
 
 
 def choose_tiles(op: str, device: Device, key: tuple[int | str, ...], candidates: Iterable[Tiles],

@@ -3,6 +3,7 @@ import dataclasses
 import json
 import logging
 import time
+import types
 
 import pytest
 
@@ -138,3 +139,9 @@ def test_results_lie_in_the_cache_folder_unless_one_is_named(monkeypatch, tmp_pa
 ])
 def test_memory_on_the_chip_is_known_by_the_beginning_of_the_kind(kind, limit):
     assert Device("gpu", kind).on_chip_bytes == limit
+
+
+@pytest.mark.parametrize(("capability", "parts"), [("9.0", (9, 0)), ("12.1", (12, 1)), ("gfx942", None), (None, None)])
+def test_a_device_has_the_compute_capability_of_nvidia_or_none(capability, parts):
+    device = types.SimpleNamespace(platform="gpu", device_kind="Chip", compute_capability=capability)
+    assert tiling.device_of(device) == Device("gpu", "Chip", parts)

@@ -29,6 +29,9 @@ ROPE_AXES = (BATCH, None, None)
 HEAD_AXES = (HEADS,)
 HIDDEN_AXES = (BATCH, None, None)
 
+# Jitted, so that layers whose kernels are alike share one: to lower a kernel takes longer than all the rest of a layer.
+_paged_attention = jax.jit(paged_attention, static_argnames=("device", "scale", "window", "softcap"))
+
 
 def uses_native(partition: Partition | None) -> bool:
     """Whether a model on this mesh runs on the native kernels of CPUs."""
@@ -110,7 +113,7 @@ def _append_and_attend(q, new_kv, cache, positions, *, rope, table, **how):
         new = (*(codes for codes, _ in quantized), *(scales[..., None] for _, scales in quantized))
     for old, entries in zip(cache, new, strict=True):
         updated.append(kv_append_reference(old if old.ndim == 4 else old[..., None], entries, positions, table).reshape(old.shape))
-    out = paged_attention(rope_reference(q, *rope), *updated[:2], positions, scales=tuple(updated[2:]) or None, table=table, **how)
+    out = _paged_attention(rope_reference(q, *rope), *updated[:2], positions, scales=tuple(updated[2:]) or None, table=table, **how)
     return out, *updated
 
 

@@ -14,6 +14,10 @@ from tpllm.native import products
 from tpllm.native.packed import PackedWeight
 from tpllm.ops import HIDDEN_AXES, POSITION_AXES
 
+# Jitted, so that layers whose kernels are alike share one: to lower a kernel takes longer than all the rest of a layer.
+_quant_matmul = jax.jit(quant_matmul, static_argnames=("weight_format", "device", "num_outputs", "dtype", "implementation"))
+_gated_product = jax.jit(gated_product, static_argnames=("activation", "weight_format", "device", "num_outputs", "implementation"))
+
 
 def packed_linears(x_D: jax.Array, weights: Sequence[PackedWeight], biases: Sequence[jax.Array | None], dtype=None) -> tuple[jax.Array, ...]:
     """``x @ w.T + bias`` for packed weights that are cut alike, in one call a shard.
@@ -90,7 +94,7 @@ def kernel_gated_mlp(x_BTD: jax.Array, weights: tuple[KernelWeight, KernelWeight
 
     def multiply(x, weights, biases):
         gate, up, down = weights
-        inner = gated_product(x, gate.shard, up.shard, activation=activation, weight_format=gate.layout.weight_format, biases=biases[:2],
+        inner = _gated_product(x, gate.shard, up.shard, activation=activation, weight_format=gate.layout.weight_format, biases=biases[:2],
                               num_outputs=gate.layout.shard_shape[0], **_how(gate.layout))
         return (_summed(_multiply(inner, down, biases[2], x.dtype), mlp_axis, layout),)
     out = _on_weight_shards(multiply, layout.partition, HIDDEN_AXES, weights, [(mlp_axis,), (mlp_axis,), (None,)], inner_biases,
@@ -115,8 +119,8 @@ def kernel_lookup(tokens_BT: jax.Array, table: KernelWeight, dtype) -> jax.Array
 
 def _multiply(x_D: jax.Array, weight: KernelWeight, bias_F: jax.Array | None, dtype) -> jax.Array:
     layout = weight.layout
-    out = quant_matmul(x_D.reshape(-1, x_D.shape[-1]), weight.shard, weight_format=layout.weight_format, num_outputs=layout.shard_shape[0],
-                       bias=bias_F, dtype=dtype or x_D.dtype, **_how(layout))
+    out = _quant_matmul(x_D.reshape(-1, x_D.shape[-1]), weight.shard, weight_format=layout.weight_format, num_outputs=layout.shard_shape[0],
+                        bias=bias_F, dtype=dtype or x_D.dtype, **_how(layout))
     return out.reshape(*x_D.shape[:-1], -1)
 
 

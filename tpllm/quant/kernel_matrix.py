@@ -73,7 +73,8 @@ class KernelMatrix:
 
 def kernel_matrix(scheme: Scheme, shape: tuple[int, int], axes: tuple[str | None, str | None], partition: Partition | None, *, device: Device,
                   name: str) -> KernelMatrix | None:
-    """How a device's kernels want a matrix; None where they have none for its codes, or it is of routed experts.
+    """How a device's kernels want a matrix; None where they have none for its codes, or cannot read it otherwise: of routed
+    experts, or an embedding.
 
     Args:
         scheme: of the rows that are to be written.
@@ -90,6 +91,8 @@ def kernel_matrix(scheme: Scheme, shape: tuple[int, int], axes: tuple[str | None
     num_shards = 1 if partition is None else partition.size(axes[1])
     kept = fit_groups(scheme, shape[1], num_shards, allowed=GROUPS, name=name)
     layout = layout_for(device)
+    if layout == "columns" and name == "embed":  # a table of which rows are read: XLA would turn all of it over for that
+        return None
     if layout == "rows" and not (kept.bits == 4 and kept.group in TRITON_GROUPS and not kept.super_group):
         return None
     multiplies_bytes = kept.quantizes_input and kept.kind == "int" and kept.bits == 8 and kept.group == 0

@@ -1,9 +1,5 @@
 # ruff: noqa: F821  -- Triton's language is a global only once it is imported
-"""The product with 4-bit weights in groups as a Triton kernel, called through jax-triton: optional, and imported only when it is used.
-
-XLA may assemble older PTX than Triton writes ("Unsupported .version 9.4; current version is '9.0'"): the environment's TRITON_MOCK_PTX_VERSION, say 13.0,
-names the CUDA version whose PTX is to be written.
-"""
+"""The product with 4-bit weights in groups as a Triton kernel, called through jax-triton: optional, and imported only when it is used."""
 import functools
 import inspect
 from typing import Any
@@ -15,6 +11,8 @@ from pallas_kernels.quant_matmul.packing import PackedArrays, WeightFormat
 from pallas_kernels.quant_matmul.triton import candidates, on_chip_bytes
 from pallas_kernels.tiling import Device, choose_tiles
 
+PTX_VERSION = 90
+"""What is written: Triton knows newer ones than the assembler of XLA."""
 INSTALL = "pip install 'jax-triton>=0.4' 'triton>=3.7', with jax 0.11 or later"
 
 
@@ -59,7 +57,8 @@ def jax_triton_matmul(x_MK: jax.Array, _, arrays: PackedArrays, weight_format: W
     vectors = [arrays.scales, arrays.scales if arrays.mins is None else arrays.mins, arrays.scales if bias_N is None else bias_N]
     return _modules()[0].triton_call(
         x_MK, arrays.codes, *vectors, kernel=_kernel(), out_type=jax.ShapeDtypeStruct((M, N), jnp.dtype(out_dtype)),
-        grid=(N // tiles.outputs, row_tiles), num_warps=tiles.warps, num_stages=tiles.stages, M=M, N=N, K=K, GROUP=f.group, ZERO=f.zero,
+        grid=(N // tiles.outputs, row_tiles), num_warps=tiles.warps, num_stages=tiles.stages,
+        backend_options={"ptx_version": PTX_VERSION}, M=M, N=N, K=K, GROUP=f.group, ZERO=f.zero,
         MINS={"none": 0, "float": 1, "zeros": 2}[f.mins], HAS_BIAS=bias_N is not None, ROWS=tiles.rows, OUTPUTS=tiles.outputs, WIDTH=min(f.group, 64))
 
 

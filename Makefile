@@ -120,6 +120,7 @@ $(VENV)/.oracle: $(VENV)/.test
 	TPLLM_NATIVE=0 .venv-aot-$*/bin/pip --disable-pip-version-check install -q -e . "pytest>=8" "jax==$(JAX_VERSION)" "libtpu==$(LIBTPU_VERSION).*"
 	.venv-aot-$*/bin/pip --disable-pip-version-check install -q --no-deps "jax-cuda13-pjrt==$(JAX_VERSION)" "jax-cuda13-plugin==$(JAX_VERSION)" \
 		nvidia-cuda-nvcc nvidia-nvvm
+	if [ $* = 0.11 ]; then .venv-aot-$*/bin/pip --disable-pip-version-check install -q "jax-triton>=0.4" "triton>=3.7"; fi
 	touch $@
 
 $(VENV)/.notebooks: $(VENV)/.test

@@ -98,12 +98,12 @@ def _module(entrant: Entrant) -> str:
 
 def _prepare(contest: Contest, entrant: Entrant, workers: Mapping[str, Worker], generations: dict[str, int]) -> dict[str, Any]:
     worker = workers[entrant.worker]
+    generations[entrant.label] = worker.generation
     try:
         found = worker.call(f"{_module(entrant)}:prepare", timeout_s=PREPARE_S, key=entrant.label, side=entrant.side,
                             sizes={**contest.sizes, **entrant.options}, target_bytes=contest.target_bytes)
     except TaskError as error:
         return failure(error)
-    generations[entrant.label] = worker.generation
     if "error_of_result" in found:
         found["is_right"] = found["error_of_result"] <= LARGEST_ERROR
     return {**found, "is_ours": entrant.is_ours, "samples_s": []}

@@ -23,7 +23,9 @@ from tpllm.quant.policy import parse_policy
 from tpllm.quant.quantized_tensor import QuantizedTensor
 from tpllm.quant.storage import Storage
 
-DEVICES = {"tpu": Device("tpu", "TPU v5 lite"), "hopper": Device("gpu", "NVIDIA H200", (9, 0)), "older": Device("gpu", "NVIDIA A100-SXM4-80GB", (8, 0))}
+DEVICES = {"tpu": Device("tpu", "TPU v5 lite"),
+           "hopper": Device("gpu", "NVIDIA H200", (9, 0)),
+           "older": Device("gpu", "NVIDIA A100-SXM4-80GB", (8, 0))}
 SCHEMES = ["int8", "int4", "fp8", "w8a8", "q4_k", "llm.int8"]
 CUTS = {"alone": None, "columns": ("mlp", "embed"), "rows": ("embed", "mlp")}
 N, K = 192, 512

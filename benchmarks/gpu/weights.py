@@ -18,7 +18,7 @@ def device_params(config: ModelConfig, storage: Storage) -> DecoderParams:
 
     Args:
         config: fitted to its mesh.
-        storage: how matrices are kept; not packed for the native kernels of CPUs.
+        storage: how matrices are kept: plain, quantized, or packed for an accelerator, not for the native kernels of CPUs.
     """
     specs = dict(named_leaves(param_specs(config)))
 
@@ -34,10 +34,9 @@ def device_params(config: ModelConfig, storage: Storage) -> DecoderParams:
 def _draw(key: jax.Array, shape: tuple[int, ...], dtype: np.dtype, array: str, spec: Any) -> jax.Array:
     std = 0.02 if spec.init == "embedding" else 1 / math.sqrt(spec.shape[-1])
     if array == "scales":
-        return jnp.full(shape, std / 64, dtype)  # codes of -127 to 127 have a spread of 73, those of 0 to 15 less
-    if jnp.issubdtype(dtype, jnp.integer):
-        info = jnp.iinfo(dtype)
-        return jax.random.randint(key, shape, max(info.min, -127), int(info.max) + 1, jnp.int32).astype(dtype)
+        return jnp.full(shape, std / 64, dtype)  # codes of a byte have a spread of 73, smaller ones less
+    if jnp.issubdtype(dtype, jnp.integer):  # codes, alone or several in a word
+        return jax.random.bits(key, shape, f"uint{8 * dtype.itemsize}").astype(dtype)
     if array == "codes":
         return (jax.random.normal(key, shape, jnp.float32) * 64).astype(dtype)
     if spec.init in ("ones", "zeros"):

@@ -2,6 +2,8 @@
 import json
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from benchmarks.gpu import command, contests
@@ -11,8 +13,16 @@ from benchmarks.gpu.jax_sides import SIDES
 from benchmarks.gpu.jax_worker import relative_error
 from benchmarks.gpu.sections import SECTIONS
 from benchmarks.gpu.session import OutOfTimeError, Section, Session
+from benchmarks.gpu.weights import device_params
 from benchmarks.gpu.worker import TaskError, Worker
+from pallas_kernels.tiling import Device
+from sharding_rules import DATA_TENSOR, make_mesh
 from tests.pallas_kernels import quick_interpreter
+from tpllm.bench.shapes import find_shape
+from tpllm.model.params import abstract_params
+from tpllm.model.partition import fit_to_mesh
+from tpllm.quant.policy import parse_policy
+from tpllm.quant.storage import Storage
 
 NAMES = [section.name for section in SECTIONS]
 QUICK = Pace(1, 1, 0.0005)
@@ -167,6 +177,16 @@ def test_a_side_is_prepared_again_where_another_one_ended_its_process(worker, mo
     assert sides["XLA"]["bytes_per_s"] == sides["XLA"]["num_bytes"] / sides["XLA"]["seconds"]
     assert sides["unknown"]["error"] == "KeyError: 'nobody'"
     assert sides["on a GPU"] == {"absent": "needs a GPU with CUDA"}
+
+
+@pytest.mark.parametrize(("quantization", "device"), [("int4", Device("gpu", "NVIDIA H200", (9, 0))), ("fp8", None)], ids=["packed", "plain"])
+def test_random_weights_are_finite_however_they_are_kept(quantization, device):
+    config = fit_to_mesh(find_shape("tiny"), make_mesh({"tp": 1}, jax.devices()[:1]), DATA_TENSOR)
+    storage = Storage(np.dtype(jnp.bfloat16), parse_policy(quantization), kernels_of=device)
+    params, expected = device_params(config, storage), abstract_params(config, storage.dtype, storage)
+    for leaf, abstract in zip(jax.tree.leaves(params), jax.tree.leaves(expected), strict=True):
+        assert (leaf.shape, leaf.dtype, leaf.sharding) == (abstract.shape, abstract.dtype, abstract.sharding)
+        assert jnp.isfinite(leaf.astype(jnp.float32)).all()
 
 
 def test_bars_are_judged_by_the_figures_they_are_about():

@@ -86,8 +86,8 @@ def _body(*gmem, out_smem, problem: Problem, names: tuple[str, ...], activation:
     outputs, rows, warp_group = (jax.lax.axis_index(name) for name in ("outputs", "rows", "warp_group"))
     refs = dict(zip(names, inputs, strict=True))
     both = [{name.removeprefix(prefix): ref for name, ref in refs.items() if name.startswith(prefix)} for prefix in ("gate ", "up ")]
-    piped, specs = quant_gpu._pipelined(problem, {"x": refs["x"], **both[0]}, rows, outputs, 0)
-    piped_up, specs_up = quant_gpu._pipelined(problem, both[1], rows, outputs, 0)
+    piped, specs = quant_gpu.pipelined(problem, {"x": refs["x"], **both[0]}, rows, outputs, 0)
+    piped_up, specs_up = quant_gpu.pipelined(problem, both[1], rows, outputs, 0)
 
     def step(_, *smem_and_sums):
         *smem, sums = smem_and_sums
@@ -97,7 +97,7 @@ def _body(*gmem, out_smem, problem: Problem, names: tuple[str, ...], activation:
 
     def compute(run):
         mine = outputs * tiles.warp_groups + warp_group
-        gate, up = (quant_gpu._finish(machine, total, {name: ref for name, ref in own.items() if name not in names_piped}, rows, mine)
+        gate, up = (quant_gpu.finish(machine, total, {name: ref for name, ref in own.items() if name not in names_piped}, rows, mine)
                     for total, own, names_piped in zip(run((machine.zeros(tiles.rows, jnp.float32),) * 2), both, (piped, piped_up), strict=True))
         machine.store_transposed(gated(gate, up, activation).astype(out_smem.dtype), out_smem.at[warp_group])
         plgpu.commit_smem()

@@ -64,10 +64,10 @@ def _body(*refs, names: tuple[str, ...], weight_format: WeightFormat, activation
     @pl.when(pl.program_id(1) == 0)
     def _():
         for own, weight_ref in zip(both, weight_refs, strict=True):
-            quant_tpu._dequantize(own, weight_ref, scales_ref, mins_ref, weight_format)
+            quant_tpu.dequantize(own, weight_ref, scales_ref, mins_ref, weight_format)
 
     def product(own, weight_ref):
-        y = quant_tpu._product(inputs["x"], weight_ref, out_ref.shape, jnp.float32)
-        y = y if weight_format.group else y * quant_tpu._float(own["scales"][...])
-        return y + quant_tpu._float(own["bias"][...]) if "bias" in own else y
+        y = quant_tpu.product(inputs["x"], weight_ref, out_ref.shape, jnp.float32)
+        y = y if weight_format.group else y * quant_tpu.as_float(own["scales"][...])
+        return y + quant_tpu.as_float(own["bias"][...]) if "bias" in own else y
     out_ref[...] = gated(*map(product, both, weight_refs), activation).astype(out_ref.dtype)

@@ -71,7 +71,7 @@ def _body(*gmem, out_smem, problem: Problem, names: tuple[str, ...]):
     refs, tiles, machine = dict(zip(names, inputs, strict=True)), problem.tiles, WarpGroup(problem.interpret)
     outputs, rows, part, warp_group = (jax.lax.axis_index(name) for name in ("outputs", "rows", "part", "warp_group"))
     steps = problem.num_inputs // tiles.inputs // (problem.num_parts if problem.has_partial_sums else 1)
-    piped, specs = _pipelined(problem, refs, rows, outputs, part * steps)
+    piped, specs = pipelined(problem, refs, rows, outputs, part * steps)
     in_turn, piped_names = problem.parts_in_turn, tuple(piped)
     advance = weight_only_gpu.advance if problem.format.activations == "float" else eight_bit_gpu.advance
 
@@ -88,7 +88,7 @@ def _body(*gmem, out_smem, problem: Problem, names: tuple[str, ...]):
         done, total = run((done, machine.zeros(tiles.rows, problem.sum_dtype)))
         total, mine = total if in_turn == 1 else done, outputs * tiles.warp_groups + warp_group
         if not problem.has_partial_sums:
-            total = _finish(machine, total.astype(jnp.float32), {name: ref for name, ref in refs.items() if name not in piped}, rows, mine)
+            total = finish(machine, total.astype(jnp.float32), {name: ref for name, ref in refs.items() if name not in piped}, rows, mine)
         machine.store_transposed(total.astype(out_smem.dtype), out_smem.at[warp_group])
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(out_smem.at[warp_group], out_gmem.at[part, pl.ds(rows * tiles.rows, tiles.rows), pl.ds(mine * ROWS, ROWS)])
@@ -98,7 +98,7 @@ def _body(*gmem, out_smem, problem: Problem, names: tuple[str, ...]):
         num_compute_wgs=tiles.warp_groups, compute_context=compute)(*piped.values())
 
 
-def _finish(machine: WarpGroup, total, refs, rows, mine):
+def finish(machine: WarpGroup, total, refs, rows, mine):
     """Scales of rows and outputs, and the bias."""
     if "row_scales" in refs:
         total = total * jax.lax.broadcast_in_dim(machine.load_columns(refs["row_scales"].at[0, rows]), total.shape, (1,))
@@ -108,7 +108,7 @@ def _finish(machine: WarpGroup, total, refs, rows, mine):
     return total
 
 
-def _pipelined(problem: Problem, refs, rows, outputs, first_step):
+def pipelined(problem: Problem, refs, rows, outputs, first_step):
     """(references by name, their block specs) of what each step needs."""
     f, tiles, piped, specs = problem.format, problem.tiles, {}, []
     groups = {"scales": f.group, "mins": f.group, "super_scales": f.super_group, "super_mins": f.super_group, "row_scales": f.group}

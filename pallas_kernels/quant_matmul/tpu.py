@@ -86,9 +86,9 @@ def _body(*refs, names: tuple[str, ...], weight_format: WeightFormat):
     inputs, (out_ref, *scratch) = dict(zip(names, refs, strict=False)), refs[len(names):]
     if has_dense:
         weight_ref, scales_ref, mins_ref = scratch
-        pl.when(pl.program_id(1) == 0)(lambda: _dequantize(inputs, weight_ref, scales_ref, mins_ref, f))
+        pl.when(pl.program_id(1) == 0)(lambda: dequantize(inputs, weight_ref, scales_ref, mins_ref, f))
 
-    y = _product(inputs["x"], weight_ref if has_dense else inputs["codes"], out_ref.shape, jnp.float32 if has_dense else jnp.int32)
+    y = product(inputs["x"], weight_ref if has_dense else inputs["codes"], out_ref.shape, jnp.float32 if has_dense else jnp.int32)
     y = y.astype(jnp.float32)
     if "row_scales" in inputs:
         y = y * inputs["row_scales"][...]
@@ -98,7 +98,7 @@ def _body(*refs, names: tuple[str, ...], weight_format: WeightFormat):
     out_ref[...] = y.astype(out_ref.dtype)
 
 
-def _product(x_ref, weight_ref, shape, dtype):
+def product(x_ref, weight_ref, shape, dtype):
     """x [rows, K] times a weight [K, outputs], some inputs after the other: the compiler unrolls a product."""
     num_inputs = weight_ref.shape[0]
     chunk = next(size for size in (2048, 1792, 1536, 1408, 1024, 512, 256, 128) if num_inputs % size == 0)
@@ -111,7 +111,7 @@ def _product(x_ref, weight_ref, shape, dtype):
     return jax.lax.fori_loop(0, num_inputs // chunk, add, jnp.zeros(shape, dtype))
 
 
-def _dequantize(inputs, weight_ref, scales_ref, mins_ref, f: WeightFormat) -> None:
+def dequantize(inputs, weight_ref, scales_ref, mins_ref, f: WeightFormat) -> None:
     """Fill ``weight_ref`` [K, outputs], a block of inputs after the other."""
     if f.group:
         _expand_scales(inputs, scales_ref, mins_ref, f)
@@ -150,9 +150,9 @@ def _expand_scales(inputs, scales_ref, mins_ref, f: WeightFormat) -> None:
     for name, target in (("scales", scales_ref), ("mins", mins_ref)):
         if name not in inputs:
             continue
-        target[...] = _float(inputs[name][...])
+        target[...] = as_float(inputs[name][...])
         if f"super_{name}" in inputs:
-            supers, ratio = _float(inputs[f"super_{name}"][...]), f.super_group // f.group
+            supers, ratio = as_float(inputs[f"super_{name}"][...]), f.super_group // f.group
             for i in range(supers.shape[0]):
                 some = slice(i * ratio, (i + 1) * ratio)
                 target[some] = target[some] * supers[i:i + 1]
@@ -162,7 +162,7 @@ def _expand_scales(inputs, scales_ref, mins_ref, f: WeightFormat) -> None:
         mins_ref[...] = -mins_ref[...]
 
 
-def _float(values):
+def as_float(values):
     """float32 of floats, small integers, or the bits of float16 in int16, which TPUs do not load."""
     if values.dtype != jnp.int16:
         return (values.astype(jnp.int32) if jnp.issubdtype(values.dtype, jnp.integer) else values).astype(jnp.float32)

@@ -2,6 +2,7 @@
 import functools
 import itertools
 import logging
+import os
 from collections.abc import Callable, Mapping
 
 import jax
@@ -13,7 +14,7 @@ _log = logging.getLogger(__name__)
 
 
 def pick(op: str, device: Device, named: str | None, refusals: Mapping[str, str | None]) -> str:
-    """The implementation to run; where none is named the choice is logged, once for each op and device.
+    """The implementation to run; where none is named the choice is logged, once for each op and device. ``TPLLM_KERNELS=0`` makes it the reference.
 
     Args:
         op: its name, for messages.
@@ -24,6 +25,9 @@ def pick(op: str, device: Device, named: str | None, refusals: Mapping[str, str 
     Raises:
         ValueError: the named one cannot, or there is none of that name.
     """
+    if named is None and os.environ.get("TPLLM_KERNELS") == "0":
+        _say(op, device, REFERENCE, (("TPLLM_KERNELS=0", "turns kernels off"),))
+        return REFERENCE
     if named is None:
         passed = tuple(itertools.takewhile(lambda item: item[1] is not None, refusals.items()))
         chosen = REFERENCE if len(passed) == len(refusals) else list(refusals)[len(passed)]

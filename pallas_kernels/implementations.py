@@ -25,7 +25,7 @@ def pick(op: str, device: Device, named: str | None, refusals: Mapping[str, str 
     Raises:
         ValueError: the named one cannot, or there is none of that name.
     """
-    if named is None and os.environ.get("TPLLM_KERNELS") == "0":
+    if named is None and not are_kernels_on():
         _say(op, device, REFERENCE, (("TPLLM_KERNELS=0", "turns kernels off"),))
         return REFERENCE
     if named is None:
@@ -38,6 +38,11 @@ def pick(op: str, device: Device, named: str | None, refusals: Mapping[str, str 
     if refusal := refusals.get(named):
         raise ValueError(f"{op}: implementation {named!r} {refusal}; or leave implementation at None")
     return named
+
+
+def are_kernels_on() -> bool:
+    """Whether ops that name no implementation may take a kernel: unless ``TPLLM_KERNELS`` is 0."""
+    return os.environ.get("TPLLM_KERNELS") != "0"
 
 
 @functools.cache

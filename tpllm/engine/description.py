@@ -3,8 +3,10 @@ import dataclasses
 import html
 import math
 
+import jax
 from rich.filesize import decimal
 
+from pallas_kernels.implementations import are_kernels_on
 from sharding_rules import mesh_text
 from sharding_rules.axes import BATCH
 from tpllm.engine.shapes import EngineShapes
@@ -87,8 +89,12 @@ def describe(config: ModelConfig, params: DecoderParams, *, shapes: EngineShapes
 
 
 def kernels_of(params: DecoderParams) -> str:
-    """What computes the products: ``"xla"``, or the native kernels and their instruction set, as in ``"native avx2"``."""
-    return f"native {instruction_set()}" if isinstance(params.embed, PackedWeight) else "xla"
+    """What computes: ``"xla"``, the native kernels and their instruction set, as in ``"native avx2"``, or ``"pallas"``, an accelerator's kernels
+    where it has one for the op."""
+    if isinstance(params.embed, PackedWeight):
+        return f"native {instruction_set()}"
+    platforms = {device.platform for device in jax.tree.leaves(params)[0].devices()}
+    return "pallas" if platforms & {"gpu", "tpu"} and are_kernels_on() else "xla"
 
 
 def _num_parameters(config: ModelConfig) -> int:

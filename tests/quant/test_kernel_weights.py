@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny_models import step
 
 from pallas_kernels.tiling import Device
 from sharding_rules import DATA_TENSOR, Partition, make_mesh
-from tests.tiny_models import step
 from tpllm.bench.shapes import find_shape, random_params
 from tpllm.checkpoint.matrices import make_matrix
 from tpllm.kernel_weights import KernelWeight

@@ -1,5 +1,6 @@
 """The public op: which implementation runs, and its gradient."""
 import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ from pallas_kernels.flash_attention.spans import make_spans
 from pallas_kernels.tiling import Device
 
 OP = "flash_attention"
+MIN_HEAD_DIM, MAX_HEAD_DIM, HEAD_DIM_STEP = 64, 256, 16
 MAX_CUDNN_HEAD_DIM = 128
 
 
@@ -36,7 +38,7 @@ def flash_attention(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, pos
     """
     _check(q_BTNH, k_BSKH, v_BSKH, window, segments_BT, key_positions_BS, key_segments_BS)
     head_dim, dtype = q_BTNH.shape[-1], str(q_BTNH.dtype)
-    refusals = {name: _common_refusal(q_BTNH, k_BSKH, v_BSKH, scale) or kernel.refusal(device, head_dim, dtype)
+    refusals = {name: _common_refusal(q_BTNH, k_BSKH, v_BSKH, scale) or kernel.refusal(device) or _size_refusal(head_dim, dtype, kernel.DTYPES)
                 for name, kernel in (("mosaic_gpu", gpu), ("mosaic_tpu", tpu))}
     if implementation is not None:
         own_keys = key_positions_BS is None and segments_BT is None
@@ -90,6 +92,14 @@ def _common_refusal(q_BTNH, k_BSKH, v_BSKH, scale: float) -> str | None:
     if len(dtypes) > 1:
         return f"takes queries, keys and values of one dtype, and these are {', '.join(sorted(dtypes))}"
     return None if scale > 0 else f"takes a positive scale, and this one is {scale}"
+
+
+def _size_refusal(head_dim: int, dtype: str, dtypes: Sequence[str]) -> str | None:
+    if dtype not in dtypes:
+        return f"takes {' and '.join(dtypes)}, and the arrays are {dtype}"
+    if not MIN_HEAD_DIM <= head_dim <= MAX_HEAD_DIM or head_dim % HEAD_DIM_STEP:
+        return f"takes head dims from {MIN_HEAD_DIM} to {MAX_HEAD_DIM} that are multiples of {HEAD_DIM_STEP}, and this one is {head_dim}"
+    return None
 
 
 def _cudnn_refusal(device: Device, head_dim: int, dtype: str, *, is_plain: bool) -> str | None:

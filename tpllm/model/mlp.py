@@ -17,12 +17,10 @@ def mlp(x_BTD: jax.Array, params: MlpParams, config: ModelConfig) -> jax.Array:
         up_BTF = linear(x_BTD, params.up, params.up_bias, dtype=jnp.float32)
         return linear(ACTIVATIONS[config.activation](up_BTF).astype(x_BTD.dtype), params.down, params.down_bias)
     weights, biases = (params.gate, params.up, params.down), (params.gate_bias, params.up_bias, params.down_bias)
-    kinds = {type(weight) for weight in weights}
-    if kinds <= {PackedWeight, KernelWeight} and all(weight.order is None and not weight.num_outliers for weight in weights):
-        if kinds == {PackedWeight}:
-            return weight_ops.packed_gated_mlp(x_BTD, weights, biases, activation=config.activation)
-        if kinds == {KernelWeight} and params.gate.layout == params.up.layout:
-            return weight_ops.kernel_gated_mlp(x_BTD, weights, biases, activation=config.activation)
+    is_packed = {type(weight) for weight in weights} in ({PackedWeight}, {KernelWeight})
+    if is_packed and all(weight.order is None and not weight.num_outliers for weight in weights) and (
+            isinstance(params.gate, PackedWeight) or params.gate.layout == params.up.layout):
+        return weight_ops.packed_gated_mlp(x_BTD, weights, biases, activation=config.activation)
     gate_BTF = linear(x_BTD, params.gate, params.gate_bias)
     up_BTF = linear(x_BTD, params.up, params.up_bias)
     return linear(gated(gate_BTF, up_BTF, config.activation), params.down, params.down_bias)

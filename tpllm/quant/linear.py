@@ -40,7 +40,7 @@ def linears(x_D: jax.Array, weights: Sequence[Matrix], biases: Sequence[jax.Arra
         return tuple(linear(x_D, weight, bias, dtype=dtype) for weight, bias in zip(weights, biases, strict=True))
     if counts != {0}:
         return _with_outliers(x_D, weights, biases, dtype)
-    if all(isinstance(weight, PackedWeight) for weight in weights):
+    if {type(weight) for weight in weights} in ({PackedWeight}, {KernelWeight}):
         return weight_ops.packed_linears(x_D, weights, biases, dtype)
     return tuple(_alone(x_D, weight, bias, dtype or x_D.dtype) for weight, bias in zip(weights, biases, strict=True))
 
@@ -81,10 +81,8 @@ def lookup(tokens: jax.Array, table_VD: Matrix, dtype: Any) -> jax.Array:
     """[..., D]: the rows of an embedding table that belong to int32 token ids; ids beyond it take its last row."""
     if has_order(table_VD):
         return lookup(tokens, table_VD.replace(order=None), dtype)[..., jnp.argsort(table_VD.order)]
-    if isinstance(table_VD, PackedWeight):
+    if isinstance(table_VD, PackedWeight | KernelWeight):
         return weight_ops.packed_lookup(tokens, table_VD, dtype)
-    if isinstance(table_VD, KernelWeight):
-        return weight_ops.kernel_lookup(tokens, table_VD, dtype)
     if isinstance(table_VD, QuantizedTensor):
         return table_VD.rows(tokens, dtype)
     return table_VD.at[tokens].get(mode="clip").astype(dtype)
@@ -92,7 +90,7 @@ def lookup(tokens: jax.Array, table_VD: Matrix, dtype: Any) -> jax.Array:
 
 def _alone(x_D: jax.Array, weight_FD: jax.Array | QuantizedTensor | KernelWeight, bias_F: jax.Array | None, dtype: Any) -> jax.Array:
     if isinstance(weight_FD, KernelWeight):
-        return weight_ops.kernel_linear(x_D, weight_FD, bias_F, dtype)
+        return weight_ops.packed_linears(x_D, (weight_FD,), (bias_F,), dtype)[0]
     if isinstance(weight_FD, QuantizedTensor) and weight_FD.layout.kept.quantizes_input:
         rows = x_D.reshape(-1, x_D.shape[-1])
         y_F = int8_matmul_reference(rows, weight_FD.codes, weight_FD.scales[:, 0].astype(jnp.float32), dtype=dtype).reshape(*x_D.shape[:-1], -1)

@@ -1,85 +1,11 @@
 // Causal attention of new tokens to a KV cache: rotate, append, attend.
 //
 // Keys and values are read in blocks of 64 positions with an online softmax (Milakov & Gimelshein 2018, arXiv:1805.02867; Dao et al. 2022,
-// arXiv:2205.14135), widened to floats a block at a time. Segments of 512 positions have a softmax of their own and are merged in order, so that
-// threads can share a long row. Blocks lie at absolute positions, and a block that a query does not see leaves its state as it was: a query's
+// arXiv:2205.14135). Segments of 512 positions have a softmax of their own and are merged in order, so that threads can share a long row. Blocks lie at absolute positions, and a block that a query does not see leaves its state as it was: a query's
 // result does not depend on what shares its call, nor on which pages of the cache its keys and values lie in.
 
-constexpr int kPositions = 64;
 constexpr int kSegment = 512;
 constexpr float kMasked = -1e30f;
-
-template <int M, int K_STRIDE, int M_STRIDE>
-static TPLLM_INLINE void panel_product(const float* panel, int64_t count, const float* x, vf (&acc)[M][V]) {
-  for (int64_t k = 0; k < count; ++k) {
-    vf w[V];
-    TPLLM_UNROLL for (int v = 0; v < V; ++v) w[v] = load<vf>(panel + k * kBlock + v * W);
-    TPLLM_UNROLL for (int m = 0; m < M; ++m) {
-      const vf xm = splat(x[k * K_STRIDE + m * M_STRIDE]);
-      TPLLM_UNROLL for (int v = 0; v < V; ++v) acc[m][v] = fma(w[v], xm, acc[m][v]);
-    }
-  }
-}
-
-// scores [M][64] = queries [H][M] times keys [2][H][32]
-template <int M>
-static void score_tile(const float* keys, int64_t H, const float* queries, float* scores) {
-  for (int half = 0; half < 2; ++half) {
-    vf acc[M][V] = {};
-    panel_product<M, M, 1>(keys + half * H * kBlock, H, queries, acc);
-    for (int m = 0; m < M; ++m)
-      for (int v = 0; v < V; ++v) store(scores + m * kPositions + half * kBlock + v * W, acc[m][v]);
-  }
-}
-// out [M][padded_h] += probabilities [M][64] times values [padded_h / 32][64][32]
-template <int M>
-static void weigh_tile(const float* values, int64_t padded_h, const float* probabilities, float* out) {
-  for (int64_t h = 0; h < padded_h; h += kBlock) {
-    vf acc[M][V];
-    for (int m = 0; m < M; ++m)
-      for (int v = 0; v < V; ++v) acc[m][v] = load<vf>(out + m * padded_h + h + v * W);
-    panel_product<M, 1, kPositions>(values + h * kPositions, kPositions, probabilities, acc);
-    for (int m = 0; m < M; ++m)
-      for (int v = 0; v < V; ++v) store(out + m * padded_h + h + v * W, acc[m][v]);
-  }
-}
-
-struct TileFunctions {
-  void (*score)(const float*, int64_t, const float*, float*);
-  void (*weigh)(const float*, int64_t, const float*, float*);
-};
-template <int... I>
-static TileFunctions attention_functions(int index, std::integer_sequence<int, I...>) {
-  static constexpr TileFunctions all[] = {{score_tile<kTileSizes[I]>, weigh_tile<kTileSizes[I]>}...};
-  return all[index];
-}
-
-// W rows turned over; the new rows are `to_stride` floats apart.
-static TPLLM_INLINE void transpose(const vf (&rows)[W], float* to, int64_t to_stride) {
-#if defined(__AVX512F__)
-  __m512 r[16], t[16];
-  TPLLM_UNROLL for (int i = 0; i < 16; ++i) r[i] = (__m512)rows[i];
-  TPLLM_UNROLL for (int i = 0; i < 16; i += 2) t[i] = _mm512_unpacklo_ps(r[i], r[i + 1]), t[i + 1] = _mm512_unpackhi_ps(r[i], r[i + 1]);
-  TPLLM_UNROLL for (int i = 0; i < 16; i += 4) {
-    r[i] = _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(t[i]), _mm512_castps_pd(t[i + 2])));
-    r[i + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(t[i]), _mm512_castps_pd(t[i + 2])));
-    r[i + 2] = _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(t[i + 1]), _mm512_castps_pd(t[i + 3])));
-    r[i + 3] = _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(t[i + 1]), _mm512_castps_pd(t[i + 3])));
-  }
-  // r[4 a + j] holds, in its 128-bit lane b, rows 4a..4a+3 of column 4b + j
-  TPLLM_UNROLL for (int j = 0; j < 4; ++j) {
-    const __m512 low02 = _mm512_shuffle_f32x4(r[j], r[4 + j], 0x88), low13 = _mm512_shuffle_f32x4(r[j], r[4 + j], 0xDD);
-    const __m512 high02 = _mm512_shuffle_f32x4(r[8 + j], r[12 + j], 0x88), high13 = _mm512_shuffle_f32x4(r[8 + j], r[12 + j], 0xDD);
-    _mm512_storeu_ps(to + j * to_stride, _mm512_shuffle_f32x4(low02, high02, 0x88));
-    _mm512_storeu_ps(to + (8 + j) * to_stride, _mm512_shuffle_f32x4(low02, high02, 0xDD));
-    _mm512_storeu_ps(to + (4 + j) * to_stride, _mm512_shuffle_f32x4(low13, high13, 0x88));
-    _mm512_storeu_ps(to + (12 + j) * to_stride, _mm512_shuffle_f32x4(low13, high13, 0xDD));
-  }
-#else
-  for (int j = 0; j < W; ++j)
-    for (int i = 0; i < W; ++i) to[j * to_stride + i] = rows[i][j];
-#endif
-}
 
 // Some queries of one KV head, and how far the softmax of each has come.
 struct Queries {
@@ -95,8 +21,8 @@ struct State {  // of num_rows queries
 class Attention {
  public:
   explicit Attention(const AttentionArgs& args)
-      : a(args), group(a.N / a.K), padded_h((a.H + kBlock - 1) / kBlock * kBlock), row_h((a.H + W - 1) / W * W), state_size(2 + padded_h),
-        most_rows((std::max<int64_t>(8 * kMaxTile, group) + kMaxTile - 1) / kMaxTile * kMaxTile) {}
+      : a(args), functions(*attention_functions(a.cache_dtype)), group(a.N / a.K), padded_h((a.H + kBlock - 1) / kBlock * kBlock),
+        state_size(2 + padded_h), most_rows((std::max<int64_t>(8 * kMaxTile, group) + kMaxTile - 1) / kMaxTile * kMaxTile) {}
 
   void run(Team& team) {
     rotated = scratch().get<float>(Slot::kFloats, a.B * a.T * a.N * a.H);
@@ -146,7 +72,8 @@ class Attention {
 
  private:
   const AttentionArgs& a;
-  const int64_t group, padded_h, row_h, state_size;
+  const AttentionFunctions& functions;
+  const int64_t group, padded_h, state_size;
   const int64_t most_rows;  // of one task: new tokens times the query heads of a KV head
   float* rotated = nullptr;  // [B, T, N, H]
 
@@ -190,7 +117,7 @@ class Attention {
       rotate(item_at(a.q, a.dtype, (token * a.N + n) * a.H), rotated + (token * a.N + n) * a.H, cos, sin);
     const int64_t first = entry_of(row_of(token / a.T, token % a.T), 0, a.positions[token]);
     if (first < 0) return;
-    float* wide = scratch().get<float>(Slot::kPanel, row_h);
+    float* wide = scratch().get<float>(Slot::kPanel, a.H);
     for (int64_t head = 0; head < a.K; ++head) {
       const int64_t entry = first + head * a.S;
       rotate(item_at(a.k, a.dtype, (token * a.K + head) * a.H), wide, cos, sin);
@@ -221,90 +148,44 @@ class Attention {
     return tasks;
   }
 
-  // Where the W positions from each multiple of W on lie, of one block and of the next; -1 where there is no page.
-  struct Places {
-    int64_t here[kPositions / W], ahead[kPositions / W];
+  // Where the keys and the values of one block are.
+  struct Block {
+    Runs keys, values;
   };
-  // read_block of a block that is full, of a cache whose heads are whole vectors: no detour through rows of floats.
-  template <Dtype D>
-  void read_full_block(const Places& at, float* keys, float* values) const {
-    for (int64_t s = 0; s < kPositions; s += W) {
-      const int64_t here = at.here[s / W], ahead = at.ahead[s / W];
-      for (int64_t h = 0; h < a.H; h += W) {
-        prefetch<D>(a.k_cache, ahead * a.H + h * W, W * W);
-        vf rows[W];
-        TPLLM_UNROLL for (int i = 0; i < W; ++i) rows[i] = read_vector<D>(a.k_cache, a.k_scales, here + i, h);
-        transpose(rows, keys + (s / kBlock * a.H + h) * kBlock + s % kBlock, kBlock);
-      }
-    }
-    for (int64_t s = 0; s < kPositions; ++s) {
-      const int64_t here = at.here[s / W] + s % W, ahead = at.ahead[s / W] + s % W;
-      prefetch<D>(a.v_cache, ahead * a.H, a.H);
-      for (int64_t h = 0; h < a.H; h += W)
-        store(values + (h / kBlock * kPositions + s) * kBlock + h % kBlock, read_vector<D>(a.v_cache, a.v_scales, here, h));
-    }
+  Run run_of(const void* cache, const float* scales, int64_t entry, int64_t ahead) const {
+    const auto at = [&](int64_t e) { return static_cast<const uint8_t*>(item_at(cache, a.cache_dtype, e * a.H)); };
+    return {at(entry), at(ahead < 0 ? entry : ahead), scales ? scales + entry : nullptr};
   }
-  // The same place of the next block: the processor's own prefetching stops at the end of a page of memory, and a block is two or more. A
-  // little at a time, for only so many lines can be under way.
-  template <Dtype D>
-  TPLLM_INLINE void prefetch(const void* cache, int64_t item, int64_t count) const {
-    const auto* at = static_cast<const uint8_t*>(item_at(cache, D, item));
-    for (int64_t i = 0; i < count * item_bytes(D); i += 64) __builtin_prefetch(at + i, 0, 3);
-  }
-  template <Dtype D>
-  TPLLM_INLINE vf read_vector(const void* cache, const float* scales, int64_t entry, int64_t h) const {
-    const vf x = load_as_f32(item_at(cache, D, entry * a.H + h), D);
-    return has_scales(D) ? x * splat(scales[entry]) : x;
-  }
-
-  // One block's keys, turned over to [2][H][32], and its values as [padded_h / 32][64][32]; positions from `valid` on are zeros.
-  void read_block(const Queries& task, int64_t start, float* keys, float* values) const {
+  // In the cache itself where the block is full and heads are whole; else in a copy with zeros for what is missing.
+  Block find_block(const Queries& task, int64_t start, uint8_t* copy) const {
     const int64_t valid = std::min<int64_t>(kPositions, task.last_position + 1 - start);
-    Places at;
-    bool is_whole = valid == kPositions && a.H % kBlock == 0;
-    for (int64_t i = 0; i < kPositions / W; ++i) {
-      at.here[i] = entry_of(task.row, task.head, start + i * W);
-      const int64_t ahead = entry_of(task.row, task.head, start + kPositions + i * W);
-      at.ahead[i] = ahead < 0 ? at.here[i] : ahead;
-      is_whole &= at.here[i] >= 0;
+    const bool is_last = start + kPositions > task.last_position;  // the next one read may be the next head's first
+    Block block;
+    bool is_whole = valid == kPositions && a.H == padded_h;
+    for (int64_t i = 0; i < kRuns; ++i) {
+      const int64_t entry = entry_of(task.row, task.head, start + i * W);
+      const int64_t ahead = !is_last ? entry_of(task.row, task.head, start + kPositions + i * W) : task.head + 1 == a.K ? -1
+          : entry_of(task.row, task.head + 1, task.first_position / kPositions * kPositions + i * W);
+      if (entry < 0) { is_whole = false; break; }
+      block.keys[i] = run_of(a.k_cache, a.k_scales, entry, ahead), block.values[i] = run_of(a.v_cache, a.v_scales, entry, ahead);
     }
-    if (is_whole) {
-      switch (a.cache_dtype) {
-        case Dtype::kF32: return read_full_block<Dtype::kF32>(at, keys, values);
-        case Dtype::kF16: return read_full_block<Dtype::kF16>(at, keys, values);
-        case Dtype::kBF16: return read_full_block<Dtype::kBF16>(at, keys, values);
-        case Dtype::kE4M3: return read_full_block<Dtype::kE4M3>(at, keys, values);
-        default: return read_full_block<Dtype::kI8>(at, keys, values);
-      }
-    }
-    float* wide = scratch().get<float>(Slot::kRowScales, W * row_h + W);  // + W: a row's end is written in whole vectors
-    for (int64_t s = 0; s < kPositions; s += W) {
-      for (int64_t i = 0; i < W; ++i) read_entry(a.k_cache, a.k_scales, at.here[s / W], i, s + i < valid, wide + i * row_h);
-      for (int64_t h = 0; h < row_h; h += W) {
-        float* to = keys + (s / kBlock * a.H + h) * kBlock + s % kBlock;
-        if (h + W <= a.H) {
-          vf rows[W];
-          TPLLM_UNROLL for (int i = 0; i < W; ++i) rows[i] = load<vf>(wide + i * row_h + h);
-          transpose(rows, to, kBlock);
-        } else {
-          for (int64_t j = 0; j < a.H - h; ++j)
-            for (int64_t i = 0; i < W; ++i) to[j * kBlock + i] = wide[i * row_h + h + j];
-        }
-      }
-    }
-    for (int64_t s = 0; s < kPositions; ++s) {
-      read_entry(a.v_cache, a.v_scales, at.here[s / W], s % W, s < valid, wide);
-      for (int64_t h = 0; h < padded_h; h += W) store(values + (h / kBlock * kPositions + s) * kBlock + h % kBlock, h < row_h ? load<vf>(wide + h) : vf{});
-    }
+    if (is_whole) return block;
+    copy_block(task, start, valid, a.k_cache, a.k_scales, copy, block.keys);
+    copy_block(task, start, valid, a.v_cache, a.v_scales, copy + copy_bytes(), block.values);
+    return block;
   }
-  void read_entry(const void* cache, const float* scales, int64_t first, int64_t offset, bool is_valid, float* to) const {
-    const int64_t entry = first + offset;
-    is_valid &= first >= 0;
-    if (row_h != a.H || !is_valid) std::memset(to, 0, row_h * 4);
-    if (!is_valid) return;
-    widen_row(item_at(cache, a.cache_dtype, entry * a.H), a.cache_dtype, a.H, to);
-    if (has_scales(a.cache_dtype))
-      for (int64_t h = 0; h < row_h; h += W) store(to + h, load<vf>(to + h) * splat(scales[entry]));
+  int64_t copy_bytes() const { return kPositions * (padded_h * item_bytes(a.cache_dtype) + static_cast<int64_t>(sizeof(float))); }
+  void copy_block(const Queries& task, int64_t start, int64_t valid, const void* cache, const float* scales, uint8_t* copy, Runs& runs) const {
+    const int64_t row_bytes = padded_h * item_bytes(a.cache_dtype), head_bytes = a.H * item_bytes(a.cache_dtype);
+    auto* copied_scales = reinterpret_cast<float*>(copy + kPositions * row_bytes);
+    for (int64_t i = 0; i < kRuns; ++i) runs[i] = {copy + i * W * row_bytes, copy + i * W * row_bytes, copied_scales + i * W};
+    std::memset(copy, 0, copy_bytes());
+    for (int64_t s = 0; s < valid; ++s) {
+      const int64_t first = entry_of(task.row, task.head, start + s / W * W);
+      if (first < 0) continue;
+      std::memcpy(copy + s * row_bytes, item_at(cache, a.cache_dtype, (first + s % W) * a.H), head_bytes);
+      if (scales) copied_scales[s] = scales[first + s % W];
+    }
   }
 
   // One row's 64 scores to probabilities under its own new maximum; what it had is shrunk to it.
@@ -337,25 +218,29 @@ class Attention {
   }
 
   void attend_segment(const Queries& task, int64_t segment, const State& state) const {
-    const int64_t panel_floats = 2 * row_h * kBlock + padded_h * kPositions;
-    float* keys = scratch().get<float>(Slot::kAttention, panel_floats + most_rows * a.H + kMaxTile * kPositions);
-    float *values = keys + 2 * row_h * kBlock, *queries = keys + panel_floats, *scores = queries + most_rows * a.H;
-    for (int64_t r = 0; r < most_rows; ++r) state.most[r] = kMasked, state.sum[r] = 0;
-    std::memset(state.out, 0, (task.num_rows + kMaxTile - 1) / kMaxTile * kMaxTile * padded_h * 4);
+    const int64_t panel_floats = padded_h * kPositions;
+    float* keys = scratch().get<float>(Slot::kAttention, 2 * panel_floats + most_rows * padded_h + kMaxTile * kPositions);
+    float *values = keys + panel_floats, *queries = values + panel_floats, *scores = queries + most_rows * padded_h;
+    auto* copy = scratch().get<uint8_t>(Slot::kRowScales, 2 * copy_bytes());
+    const bool is_one_tile = task.num_rows <= kMaxTile;
+    start_state(task, state, false);
     turn_queries(task, queries);
     const int64_t begin = std::max(segment * kSegment, task.first_position / kPositions * kPositions);
     const int64_t end = std::min((segment + 1) * kSegment, task.last_position + 1);
     for (int64_t start = begin; start < end; start += kPositions) {
-      read_block(task, start, keys, values);
+      const Block block = find_block(task, start, copy);
+      functions.turn_keys(block.keys, padded_h, keys);
+      if (!is_one_tile) functions.widen_values(block.values, padded_h, values);
       for (int64_t row = 0; row < task.num_rows; row += kMaxTile) {
         const int64_t count = std::min<int64_t>(kMaxTile, task.num_rows - row);
         if (!sees_block(task, row, count, start)) continue;
-        const TileFunctions functions = attention_functions(tile_index(count), std::make_integer_sequence<int, kNumTileSizes>());
-        functions.score(keys, a.H, queries + row * a.H, scores);
+        const int tile = tile_index(count);
+        functions.score[tile](keys, padded_h, queries + row * padded_h, scores);
         for (int64_t i = 0; i < count; ++i)
           soften(scores + i * kPositions, start, position_of(task, row + i), state.most[row + i], state.sum[row + i], state.out + (row + i) * padded_h);
-        for (int64_t i = count; i < kTileSizes[tile_index(count)]; ++i) std::memset(scores + i * kPositions, 0, kPositions * 4);
-        functions.weigh(values, padded_h, scores, state.out + row * padded_h);
+        for (int64_t i = count; i < kTileSizes[tile]; ++i) std::memset(scores + i * kPositions, 0, kPositions * 4);
+        if (is_one_tile) functions.weigh[tile](block.values, padded_h, scores, state.out);
+        else functions.weigh_widened[tile](values, padded_h, scores, state.out + row * padded_h);
       }
     }
   }
@@ -374,19 +259,22 @@ class Attention {
       for (int64_t i = 0; i < stride; ++i) {
         const int64_t token = task.batch * a.T + task.first_token + (row + i) / group;
         const float* from = rotated + (token * a.N + task.head * group + (row + i) % group) * a.H;
-        for (int64_t h = 0; h < a.H; ++h) queries[row * a.H + h * stride + i] = i < count ? from[h] : 0.0f;
+        for (int64_t h = 0; h < padded_h; ++h) queries[row * padded_h + h * stride + i] = i < count && h < a.H ? from[h] : 0.0f;
       }
     }
   }
 
   // Nothing yet, or only the sink, whose value is zero.
+  void start_state(const Queries& task, const State& state, bool has_sinks) const {
+    for (int64_t r = 0; r < task.num_rows; ++r) {
+      state.most[r] = has_sinks ? a.sinks[task.head * group + r % group] : kMasked;
+      state.sum[r] = has_sinks ? 1.0f : 0.0f;
+    }
+    std::memset(state.out, 0, (task.num_rows + kMaxTile - 1) / kMaxTile * kMaxTile * padded_h * 4);
+  }
   State start_total(const Queries& task) const {
     const State total = state_at(scratch().get<float>(Slot::kInner, most_rows * state_size));
-    for (int64_t r = 0; r < most_rows; ++r) {
-      total.most[r] = a.sinks ? a.sinks[task.head * group + r % group] : kMasked;
-      total.sum[r] = a.sinks ? 1.0f : 0.0f;
-    }
-    std::memset(total.out, 0, most_rows * padded_h * 4);
+    start_state(task, total, a.sinks != nullptr);
     return total;
   }
   void merge(const Queries& task, const State& part, const State& total) const {

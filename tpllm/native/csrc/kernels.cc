@@ -22,6 +22,7 @@ namespace TPLLM_ISA {
 #include "tiles.h"
 #include "matmul.h"
 #include "products.h"
+#include "attention_tiles.h"
 #include "attention.h"
 #include "norm.h"
 

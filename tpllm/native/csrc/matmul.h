@@ -92,12 +92,13 @@ static TPLLM_INLINE void fold_group(const Scaler& scaler, int64_t group, const f
   }
 }
 
-constexpr int kPrefetchBytes = 4096;  // ahead of what is read; the processor's own prefetching stops at a page
+// Ahead of what is read, to the second cache: the processor's own prefetching stops at a page, and the first cache waits for few lines at once.
+constexpr int kPrefetchBytes = 16384;
 
 template <class F>
 static TPLLM_INLINE void prefetch_step(const uint8_t* unit, int step) {
   for (int at = step * (F::kUnit / 4); at < (step + 1) * (F::kUnit / 4); at += 64)
-    __builtin_prefetch(unit + at + kPrefetchBytes, 0, 3);
+    __builtin_prefetch(unit + at + kPrefetchBytes, 0, 2);
 }
 
 // How the products of a step are added to `partial`: at once, or as whole numbers that are turned into floats at the end of a part of the unit.
@@ -441,11 +442,12 @@ struct Product {
       const int64_t count = std::min(step, num_units - unit);
       const uint8_t* from = codes + unit * unit_size;
       if (panel) method.fill_panel(from, count, tables, panel);
-      const uint8_t* next = from + count * unit_size;  // at last the first of the next block
+      const int64_t num_bytes = panel ? count * unit_size : 0;  // to fetch a little beside each tile; at last of the next block
       for (int64_t tile = 0; tile < num_tiles; ++tile) {
-        for (int64_t at = count * unit_size * tile / num_tiles / 64 * 64; at < count * unit_size * (tile + 1) / num_tiles; at += 64)
-          __builtin_prefetch(next + at, 0, 2);
-        run(method.from_panel, panel ? panel : from, unit, count, tile, scaler, acc + tile * kMaxTile * kBlock);
+        for (int64_t at = num_bytes * tile / num_tiles / 64 * 64; at < num_bytes * (tile + 1) / num_tiles; at += 64)
+          __builtin_prefetch(from + num_bytes + at, 0, 2);
+        const bool reads_codes = !panel && tile == 0;  // and fetches
+        run(reads_codes ? method.direct : method.from_panel, panel ? panel : from, unit, count, tile, scaler, acc + tile * kMaxTile * kBlock);
       }
     }
   }

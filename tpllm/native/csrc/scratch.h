@@ -1,6 +1,8 @@
-// Memory that kernels keep between calls. Whoever works on one has a set of buffers for that time, and takes the one that was given back last: there
-// are as many sets as threads that ever worked at once, not as threads that ever did, of which XLA has many.
+// Memory that kernels keep between calls. Whoever works on one has a set of buffers for that time: there are as many sets as threads that ever worked
+// at once, not as threads that ever did, of which XLA has many. The largest set is taken first, so that one grows to what a call needs, and the others
+// to what its helpers do.
 #pragma once
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <cstdlib>
@@ -19,7 +21,9 @@ class Scratch {
     Buffer& buffer = buffers_[layer][static_cast<int>(slot)];
     if (buffer.size < num_bytes) {
       std::free(buffer.data);
+      total_ -= buffer.size;
       buffer.size = (num_bytes + 4095) / 4096 * 4096;
+      total_ += buffer.size;
       buffer.data = std::aligned_alloc(4096, buffer.size);
       if (!buffer.data) std::abort();  // no memory: there is no one to tell on a thread of the pool
     }
@@ -29,9 +33,11 @@ class Scratch {
   T* get(Slot slot, int64_t count, int layer = 0) {
     return static_cast<T*>(get(slot, static_cast<size_t>(count) * sizeof(T), layer));
   }
+  size_t total() const { return total_; }
 
  private:
   struct Buffer { void* data = nullptr; size_t size = 0; };
+  size_t total_ = 0;
   Buffer buffers_[2][static_cast<int>(Slot::kCount)];
 };
 
@@ -48,8 +54,9 @@ class ScratchLease {
     if (shelf.sets.empty()) {
       own_scratch = new Scratch;
     } else {
-      own_scratch = shelf.sets.back();
-      shelf.sets.pop_back();
+      const auto largest = std::max_element(shelf.sets.begin(), shelf.sets.end(), [](Scratch* a, Scratch* b) { return a->total() < b->total(); });
+      own_scratch = *largest;
+      shelf.sets.erase(largest);
     }
   }
   ~ScratchLease() {

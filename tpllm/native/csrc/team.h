@@ -16,6 +16,7 @@
 #include <functional>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <thread>
 #include <utility>
 #include <vector>
@@ -173,10 +174,10 @@ class Team {
 
     void take_part() override {
       FlushDenormals flush;
-      ScratchLease lease;
+      std::optional<ScratchLease> lease;  // once there is something to do: who comes late needs none
       const int64_t seat = num_seats.fetch_add(1, std::memory_order_relaxed);
       for (size_t i = 0; i < phases.size(); ++i) {
-        for (int64_t turn = 0; turn < spans; ++turn) work_on(i, (seat + turn) % spans);
+        for (int64_t turn = 0; turn < spans; ++turn) work_on(i, (seat + turn) % spans, lease);
         for (int spin = 0; done[i].value.load(std::memory_order_acquire) < phases[i].first; ++spin) {
           if (spin < kSpins) pause_cpu();
           else std::this_thread::yield();
@@ -185,10 +186,11 @@ class Team {
     }
 
    private:
-    void work_on(size_t phase, int64_t span) {
+    void work_on(size_t phase, int64_t span, std::optional<ScratchLease>& lease) {
       const auto& [count, work] = phases[phase];
       const int64_t begin = count * span / spans, end = count * (span + 1) / spans;
       for (int64_t chunk; (chunk = begin + taken[phase * spans + span].value.fetch_add(1, std::memory_order_relaxed)) < end;) {
+        if (!lease) lease.emplace();
         work(chunk);
         done[phase].value.fetch_add(1, std::memory_order_acq_rel);
       }

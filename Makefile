@@ -5,8 +5,9 @@ PIP = $(VENV)/bin/pip --disable-pip-version-check
 EXTRAS = TPLLM_NATIVE=0 $(PIP) install -q -e # the library is there already, or cannot be built: the extras only add packages
 PYTEST = $(VENV)/bin/python -m pytest -n 2
 # Most of the time of tests goes to compiling tiny programs: a third of it to optimizing them, half of the rest to XLA's fusion emitters, which make
-# an MLIR context for each kernel. The oracles and notebooks see what users run.
-QUICK = XLA_FLAGS="$$XLA_FLAGS --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+# an MLIR context for each kernel and can be turned off in jax 0.10. The oracles and notebooks see what users run.
+OLD_EMITTERS = $$($(VENV)/bin/python -c 'import jaxlib; print("--xla_cpu_use_fusion_emitters=false" * jaxlib.__version__.startswith("0.10."))')
+QUICK = XLA_FLAGS="$$XLA_FLAGS --xla_backend_optimization_level=0 $(OLD_EMITTERS)"
 # test-aot: the compilers of NVIDIA GPUs and TPUs, which need no device, in a virtual environment for each version of jax. The newer needs Python 3.12.
 PYTHON312 ?= $(shell for python in python3.12 $${PYENV_ROOT:-$$HOME/.pyenv}/versions/3.12*/bin/python; do \
 	"$$python" -c "" 2>/dev/null && echo "$$python" && break; done)

@@ -4,7 +4,7 @@ import threading
 import jax
 from jax._src.pallas.mosaic.interpret import thread_map
 
-OPTIONS = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True, "xla_cpu_use_fusion_emitters": False}
+OPTIONS = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
 class CompiledOnce:

@@ -1,6 +1,7 @@
 """Every test runs on eight virtual CPU devices, with strict dtype promotion, a compile cache shared between runs, and the compile guard on."""
 import os
 import pathlib
+from collections.abc import Iterator
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
@@ -16,6 +17,17 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_compilation_cache_dir", os.environ["TPLLM_CACHE_DIR"])
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+MAPPINGS = pathlib.Path("/proc/self/maps")
+MAX_MAPPINGS = 25_000  # Linux allows a process 65 530 mappings of memory, and every compiled program takes some: beyond, XLA crashes
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_compiled_programs() -> Iterator[None]:
+    """Forgets compiled programs, between modules, where they are many."""
+    yield
+    if MAPPINGS.exists() and MAPPINGS.read_bytes().count(b"\n") > MAX_MAPPINGS:
+        jax.clear_caches()
 
 
 @pytest.fixture(scope="session")

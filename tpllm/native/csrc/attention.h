@@ -1,8 +1,9 @@
 // Causal attention of new tokens to a KV cache: rotate, append, attend.
 //
 // Keys and values are read in blocks of 64 positions with an online softmax (Milakov & Gimelshein 2018, arXiv:1805.02867; Dao et al. 2022,
-// arXiv:2205.14135). Segments of 512 positions have a softmax of their own and are merged in order, so that threads can share a long row. Blocks lie at absolute positions, and a block that a query does not see leaves its state as it was: a query's
-// result does not depend on what shares its call, nor on which pages of the cache its keys and values lie in.
+// arXiv:2205.14135). Segments of 512 positions have a softmax of their own and are merged in order, so that threads can share a long row. Blocks lie
+// at absolute positions, and a block that a query does not see leaves its state as it was: a query's result does not depend on what shares its call,
+// nor on which pages of the cache its keys and values lie in.
 
 constexpr int kSegment = 512;
 constexpr float kMasked = -1e30f;

@@ -179,13 +179,14 @@ class Attention {
   void copy_block(const Queries& task, int64_t start, int64_t valid, const void* cache, const float* scales, uint8_t* copy, Runs& runs) const {
     const int64_t row_bytes = padded_h * item_bytes(a.cache_dtype), head_bytes = a.H * item_bytes(a.cache_dtype);
     auto* copied_scales = reinterpret_cast<float*>(copy + kPositions * row_bytes);
-    for (int64_t i = 0; i < kRuns; ++i) runs[i] = {copy + i * W * row_bytes, copy + i * W * row_bytes, copied_scales + i * W};
     std::memset(copy, 0, copy_bytes());
-    for (int64_t s = 0; s < valid; ++s) {
-      const int64_t first = entry_of(task.row, task.head, start + s / W * W);
-      if (first < 0) continue;
-      std::memcpy(copy + s * row_bytes, item_at(cache, a.cache_dtype, (first + s % W) * a.H), head_bytes);
-      if (scales) copied_scales[s] = scales[first + s % W];
+    for (int64_t i = 0; i < kRuns; ++i) {
+      runs[i] = {copy + i * W * row_bytes, copy + i * W * row_bytes, copied_scales + i * W};
+      const int64_t first = entry_of(task.row, task.head, start + i * W);
+      for (int64_t s = i * W; first >= 0 && s < std::min<int64_t>((i + 1) * W, valid); ++s) {
+        std::memcpy(copy + s * row_bytes, item_at(cache, a.cache_dtype, (first + s % W) * a.H), head_bytes);
+        if (scales) copied_scales[s] = scales[first + s % W];
+      }
     }
   }
 

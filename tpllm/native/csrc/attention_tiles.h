@@ -12,12 +12,6 @@ struct Run {
 };
 using Runs = Run[kRuns];
 
-// The processor's own prefetching stops at the end of a page of memory, and a block is two or more. A little at a time, for only so many lines
-// can be under way.
-static TPLLM_INLINE void prefetch(const uint8_t* from, int64_t num_bytes) {
-  for (int64_t i = 0; i < num_bytes; i += 64) __builtin_prefetch(from + i, 0, 2);
-}
-
 // W rows turned over; the new rows are `to_stride` floats apart.
 static TPLLM_INLINE void transpose(const vf (&rows)[W], float* to, int64_t to_stride) {
 #if defined(__AVX512F__)
@@ -103,7 +97,7 @@ static void score_tile(const float* keys, int64_t H, const float* queries, float
       TPLLM_UNROLL for (int n = 0; n < N; ++n) both[n] = load<vu>(keys + h / (1 + IS_PAIRS) * kPositions + first + n * W);
       TPLLM_UNROLL for (int i = 0; i < 1 + IS_PAIRS; ++i) {
         vf key[N];
-        TPLLM_UNROLL for (int n = 0; n < N; ++n) key[n] = as_float(!IS_PAIRS ? both[n] : i ? both[n] & 0xFFFF0000u : both[n] << 16);
+        TPLLM_UNROLL for (int n = 0; n < N; ++n) key[n] = IS_PAIRS ? widen_half(both[n], i) : as_float(both[n]);
         TPLLM_UNROLL for (int m = 0; m < M; ++m) {
           const vf query = splat(queries[(h + i) * M + m]);
           TPLLM_UNROLL for (int n = 0; n < N; ++n) acc[m][n] = fma(key[n], query, acc[m][n]);

@@ -31,8 +31,7 @@ struct DenseBF16 {
   struct Raw { const uint8_t* at; };
   static TPLLM_INLINE Raw load(const uint8_t* unit, int step, int v) { return {unit + step * 512 + v * W * 4}; }
   static TPLLM_INLINE vf f32(const Raw& raw, int i, const Tables&) {
-    const vu both = ::tpllm::TPLLM_ISA::load<vu>(raw.at + (i / 2) * 128);
-    return as_float(i % 2 ? both & 0xFFFF0000u : both << 16);
+    return widen_half(::tpllm::TPLLM_ISA::load<vu>(raw.at + (i / 2) * 128), i % 2);
   }
 #if defined(__AVX512BF16__)
   static TPLLM_INLINE __m512i pair(const Raw& raw, int j, const Tables&) { return _mm512_loadu_si512(raw.at + j * 128); }

@@ -92,13 +92,11 @@ static TPLLM_INLINE void fold_group(const Scaler& scaler, int64_t group, const f
   }
 }
 
-// Ahead of what is read, to the second cache: the processor's own prefetching stops at a page, and the first cache waits for few lines at once.
-constexpr int kPrefetchBytes = 16384;
+constexpr int kPrefetchBytes = 16384;  // ahead of what is read
 
 template <class F>
 static TPLLM_INLINE void prefetch_step(const uint8_t* unit, int step) {
-  for (int at = step * (F::kUnit / 4); at < (step + 1) * (F::kUnit / 4); at += 64)
-    __builtin_prefetch(unit + at + kPrefetchBytes, 0, 2);
+  prefetch(unit + step * (F::kUnit / 4) + kPrefetchBytes, F::kUnit / 4);
 }
 
 // How the products of a step are added to `partial`: at once, or as whole numbers that are turned into floats at the end of a part of the unit.
@@ -232,7 +230,7 @@ static void run_byte_tile(const TileArgs& a) {
   for (int64_t u = 0; u < a.num_units; ++u)
     for (int quad = 0; quad < 8; ++quad) {
       const uint8_t* at = a.codes + u * Bytes::kUnit + quad * 128;
-      __builtin_prefetch(at + kPrefetchBytes, 0, 2), __builtin_prefetch(at + kPrefetchBytes + 64, 0, 2);
+      prefetch(at + kPrefetchBytes, 128);
       const uint32_t* x = a.x + (u * 8 + quad) * M;
 #if defined(__AVX512VNNI__)
       __m512i w[V];
@@ -444,8 +442,8 @@ struct Product {
       if (panel) method.fill_panel(from, count, tables, panel);
       const int64_t num_bytes = panel ? count * unit_size : 0;  // to fetch a little beside each tile; at last of the next block
       for (int64_t tile = 0; tile < num_tiles; ++tile) {
-        for (int64_t at = num_bytes * tile / num_tiles / 64 * 64; at < num_bytes * (tile + 1) / num_tiles; at += 64)
-          __builtin_prefetch(from + num_bytes + at, 0, 2);
+        const int64_t begin = num_bytes * tile / num_tiles / 64 * 64;
+        prefetch(from + num_bytes + begin, num_bytes * (tile + 1) / num_tiles - begin);
         const bool reads_codes = !panel && tile == 0;  // and fetches
         run(reads_codes ? method.direct : method.from_panel, panel ? panel : from, unit, count, tile, scaler, acc + tile * kMaxTile * kBlock);
       }

@@ -32,6 +32,11 @@ template <class T>
 static TPLLM_INLINE void store(void* to, T x) {
   __builtin_memcpy(to, &x, sizeof x);
 }
+// Fetches what is read later to the second cache: the processor's own prefetching stops at the end of a page, and the first cache waits for few
+// lines at once. A little at a time, for only so many can be under way.
+static TPLLM_INLINE void prefetch(const uint8_t* from, int64_t num_bytes) {
+  for (int64_t i = 0; i < num_bytes; i += 64) __builtin_prefetch(from + i, 0, 2);
+}
 static TPLLM_INLINE vf splat(float x) { return x - vf{}; }
 static TPLLM_INLINE vu splat_bits(uint32_t x) { return x - vu{}; }
 static TPLLM_INLINE vf fma(vf a, vf b, vf c) {
@@ -100,6 +105,7 @@ static TPLLM_INLINE vh narrow(vu x) {
 
 // --- 16-bit floats ---------------------------------------------------------------------------------------------------------------------
 static TPLLM_INLINE vf widen_bf16(vh x) { return as_float(widen(x) << 16); }
+static TPLLM_INLINE vf widen_half(vu pairs, int half) { return as_float(half ? pairs & 0xFFFF0000u : pairs << 16); }  // of pairs of bfloat16
 static TPLLM_INLINE vf widen_f16(vh x) {
 #if defined(__AVX512F__)
   return (vf)_mm512_cvtph_ps((__m256i)x);

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.flash_attention import flash_attention
-from pallas_kernels.kv_append import kv_append_reference, quantize_entries
+from pallas_kernels.kv_append import kv_append, kv_append_reference, quantize_entries
 from pallas_kernels.layer_norm import layer_norm_reference
 from pallas_kernels.page_table import PageTable
 from pallas_kernels.paged_attention import paged_attention
@@ -31,6 +31,7 @@ HIDDEN_AXES = (BATCH, None, None)
 
 # Jitted, so that layers whose kernels are alike share one: to lower a kernel takes longer than all the rest of a layer.
 _paged_attention = jax.jit(paged_attention, static_argnames=("device", "scale", "window", "softcap"))
+_kv_append = jax.jit(kv_append, static_argnames=("device",))
 
 
 def uses_native(partition: Partition | None) -> bool:
@@ -106,15 +107,15 @@ def has_scales(cache_dtype) -> bool:
     return jnp.dtype(cache_dtype) in native_attention.SCALED_DTYPES
 
 
-def _append_and_attend(q, new_kv, cache, positions, *, rope, table, **how):
-    new, updated = (rope_reference(new_kv[0], *rope), new_kv[1]), []
-    if len(cache) == 4:
-        quantized = [quantize_entries(x, cache[0].dtype) for x in new]
-        new = (*(codes for codes, _ in quantized), *(scales[..., None] for _, scales in quantized))
-    for old, entries in zip(cache, new, strict=True):
-        updated.append(kv_append_reference(old if old.ndim == 4 else old[..., None], entries, positions, table).reshape(old.shape))
-    out = _paged_attention(rope_reference(q, *rope), *updated[:2], positions, scales=tuple(updated[2:]) or None, table=table, **how)
-    return out, *updated
+def _append_and_attend(q, new_kv, cache, positions, *, rope, table, device, **how):
+    keys_and_values, scales, steps = (rope_reference(new_kv[0], *rope), new_kv[1]), cache[2:], ()
+    if scales:
+        keys_and_values, steps = zip(*(quantize_entries(x, cache[0].dtype) for x in keys_and_values), strict=True)
+    keys_and_values = _kv_append(cache[:2], keys_and_values, positions, device=device, table=table)
+    scales = tuple(kv_append_reference(old[..., None], entries[..., None], positions, table).reshape(old.shape)
+                   for old, entries in zip(scales, steps, strict=True))
+    out = _paged_attention(rope_reference(q, *rope), *keys_and_values, positions, scales=scales or None, table=table, device=device, **how)
+    return out, *keys_and_values, *scales
 
 
 def rms_norm(x_D: jax.Array, weight_D: jax.Array, *, eps: float, partition: Partition | None, offset: float = 0.0,

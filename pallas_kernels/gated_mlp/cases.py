@@ -6,7 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.gated_mlp.reference import Activation, ClampedGlu
-from pallas_kernels.quant_matmul.packing import PackedArrays, WeightFormat, pack
+from pallas_kernels.quant_matmul.cases import FORMATS, random_weight
+from pallas_kernels.quant_matmul.packing import WeightFormat, pack
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,20 +26,13 @@ class Case:
         """(x, (gate, up), biases, format with this layout) of a seed; products are of size 1."""
         rng = np.random.default_rng(seed)
         f = None if self.weight_format is None else dataclasses.replace(self.weight_format, layout=layout)
-        weights = tuple(jnp.asarray(rng.normal(size=(self.F, self.D)) / self.D**0.5, self.dtype) if f is None else self._packed(rng, f)
-                        for _ in range(2))
+        weights = tuple(jnp.asarray(rng.normal(size=(self.F, self.D)) / self.D**0.5, self.dtype) if f is None else
+                        jax.tree.map(jnp.asarray, pack(f, **random_weight(f, self.F, self.D, rng))) for _ in range(2))
         biases = tuple(jnp.asarray(rng.normal(size=self.F), self.dtype) if self.has_bias else None for _ in range(2))
         return jnp.asarray(rng.normal(size=(self.M, self.D)), self.dtype), weights, biases, f
 
-    def _packed(self, rng: np.random.Generator, f: WeightFormat) -> PackedArrays:
-        codes = rng.integers(-127, 128, (self.F, self.D)).astype(np.int8) if f.bits == 8 else rng.integers(0, 2**f.bits, (self.F, self.D))
-        groups = -(-self.D // f.group) if f.group else 1
-        scales = rng.uniform(0.5, 1.5, (self.F, groups)) * 3 / 2**f.bits / self.D**0.5
-        mins = -scales * 2**(f.bits - 1) if f.mins == "float" else None
-        return jax.tree.map(jnp.asarray, pack(f, codes, scales.astype(np.float32), None if mins is None else mins.astype(np.float32)))
 
-
-INT8, INT4 = WeightFormat(), WeightFormat(bits=4, group=32, zero=8)
+INT8, INT4 = FORMATS["int8"], FORMATS["int4"]
 CASES = (
     Case(1, 128, 128),
     Case(3, 256, 128, "gelu", has_bias=True),
@@ -51,8 +45,19 @@ PACKED_CASES = (
     Case(20, 200, 100, "gelu_tanh", has_bias=True, weight_format=INT8),
     Case(3, 256, 128, weight_format=INT4),
     Case(70, 256, 128, "gelu", weight_format=WeightFormat(bits=4, group=128, mins="float"), has_bias=True),
+    Case(3, 256, 128, weight_format=FORMATS["q4_k"]),
+    Case(2, 256, 128, weight_format=FORMATS["q6_k"]),
+    Case(9, 128, 128, weight_format=FORMATS["fp8"]),
+)
+RARER_PACKED_CASES = (
+    Case(3, 256, 100, weight_format=FORMATS["q5_k"], has_bias=True),
+    Case(40, 128, 128, "gelu", weight_format=FORMATS["fp8-e5m2"]),
+    Case(2, 256, 128, weight_format=FORMATS["fp8-g128"]),
+    Case(5, 384, 128, weight_format=FORMATS["int4-g128-zeros"]),
+    Case(33, 128, 128, weight_format=FORMATS["int8-g32"]),
 )
 
 SHAPES = (Case(1, 4096, 14336), Case(16, 4096, 14336), Case(4096, 4096, 14336), Case(1, 4096, 14336, weight_format=INT8),
-          Case(16, 4096, 14336, weight_format=INT4), Case(2048, 4096, 14336, weight_format=INT8))
+          Case(16, 4096, 14336, weight_format=INT4), Case(2048, 4096, 14336, weight_format=INT8),
+          *(Case(8, 4096, 14336, weight_format=FORMATS[name]) for name in ("q4_k", "q5_k", "q6_k", "fp8")))
 """Of production."""

@@ -145,6 +145,8 @@ def _kernel(call: Call, told, pages_RL, inputs, caches, cores: int, interpret: b
     of_run = pl.BlockSpec((None, heads, M, H), lambda core, run, *_: (run, core, 0, 0))
     in_specs = [of_run, pl.BlockSpec((None, M, 1), lambda core, run, *_: (run, 0, 0))]
     in_specs += [pl.BlockSpec((heads, M, 1), lambda core, run, *_: (core, 0, 0))] * (len(inputs) - 2)
+    if not interpret:  # XLA would bring a cache that fits into vector memory there, all of it
+        caches = [*(pltpu.with_memory_space_constraint(cache, pltpu.HBM) for cache in caches[:2]), *caches[2:]]
     body = functools.partial(_body, call=call, has_scales=has_scales, has_sinks=len(inputs) == 3, num_parts=pages_RL.shape[1])
     return pl.pallas_call(
         body, out_shape=jax.ShapeDtypeStruct((U, K, M, H), call.dtype), name="paged_attention",

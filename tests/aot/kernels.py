@@ -27,10 +27,10 @@ def device(accelerator: str) -> Device:
     return device_of(_mesh(accelerator).devices.flat[0])
 
 
-def compile_kernel(accelerator: str, function: Callable[..., Any], *arrays: Any) -> CompiledProgram:
-    """``function`` of arrays of these shapes, lowered and compiled."""
+def compile_kernel(accelerator: str, function: Callable[..., Any], *arrays: Any, donated: tuple[int, ...] = ()) -> CompiledProgram:
+    """``function`` of arrays of these shapes, lowered and compiled; it may write to the ``donated`` ones."""
     mesh = _mesh(accelerator)
     sharding = jax.NamedSharding(mesh, jax.P())
     abstract = jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding), arrays)
     with jax.set_mesh(mesh):
-        return compile_lowered(jax.jit(function, out_shardings=sharding).lower(*abstract))
+        return compile_lowered(jax.jit(function, out_shardings=sharding, donate_argnums=donated).lower(*abstract))

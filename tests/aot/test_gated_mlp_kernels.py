@@ -2,12 +2,12 @@
 import dataclasses
 
 import jax
-import jax.numpy as jnp
 import pytest
 
 from pallas_kernels.gated_mlp import gated_product
 from pallas_kernels.gated_mlp.cases import SHAPES, Case
-from pallas_kernels.quant_matmul.packing import WeightFormat, layout_for, pack
+from pallas_kernels.quant_matmul.cases import packed_shapes
+from pallas_kernels.quant_matmul.packing import WeightFormat, layout_for
 from tests.aot.kernels import H200, TPUS, compile_kernel, device, implementation_for
 
 pytestmark = pytest.mark.aot
@@ -30,8 +30,7 @@ def check(accelerator, case):
     target, f = device(accelerator), case.weight_format
     layout = None if f is None else layout_for(target)
     f = None if f is None else dataclasses.replace(f, layout=layout)
-    weight = jax.ShapeDtypeStruct((case.F, case.D), case.dtype) if f is None else jax.eval_shape(lambda: pack(
-        f, jnp.zeros((case.F, case.D), jnp.int8), jnp.ones((case.F, case.D // f.group if f.group else 1), jnp.float16)))
+    weight = jax.ShapeDtypeStruct((case.F, case.D), case.dtype) if f is None else packed_shapes(f, case.F, case.D)
 
     def run(x, gate, up):
         return gated_product(x, gate, up, activation=case.activation, device=target, weight_format=f, implementation=implementation_for(accelerator))

@@ -34,6 +34,7 @@ def test_instructions_of_device_compilers_are_read_with_their_shapes_memories_an
     assert [array.shape for array in found["all-reduce", ""].results] == [(), (16,)]
     assert [array.num_bytes for array in found["all-reduce", ""].results] == [4, 16]
     assert [array.is_on_chip for array in found["slice", "start"].results] == [True, False]
+    assert [found[name].num_tuples for name in (("slice", "start"), ("all-reduce", "start"), ("all-reduce", ""), ("fusion", ""))] == [2, 3, 1, 0]
     assert found["fusion", ""].largest.shape == (128, 64)
     assert found["fusion", ""].largest.num_bytes == 2 * 128 * 64
     assert found["transpose", ""].is_fused

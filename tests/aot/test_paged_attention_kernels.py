@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from pallas_kernels.kv_append import kv_append_reference
+from pallas_kernels.kv_append import kv_append
 from pallas_kernels.page_table import PageTable
 from pallas_kernels.paged_attention import paged_attention
 from pallas_kernels.tiling import device_of
@@ -109,8 +109,9 @@ def test_a_kernel_compiles_with_no_more_memory_than_queries_and_parts_of_the_sum
 def test_a_cache_that_is_written_and_then_read_is_never_copied(name, step):
     def append_and_attend(caches, arrays, device):
         new_BTKH = arrays["q_BTNH"][:, :, ::step.heads // step.kv_heads]
-        for key in ("k_PKSH", "v_PKSH"):
-            caches[key] = kv_append_reference(caches[key], new_BTKH, arrays["positions_BT"], arrays["table"])
+        keys_and_values = (caches["k_PKSH"], caches["v_PKSH"])
+        caches["k_PKSH"], caches["v_PKSH"] = kv_append(keys_and_values, (new_BTKH, 2 * new_BTKH), arrays["positions_BT"], device=device,
+                                                       table=arrays["table"])
         return caches, attend(step, name, caches, arrays, device)
     program = compile_for(name, step, append_and_attend, donated=(0,))
     assert program.num_aliased == (2 if step.cache_dtype == "bfloat16" else 4)

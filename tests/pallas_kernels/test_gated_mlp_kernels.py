@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels.gated_mlp import gated_mlp, gated_mlp_reference, gated_product
-from pallas_kernels.gated_mlp.cases import CASES, INT4, INT8, PACKED_CASES, Case
+from pallas_kernels.gated_mlp.cases import CASES, INT4, INT8, PACKED_CASES, RARER_PACKED_CASES, Case
 from pallas_kernels.quant_matmul.packing import layout_for
 from pallas_kernels.tiling import Device
 
@@ -42,6 +42,13 @@ def test_a_kernel_gives_what_the_reference_gives(implementation, case):
 @pytest.mark.parametrize("case", PACKED_CASES, ids=str)
 @pytest.mark.parametrize("implementation", KERNELS)
 def test_with_quantized_weights_too(implementation, case):
+    check(case, implementation)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", RARER_PACKED_CASES, ids=str)
+@pytest.mark.parametrize("implementation", KERNELS)
+def test_with_weights_quantized_in_rarer_ways(implementation, case):
     check(case, implementation)
 
 

@@ -4,10 +4,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.kv_append import as_bits, from_bits, kv_append_reference, scatter_entries
+from pallas_kernels.kv_append import as_bits, from_bits, kv_append, kv_append_reference, scatter_entries
 from pallas_kernels.page_table import PageTable, one_page_a_row
+from pallas_kernels.tiling import Device
 
 P, K, S, H = 4, 2, 24, 3
+CPU, V5E = Device("cpu"), Device("tpu", "TPU v5 lite")
 append = jax.jit(kv_append_reference)
 
 
@@ -51,13 +53,20 @@ PAGES = [[5, 2, -1], [5, 6, 1], [0, -1, 4], [3, 2**28, -7]]  # of 8 tokens each;
 NUM_PAGES, PAGE_SIZE = 9, 8
 
 
-def expected_pages(cache, new, positions, rows):
+def expected_pages(cache, new, positions, rows, pages):
     """By a loop; rows are of each token."""
     cache = np.array(cache)
+    num_pages, _, page_size, _ = cache.shape
     for (b, t), position in np.ndenumerate(np.array(positions)):
-        if 0 <= rows[b][t] < len(PAGES) and 0 <= position < PAGE_SIZE * 3 and 0 <= (page := PAGES[rows[b][t]][position // PAGE_SIZE]) < NUM_PAGES:
-            cache[page, :, position % PAGE_SIZE] = np.asarray(new[b, t])
+        if 0 <= rows[b][t] < len(pages) and 0 <= position < page_size * len(pages[0]):
+            page = pages[rows[b][t]][position // page_size]
+            if 0 <= page < num_pages:
+                cache[page, :, position % page_size] = np.asarray(new[b, t])
     return cache
+
+
+def rows_by_token(positions, rows):
+    return np.broadcast_to(np.reshape(range(len(positions)) if rows is None else rows, (len(positions), -1)), np.shape(positions))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "float8_e4m3fn", "int8"])
@@ -75,13 +84,69 @@ def test_new_entries_are_written_to_their_pages_and_nothing_else_changes(positio
     new = (5 * random((len(positions), len(positions[0]), K, H), seed=1)).astype(dtype)
     table = PageTable(jnp.array(PAGES, jnp.int32), None if rows is None else jnp.array(rows, jnp.int32))
     positions = jnp.array(positions, jnp.int32)
-    by_token = np.broadcast_to(np.reshape(range(len(positions)) if rows is None else rows, (len(positions), -1)), positions.shape)
-    wanted = expected_pages(cache, new, positions, by_token)
+    wanted = expected_pages(cache, new, positions, rows_by_token(positions, rows), PAGES)
     assert np.asarray(append(cache, new, positions, table)).tobytes() == wanted.tobytes()
     pages = table.pages_of(positions, PAGE_SIZE)
     is_there = (pages >= 0) & (pages < NUM_PAGES)
     by_entries = scatter_entries(cache, new, jnp.where(is_there, pages, NUM_PAGES), positions % PAGE_SIZE)
     assert np.asarray(by_entries).tobytes() == wanted.tobytes()
+
+
+MANY_ROWS = [[page] for page in np.random.default_rng(0).permutation(40)]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float8_e4m3fn", "int8"])
+@pytest.mark.parametrize(("positions", "rows", "pages"), [
+    ([[8], [95], [64], [-1]], None, PAGES),
+    ([[31], [32]], [0, 1], PAGES),
+    ([[3 * row % 32] for row in range(40)], None, MANY_ROWS),  # more than a group of tiles
+    ([[*range(27, 41)]], [1], PAGES),  # over the end of a page
+    ([[*range(96)]], [1], [[5, 6, 1], [2, 7, 3]]),  # whole tiles
+    ([[*range(1, 95)]], [1], [[5, 6, 1], [2, 7, 3]]),
+    ([[60, 61, 62, 63, 64, 65], [0, 1, 2, -1, -1, -1]], [0, 2], PAGES),  # on to a page that is not there; padding
+    ([[-1] * 9] * 2, None, PAGES),
+    ([[62, 63, 64], [30, 31, 32]], [3, 3], PAGES),  # an index beyond the pages, a negative one
+    ([[40], [5], [7]], [-1, 4, 2], PAGES),  # rows that are not there
+    ([[*range(29, 63), 64, 22, -1, -1]], [[*[1] * 34, 2, 3, 0, 0]], PAGES),  # ragged
+], ids=["decode", "end of a page", "many rows", "chunk", "whole tiles", "all but two", "padding", "nothing", "no page", "no row", "ragged"])
+def test_the_kernel_writes_new_entries_to_their_pages_and_changes_nothing_else(positions, rows, pages, dtype):
+    rng = np.random.default_rng()
+    caches = tuple(jnp.asarray(rng.normal(size=(40, 2, 32, 128)), jnp.float32).astype(dtype) for _ in range(2))
+    new = tuple(jnp.asarray(9 * rng.normal(size=(len(positions), len(positions[0]), 2, 128)), jnp.float32).astype(dtype) for _ in range(2))
+    table = PageTable(jnp.array(pages, jnp.int32), None if rows is None else jnp.array(rows, jnp.int32))
+    out = jax.jit(lambda *arrays: kv_append(*arrays, table=table, device=V5E, implementation="mosaic_tpu", interpret=True))(
+        caches, new, jnp.array(positions, jnp.int32))
+    for written, cache, entries in zip(out, caches, new, strict=True):
+        assert written.dtype == cache.dtype
+        wanted = expected_pages(cache, entries, positions, rows_by_token(positions, rows), pages)
+        assert np.asarray(written).tobytes() == wanted.tobytes()
+
+
+def test_the_kernel_casts_takes_a_padded_cache_and_differentiates_as_the_reference_does():
+    cache, new, positions = random((2, 2, 32, 128), "bfloat16"), random((2, 3, 2, 128), seed=1), jnp.array([[4, 5, 6], [30, 31, -1]])
+
+    def total(cache, new, implementation):
+        out, = kv_append((cache,), (new,), positions, device=V5E, implementation=implementation, interpret=implementation != "reference")
+        return jnp.sum(jnp.sin(out.astype(jnp.float32))), out
+    (kernel, written), (reference, wanted) = (jax.grad(total, argnums=(0, 1), has_aux=True)(cache, new, name) for name in ("mosaic_tpu", "reference"))
+    assert np.asarray(written).tobytes() == np.asarray(wanted).tobytes()
+    for actual, expected_gradient in zip(kernel, reference, strict=True):
+        assert np.asarray(actual).tobytes() == np.asarray(expected_gradient).tobytes()
+
+
+@pytest.mark.parametrize(("shape", "dtype", "device", "message"), [
+    ((4, 2, 32, 64), "bfloat16", V5E, "takes a head dim that is a multiple of 128, not 64"),
+    ((4, 2, 8, 128), "bfloat16", V5E, "takes pages of a multiple of 16 tokens, not 8"),
+    ((4, 2, 16, 128), "int8", V5E, "takes pages of a multiple of 32 tokens, not 16"),
+    ((4, 2, 32, 128), "float16", V5E, "takes a cache of bfloat16, float32, int8, float8_e4m3fn, not float16"),
+    ((4, 2, 32, 128), "bfloat16", CPU, "needs a TPU, not 'cpu'"),
+])
+def test_what_the_kernel_cannot_append_to_is_refused_and_goes_to_the_reference_unnamed(shape, dtype, device, message):
+    cache, new, positions = jnp.zeros(shape, dtype), jnp.ones((1, 1, *shape[1::2]), dtype), jnp.array([[3]])
+    with pytest.raises(ValueError, match=f"kv_append: implementation 'mosaic_tpu' {message}"):
+        kv_append((cache,), (new,), positions, device=device, implementation="mosaic_tpu")
+    out, = kv_append((cache,), (new,), positions, device=device)
+    assert np.asarray(out).tobytes() == np.asarray(kv_append_reference(cache, new, positions)).tobytes()
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "float8_e4m3fn", "int8", "int32"])

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas.ops.tpu.ragged_paged_attention import ref_ragged_paged_attention
 
 from pallas_kernels import implementations
 from pallas_kernels.page_table import PageTable
@@ -49,6 +50,22 @@ def check(implementation, case):
 @pytest.mark.parametrize("implementation", KERNELS)
 def test_a_kernel_gives_what_the_reference_gives(implementation, case):
     check(implementation, case)
+
+
+@pytest.mark.parametrize("implementation", [*KERNELS, "reference"])
+def test_a_ragged_call_gives_what_jaxs_own_reference_gives(implementation):
+    case = Case((70, 200, 2), num_tokens=(10, 1, 2), page_size=16, num_parts=14, window=60, softcap=5.0)
+    arguments = case.arguments(SEED)
+    k_PSKH, v_PSKH = (arguments[name].swapaxes(1, 2) for name in ("k_PKSH", "v_PKSH"))
+    pages_PSCH = jnp.stack([k_PSKH, v_PSKH], axis=3).reshape(*k_PSKH.shape[:2], -1, case.head_dim)  # a head's keys, then its values
+    num_tokens = sum(case.num_tokens)
+    expected = ref_ragged_paged_attention(
+        arguments["q_BTNH"][0, :num_tokens].astype(jnp.float32), pages_PSCH.astype(jnp.float32), jnp.array(case.lengths), arguments["table"].pages_RL,
+        jnp.cumsum(jnp.array([0, *case.num_tokens])), jnp.array([len(case.lengths)]), sm_scale=arguments["scale"], sliding_window=case.window,
+        soft_cap=case.softcap)
+    out = paged_attention_reference(**arguments) if implementation == "reference" else interpreted(implementation, arguments)
+    out = np.asarray(out, np.float64)[0, :num_tokens]
+    assert np.linalg.norm(out - expected) <= 1e-2 * np.linalg.norm(expected), f"seed {SEED}"
 
 
 @pytest.mark.slow

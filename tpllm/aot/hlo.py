@@ -10,6 +10,7 @@ COLLECTIVES = ("all-reduce", "all-gather", "all-to-all", "collective-permute", "
 _VIEWS = ("parameter", "get-tuple-element", "tuple", "bitcast", "constant", "while", "conditional", "call", "optimization-barrier", "after-all")
 _BITS = re.compile(r"[a-z]+(\d+)")
 _ARRAY = re.compile(r"(\w+)\[([\d,]*)\](\{[^{}]*\})?")
+_LAYOUT = re.compile(r"\{[^{}]*\}")
 _COMPUTATION = re.compile(r"(?:ENTRY )?%?([\w.-]+) \(.*\{$")
 _NAMED = re.compile(r"\s+(?:ROOT )?%?[\w.-]+ = ")
 _OP = re.compile(r" ([a-z][a-z0-9-]*)\(")
@@ -50,6 +51,7 @@ class Instruction:
         op: such as ``"all-reduce"``.
         phase: ``"start"`` or ``"done"`` of an asynchronous one, else empty.
         results: the arrays it gives. A start may repeat its operands before them: those in a tuple of their own are left out.
+        num_tuples: the tuples in its type, nested ones too; a device keeps a table of addresses for each.
         computation: the computation it stands in.
         is_fused: whether it stands inside a fusion, where its result need never exist in memory.
         line: its text.
@@ -58,6 +60,7 @@ class Instruction:
     op: str
     phase: str
     results: tuple[HloArray, ...]
+    num_tuples: int
     computation: str
     is_fused: bool
     line: str
@@ -87,7 +90,8 @@ def _parse(lines: list[str]) -> Iterator[Instruction]:
                 results = tuple(HloArray(dtype, tuple(map(int, filter(None, dims.split(",")))), "S(1)" in layout)
                                 for dtype, dims, layout in _ARRAY.findall(line[start:end]))
                 name, _, phase = op[1].rpartition("-") if op[1].endswith(("-start", "-done")) else (op[1], "", "")
-                yield Instruction(op=name, phase=phase, results=results, computation=computation, is_fused=False, line=line)
+                num_tuples = _LAYOUT.sub("", line[named.end():end]).count("(")
+                yield Instruction(op=name, phase=phase, results=results, num_tuples=num_tuples, computation=computation, is_fused=False, line=line)
 
 
 def _end_of_group(line: str, start: int) -> int:

@@ -51,7 +51,7 @@ class CompiledProgram:
 
     @property
     def temporary_bytes(self) -> int:
-        """Bytes a device needs beside arguments and outputs while the program runs; on a TPU with what is kept in vector memory."""
+        """Bytes of a device's main memory that it needs beside arguments and outputs while the program runs."""
         return self.executable.memory_analysis().temp_size_in_bytes
 
     def describe(self) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from tpllm.bench.command import above_zero, check_writable
 from tpllm.errors import ConfigError
 
 NAMES = [section.name for section in SECTIONS]
-PACKAGES = ("jax", "jaxlib", "jax-cuda13-plugin", "jax-cuda12-plugin", "jax-triton", "torch", "triton", "transformers", "nvidia-cublas",
+PACKAGES = ("jax", "jaxlib", "jax-cuda13-plugin", "jax-cuda12-plugin", "jax-triton", "torch", "triton", "transformers", "tokamax", "nvidia-cublas",
             "nvidia-cudnn-cu13", "nvidia-cublas-cu12", "nvidia-cudnn-cu12", "nvidia-cuda-nvcc")
 
 

@@ -22,7 +22,7 @@ class Entrant:
 
     Attributes:
         label: as the table names it.
-        side: its builder, of ``jax_sides.SIDES`` or ``torch_worker.SIDES``.
+        side: its builder, of ``jax_worker.SIDES`` or ``torch_worker.SIDES``.
         worker: ``"jax"`` or ``"torch"``.
         options: for the builder, beside the contest's sizes.
         needs_gpu: whether it cannot run on a CPU.
@@ -164,7 +164,9 @@ def attention_contests(*, is_tiny: bool) -> list[Contest]:
                     Entrant("torch SDPA, cuDNN", "sdpa", "torch", {"backend": "CUDNN_ATTENTION"}),
                     Entrant("jax.nn, cuDNN", "flash_jax", options={"implementation": "cudnn"}),
                     Entrant("JAX's Mosaic kernel", "flash_bundled_mosaic", options={"block_q": 128, "block_kv": 128}),
-                    Entrant("JAX's Triton kernel", "flash_bundled_triton")]
+                    Entrant("JAX's Triton kernel", "flash_bundled_triton"),
+                    Entrant("tokamax", "flash_tokamax", needs_gpu=False),
+                    Entrant("tokamax, Triton", "flash_tokamax", options={"implementation": "triton"})]
         if is_tiny:
             entrants.append(Entrant("jax.nn, XLA", "flash_jax", options={"implementation": "xla"}, needs_gpu=False))
         found.append(Contest(f"causal {T}", sizes, entrants, flops=2 * T * (T + 1) * sizes["N"] * sizes["H"] * sizes["B"]))
@@ -216,12 +218,13 @@ def fused_contests(*, is_tiny: bool) -> list[Contest]:
     """Norms and feed-forward layers."""
     found = []
     for M in ((8,) if is_tiny else (8192, 64)):
-        entrants = [*ours("norm_ours", others=("triton",)), Entrant("XLA", "norm_xla", needs_gpu=False)]
+        entrants = [*ours("norm_ours", others=("triton",)), Entrant("XLA", "norm_xla", needs_gpu=False),
+                    Entrant("tokamax", "norm_tokamax", needs_gpu=False)]
         D = 256 if is_tiny else 4096
         found.append(Contest(f"rms_norm {M} x {D}", {"M": M, "D": D}, entrants, flops=5 * M * D, target_bytes=FEW))
     for M in ((8,) if is_tiny else (1, 64, 2048)):
         sizes = {"M": M, "D": 128, "F": 256} if is_tiny else {"M": M, "D": 4096, "F": 14336}
-        entrants = [*ours("mlp_ours"), Entrant("XLA", "mlp_xla", needs_gpu=False),
+        entrants = [*ours("mlp_ours"), Entrant("XLA", "mlp_xla", needs_gpu=False), Entrant("tokamax", "mlp_tokamax", needs_gpu=False),
                     *(one for name in ("int8", "int4") for one in ours("mlp_packed_ours", label=f"ours, {name} weights", name=name))]
         found.append(Contest(f"gated_mlp {M} x {sizes['D']} x {sizes['F']}", sizes, entrants, flops=6 * M * sizes["D"] * sizes["F"],
                              target_bytes=MIB if is_tiny else IN_MEMORY))

@@ -1,4 +1,4 @@
-"""Sides of contests that run in JAX: this project's ops, XLA, cuDNN, and JAX's bundled kernels.
+"""Sides of contests that run in JAX: this project's ops and XLA. Kernels of others are in :mod:`.jax_peers`.
 
 A builder takes a contest's sizes, and gives the inputs of one call and the call. Ops are looked up when they are wanted: one without a public
 function, which has no kernels yet, is its reference, and says so.
@@ -76,37 +76,15 @@ def flash_ours(*, implementation: str | None = None, interpret: bool = False, **
 
     def expected(q, k, v, positions):
         blocked, _ = our_op("flash_attention", "blocked", False)
-        return blocked(*(x.astype(jnp.float32) for x in (q, k, v)), positions, scale=_scale(sizes))
-    return Side(lambda key: (*flash_inputs(key, **sizes), positions_BT), lambda q, k, v, positions: op(q, k, v, positions, scale=_scale(sizes)),
-                expected, notes)
+        return blocked(*(x.astype(jnp.float32) for x in (q, k, v)), positions, scale=attention_scale(sizes))
+
+    def call(q, k, v, positions):
+        return op(q, k, v, positions, scale=attention_scale(sizes))
+    return Side(lambda key: (*flash_inputs(key, **sizes), positions_BT), call, expected, notes)
 
 
-def flash_jax(*, implementation: str, **sizes: int) -> Side:
-    """``jax.nn.dot_product_attention``."""
-    def call(q, k, v):
-        return jax.nn.dot_product_attention(q, k, v, is_causal=True, scale=_scale(sizes), implementation=implementation)
-    return Side(lambda key: flash_inputs(key, **sizes), call)
-
-
-def flash_bundled_triton(**sizes: int) -> Side:
-    """``jax.experimental.pallas.ops.gpu.attention``; heads are repeated before, as it has no grouped queries."""
-    from jax.experimental.pallas.ops.gpu.attention import mha
-
-    def inputs(key):
-        q, k, v = flash_inputs(key, **sizes)
-        return q, *(jnp.repeat(x, sizes["N"] // sizes["K"], axis=2) for x in (k, v))
-    return Side(inputs, lambda q, k, v: mha(q, k, v, None, sm_scale=_scale(sizes), causal=True), notes={"note": "keys and values repeated"})
-
-
-def flash_bundled_mosaic(*, block_q: int, block_kv: int, **sizes: int) -> Side:
-    """``jax.experimental.pallas.ops.gpu.attention_mgpu``, which does not scale, and of jax 0.11.2 computes in float16 alone."""
-    from jax.experimental.pallas.ops.gpu.attention_mgpu import TuningConfig, attention
-    config = TuningConfig(block_q=block_q, block_kv=block_kv, max_concurrent_steps=2, causal=True)
-    notes = {"note": f"{block_q} x {block_kv}, float16, no scale"}
-    return Side(lambda key: tuple(x.astype(jnp.float16) for x in flash_inputs(key, **sizes)), lambda q, k, v: attention(q, k, v, config), notes=notes)
-
-
-def _scale(sizes: dict[str, int]) -> float:
+def attention_scale(sizes: dict[str, int]) -> float:
+    """Of scores."""
     return 1 / math.sqrt(sizes["H"])
 
 
@@ -135,22 +113,6 @@ def _cache(key: jax.Array, shape: tuple[int, ...], dtype: str) -> jax.Array:
     return codes_of(key, shape, jnp.int8, -127, 127) if dtype == "int8" else normal(key, shape, dtype)
 
 
-def paged_bundled(*, B: int, S: int, page: int, N: int, K: int, H: int, k_splits: int, pages_per_compute_block: int) -> Side:
-    """``jax.experimental.pallas.ops.gpu.paged_attention``."""
-    from jax.experimental.pallas.ops.gpu.paged_attention import paged_attention
-    L = S // page
-    tables_BL = jax.random.permutation(jax.random.key(7), B * L).reshape(B, L).astype(jnp.int32)
-    lengths_B = jnp.full(B, S, jnp.int32)
-
-    def inputs(key):
-        q_key, k_key, v_key = jax.random.split(key, 3)
-        return normal(q_key, (B, N, H)), *(normal(one, (K, B * L, page, H)) for one in (k_key, v_key)), tables_BL, lengths_B
-
-    def call(q, k, v, tables, lengths):
-        return paged_attention(q, k, v, tables, lengths, k_splits=k_splits, pages_per_compute_block=pages_per_compute_block)
-    return Side(inputs, call, notes={"note": f"{k_splits} splits, {pages_per_compute_block} pages a block"})
-
-
 # Products.
 
 def dense_xla(*, M: int, N: int, K: int, dtype: str = "bfloat16") -> Side:
@@ -158,22 +120,12 @@ def dense_xla(*, M: int, N: int, K: int, dtype: str = "bfloat16") -> Side:
     def inputs(key):
         x_key, w_key = jax.random.split(key)
         return normal(x_key, (M, K), dtype), normal(w_key, (N, K), dtype, 1 / math.sqrt(K))
-    return Side(inputs, lambda x, w: _dot(x, w).astype(jnp.bfloat16))
+    return Side(inputs, lambda x, w: outputs_dot(x, w).astype(jnp.bfloat16))
 
 
-def _dot(x: jax.Array, w: jax.Array) -> jax.Array:
+def outputs_dot(x: jax.Array, w: jax.Array) -> jax.Array:
+    """[M, N] float32 of [M, K] and [N, K]."""
     return jax.lax.dot_general(x, w, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
-
-
-def dense_bundled_mosaic(*, M: int, N: int, K: int, tile_m: int, tile_n: int, tile_k: int) -> Side:
-    """``jax.experimental.pallas.ops.gpu.hopper_matmul_mgpu``, whose weight is [K, N]."""
-    from jax.experimental.pallas.ops.gpu.hopper_matmul_mgpu import TuningConfig, matmul
-    config = TuningConfig(tile_m=tile_m, tile_n=tile_n, tile_k=tile_k, max_concurrent_steps=4)
-
-    def inputs(key):
-        a_key, b_key = jax.random.split(key)
-        return normal(a_key, (M, K)), normal(b_key, (K, N), scale=1 / math.sqrt(K))
-    return Side(inputs, lambda a, b: matmul(a, b, None, config), notes={"note": f"tiles {tile_m} x {tile_n} x {tile_k}"})
 
 
 def packed_ours(*, M: int, N: int, K: int, name: str, implementation: str | None = None, interpret: bool = False) -> Side:
@@ -192,7 +144,7 @@ def packed_ours(*, M: int, N: int, K: int, name: str, implementation: str | None
         return normal(x_key, (M, K)), random_packed(w_key, f, N, K)
 
     def expected(x, arrays):
-        return _dot(_rounded(*quantize_rows(x, f), f), dequantize_packed(f, arrays)[:N, :K].astype(x.dtype))
+        return outputs_dot(_rounded(*quantize_rows(x, f), f), dequantize_packed(f, arrays)[:N, :K].astype(x.dtype))
     return Side(inputs, lambda x, arrays: op(x, arrays, weight_format=f, num_outputs=N), expected, notes)
 
 
@@ -234,7 +186,7 @@ def packed_xla(*, M: int, N: int, K: int, bits: int, group: int) -> Side:
 
     def call(x, codes, scales):
         scales_NK = jnp.repeat(scales, group, axis=1) if group else scales
-        return _dot(x, ((codes.astype(jnp.float32) - zero) * scales_NK.astype(jnp.float32)).astype(x.dtype)).astype(x.dtype)
+        return outputs_dot(x, ((codes.astype(jnp.float32) - zero) * scales_NK.astype(jnp.float32)).astype(x.dtype)).astype(x.dtype)
     return Side(inputs, call)
 
 
@@ -253,7 +205,7 @@ def eight_bit_ours(*, M: int, N: int, K: int, name: str, interpret: bool = False
         return gpu_matmul(codes, row_scales, arrays, f, None, out_dtype=jnp.bfloat16, device=device, interpret=interpret)
 
     def expected(codes, row_scales, arrays):
-        return _dot(_rounded(codes, row_scales, f), dequantize_packed(f, arrays).astype(jnp.bfloat16))
+        return outputs_dot(_rounded(codes, row_scales, f), dequantize_packed(f, arrays).astype(jnp.bfloat16))
     return Side(inputs, call, expected)
 
 
@@ -263,7 +215,7 @@ def fp8_xla(*, M: int, N: int, K: int) -> Side:
         x_key, w_key = jax.random.split(key)
         return (normal(x_key, (M, K), jnp.float8_e4m3fn), normal(w_key, (N, K), jnp.float8_e4m3fn), jnp.full((M, 1), 1.0, jnp.float32),
                 jnp.full(N, 1 / math.sqrt(K), jnp.float32))
-    return Side(inputs, lambda x, w, x_scales, w_scales: (_dot(x, w) * x_scales * w_scales).astype(jnp.bfloat16))
+    return Side(inputs, lambda x, w, x_scales, w_scales: (outputs_dot(x, w) * x_scales * w_scales).astype(jnp.bfloat16))
 
 
 # The fused ones.
@@ -328,9 +280,8 @@ def mlp_xla(*, M: int, D: int, F: int) -> Side:
 
 
 def _mlp(x: jax.Array, gate: jax.Array, up: jax.Array, down: jax.Array) -> jax.Array:
-    return _dot((jax.nn.silu(_dot(x, gate)) * _dot(x, up)).astype(x.dtype), down).astype(x.dtype)
+    return outputs_dot((jax.nn.silu(outputs_dot(x, gate)) * outputs_dot(x, up)).astype(x.dtype), down).astype(x.dtype)
 
 
 SIDES: dict[str, Callable[..., Side]] = {builder.__name__: builder for builder in (
-    flash_ours, flash_jax, flash_bundled_triton, flash_bundled_mosaic, paged_ours, paged_bundled, dense_xla, dense_bundled_mosaic, packed_ours,
-    packed_xla, eight_bit_ours, fp8_xla, norm_ours, norm_xla, mlp_ours, mlp_packed_ours, mlp_xla)}
+    flash_ours, paged_ours, dense_xla, packed_ours, packed_xla, eight_bit_ours, fp8_xla, norm_ours, norm_xla, mlp_ours, mlp_packed_ours, mlp_xla)}

@@ -7,8 +7,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from benchmarks.gpu import prepared
-from benchmarks.gpu.jax_sides import SIDES, Side
+from benchmarks.gpu import jax_sides, prepared
+from benchmarks.gpu.jax_peers import PEERS
+from benchmarks.gpu.jax_sides import Side
 from benchmarks.gpu.prepared import measure
 from tpllm.bench.bandwidth import device_bandwidth
 from tpllm.bench.machine import describe_machine
@@ -16,7 +17,9 @@ from tpllm.environment import enable_compile_cache
 
 GPU_FIELDS = ("name", "driver_version", "memory.total", "power.limit", "clocks.max.sm", "clocks.sm", "temperature.gpu", "utilization.gpu")
 
-__all__ = ["copy_bandwidth", "describe", "drop", "matmul_seconds", "measure", "prepare"]
+SIDES = jax_sides.SIDES | PEERS
+
+__all__ = ["SIDES", "copy_bandwidth", "describe", "drop", "matmul_seconds", "measure", "prepare"]
 
 
 def describe() -> dict[str, Any]:

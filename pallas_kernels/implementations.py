@@ -4,6 +4,7 @@ import itertools
 import logging
 import os
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 
@@ -38,6 +39,16 @@ def pick(op: str, device: Device, named: str | None, refusals: Mapping[str, str 
     if refusal := refusals.get(named):
         raise ValueError(f"{op}: implementation {named!r} {refusal}; or leave implementation at None")
     return named
+
+
+def device_refusal(kernel: Any, device: Device, interpret: bool) -> str | None:
+    """Why a kernel does not run on a device, for :func:`pick`; None where it does, or is interpreted.
+
+    Args:
+        kernel: a module with ``runs_on`` and ``DEVICES``, the name of those.
+        device, interpret: see the ops.
+    """
+    return None if interpret or kernel.runs_on(device) else f"needs {kernel.DEVICES}, not {device.kind or device.platform!r}"
 
 
 def are_kernels_on() -> bool:

@@ -3,7 +3,7 @@ import functools
 
 import jax
 
-from pallas_kernels.implementations import REFERENCE, pick, with_gradient_of
+from pallas_kernels.implementations import REFERENCE, device_refusal, pick, with_gradient_of
 from pallas_kernels.kv_append import tpu
 from pallas_kernels.kv_append.reference import kv_append_reference
 from pallas_kernels.page_table import PageTable, one_page_a_row
@@ -27,7 +27,7 @@ def kv_append(caches: tuple[jax.Array, ...], new: tuple[jax.Array, ...], positio
     Raises:
         ValueError: the named implementation cannot do what is asked.
     """
-    refusals = {name: _refusal(kernel, caches[0], device, interpret) for name, kernel in KERNELS.items()}
+    refusals = {name: device_refusal(kernel, device, interpret) or kernel.refusal(caches[0]) for name, kernel in KERNELS.items()}
     chosen = pick("kv_append", device, implementation, refusals)
 
     def reference(caches, new, positions_BT, table):
@@ -37,10 +37,3 @@ def kv_append(caches: tuple[jax.Array, ...], new: tuple[jax.Array, ...], positio
     table = one_page_a_row(positions_BT.shape[0]) if table is None else table
     run = functools.partial(KERNELS[chosen].kv_append, device=device, interpret=interpret)
     return with_gradient_of(reference, run)(caches, new, positions_BT, table)
-
-
-def _refusal(kernel, cache_PKSH: jax.Array, device: Device, interpret: bool) -> str | None:
-    """Why a kernel cannot do what is asked; None where it can."""
-    if not interpret and not kernel.runs_on(device):
-        return f"needs {kernel.DEVICES}, not {device.kind or device.platform!r}"
-    return kernel.refusal(cache_PKSH)

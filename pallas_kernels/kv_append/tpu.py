@@ -59,7 +59,6 @@ def on_chip_bytes(tiles: Tiles, *, num_caches: int, K: int, H: int) -> int:
     return 2 * 2 * num_caches * tiles.group * K * WORD_ROWS * H * WORD_BYTES
 
 
-@functools.partial(jax.jit, static_argnames=("device", "interpret"))  # lowered once for all layers
 def kv_append(caches: tuple[jax.Array, ...], new: tuple[jax.Array, ...], positions_BT: jax.Array, table: PageTable, *, device: Device,
               interpret: bool) -> tuple[jax.Array, ...]:
     """See :func:`pallas_kernels.kv_append.kv_append`; here the table is always given."""

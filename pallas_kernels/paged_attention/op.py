@@ -3,7 +3,7 @@ import functools
 
 import jax
 
-from pallas_kernels.implementations import REFERENCE, pick, with_gradient_of
+from pallas_kernels.implementations import REFERENCE, device_refusal, pick, with_gradient_of
 from pallas_kernels.page_table import PageTable, one_page_a_row
 from pallas_kernels.paged_attention import gpu, tpu
 from pallas_kernels.paged_attention.reference import paged_attention_reference
@@ -42,8 +42,8 @@ def paged_attention(q_BTNH: jax.Array, k_PKSH: jax.Array, v_PKSH: jax.Array, pos
 
 def refusal(kernel, q_BTNH: jax.Array, k_PKSH: jax.Array, device: Device, scales, interpret: bool) -> str | None:
     """Why a kernel cannot do what is asked; None where it can."""
-    if not interpret and not kernel.runs_on(device):
-        return f"needs {kernel.DEVICES}, not {device.kind or device.platform!r}"
+    if wrong := device_refusal(kernel, device, interpret):
+        return wrong
     if (scales is None) != (k_PKSH.dtype.itemsize > 1):
         return f"takes scales with a cache of 8 bits and only with it, not with {k_PKSH.dtype}"
     return kernel.refusal(q_BTNH, k_PKSH, scales)

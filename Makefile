@@ -3,7 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 PIP = $(VENV)/bin/pip --disable-pip-version-check
 EXTRAS = TPLLM_NATIVE=0 $(PIP) install -q -e # the library is there already, or cannot be built: the extras only add packages
-PYTEST = $(VENV)/bin/python -m pytest -n 2
+# The tests of one file run in one process: what it compiled for one of them serves the others. What they took is for `make times`.
+PYTEST = $(VENV)/bin/python -m pytest -n 2 --dist loadfile --junitxml=build/times/$@.xml
 # Most of the time of tests goes to compiling tiny programs: a third of it to optimizing them, half of the rest to XLA's fusion emitters, which make
 # an MLIR context for each kernel and can be turned off in jax 0.10. The oracles and notebooks see what users run.
 OLD_EMITTERS = $$($(VENV)/bin/python -c 'import jaxlib; print("--xla_cpu_use_fusion_emitters=false" * jaxlib.__version__.startswith("0.10."))')
@@ -20,7 +21,7 @@ BUILD = $(WITH_CMAKE) cmake --build
 TUNED = $(CONFIGURE) -B build/native/tuned -DTPLLM_INPLACE=ON -DTPLLM_MARCH_NATIVE=ON
 PROFILE_WORKLOAD ?= $(VENV)/bin/python tools/native_profile_workload.py
 
-.PHONY: setup quickstart lint test test-slow test-oracle test-aot notebooks docs docs-commands clean native native-tuned native-asan native-tsan native-neon
+.PHONY: setup quickstart lint test test-slow test-oracle test-aot times notebooks docs docs-commands clean native native-tuned native-asan native-tsan native-neon
 
 setup: $(VENV)/.installed
 	@$(MAKE) --no-print-directory $(VENV)/.native || echo "make: goes on without the native library"
@@ -55,6 +56,10 @@ test-aot-%: .venv-aot-%/.installed
 native: $(VENV)/.cmake
 	$(CONFIGURE) -B build/native/editable -DTPLLM_INPLACE=ON > /dev/null
 	$(BUILD) build/native/editable
+
+# The share of each part of .ci/run and the slowest tests, as last measured here.
+times:
+	$(PYTHON) tools/times.py
 
 # For the machine that runs it: with all its instructions, and by the profile of a workload. `make native` puts the plain library back.
 native-tuned: $(VENV)/.cmake

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.flash_attention import flash_attention
+from pallas_kernels.implementations import are_kernels_on
 from pallas_kernels.kv_append import kv_append, kv_append_reference, quantize_entries
 from pallas_kernels.layer_norm import layer_norm_reference
 from pallas_kernels.page_table import PageTable
@@ -49,6 +50,11 @@ def kernels_of(partition: Partition | None) -> Device | None:
     """The accelerator of this mesh, for whose kernels quantized weights are packed; None where there are none."""
     device = device_for(partition)
     return device if device.platform in ("gpu", "tpu") else None
+
+
+def choices(partition: Partition | None) -> tuple[bool, ...]:
+    """What this module asks the process while a program is traced: programs are the same where these are, too."""
+    return uses_native(partition), are_kernels_on()
 
 
 def self_attention(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, positions_BT: jax.Array, *, rope: tuple[jax.Array, jax.Array],

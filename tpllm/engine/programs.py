@@ -13,6 +13,7 @@ from flax import struct
 from pallas_kernels.page_table import PageTable
 from sharding_rules import Partition
 from sharding_rules.axes import BATCH, VOCAB
+from tpllm import ops
 from tpllm.model.config import ModelConfig
 from tpllm.model.decoder import forward, unembed
 from tpllm.model.kv_cache import KVCache
@@ -210,14 +211,22 @@ class Programs:
 
 
 def jit_programs(config: ModelConfig, cache: KVCache, state: SlotState, *, max_steps: int) -> Programs:
-    """The programs of an engine.
+    """The programs of an engine. Engines of one model, mesh and layout share them, so that the second one of a process compiles nothing.
 
     Args:
         config: the model, fitted to its mesh.
         cache, state: arrays, or shapes with shardings; only their shardings are read.
         max_steps: see :func:`decode`.
     """
-    cache_at, state_at = jax.tree.map(lambda leaf: leaf.sharding, (cache, state))
+    shardings, tree = jax.tree.flatten(jax.tree.map(lambda leaf: leaf.sharding, (cache, state)))
+    return _jitted(config, tuple(shardings), tree, max_steps, ops.choices(config.partition))
+
+
+@functools.lru_cache(maxsize=8)
+def _jitted(config: ModelConfig, shardings: tuple[jax.sharding.Sharding, ...], tree: jax.tree_util.PyTreeDef, max_steps: int,
+            choices: tuple[bool, ...]) -> Programs:
+    """``choices`` is what tracing asks the process: it is only here to tell programs apart."""
+    cache_at, state_at = jax.tree.unflatten(tree, shardings)
     everywhere = config.partition.sharding(())
     return Programs(
         step=jax.jit(functools.partial(step, config=config), static_argnames="scores_prompt", donate_argnums=(1, 2),

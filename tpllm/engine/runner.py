@@ -48,8 +48,8 @@ class Runner:
         self.num_pages, self.num_groups = num_pages, config.partition.size(BATCH)
         self.num_stop_ids = MAX_STOP_TOKEN_IDS + len(eos_ids)
         self.cache = init_cache(config, num_pages * self.num_groups, shapes.page_size, cache_dtype)
-        self.state = jax.jit(lambda: empty_slots(shapes.max_num_seqs, self.num_stop_ids, config.padded_vocab_size),
-                             out_shardings=slot_shardings(config.partition))()
+        self.state = jax.jit(empty_slots, static_argnums=(0, 1, 2), out_shardings=slot_shardings(config.partition))(
+            shapes.max_num_seqs, self.num_stop_ids, config.padded_vocab_size)
         self.guard = CompileGuard()
         self._programs = jit_programs(config, self.cache, self.state, max_steps=MAX_STEPS)
         return_freed_memory()  # what loading left

@@ -64,13 +64,13 @@ def init_cache(config: ModelConfig, batch_size: int, max_len: int, dtype=jnp.flo
     shape = (batch_size, config.stored_kv_heads, max_len, config.head_dim)
     sharding = config.partition and config.partition.sharding(ops.CACHE_AXES, shape=shape, name="kv_cache")
     scale_sharding = config.partition and config.partition.sharding(ops.SCALE_AXES, shape=shape[:3], name="kv_cache scales")
-    zeros = jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=sharding)
-    scales = jax.jit(lambda: jnp.zeros(shape[:3], jnp.float32), out_shardings=scale_sharding)
 
-    def of_layers(make):
-        return tuple(make() for _ in range(config.num_layers))
-    more = (of_layers(scales), of_layers(scales)) if ops.has_scales(dtype) else ()
-    return KVCache(of_layers(zeros), of_layers(zeros), *more)
+    def zeros_of_layers(shape, dtype, sharding):
+        zeros = jax.jit(jnp.zeros, static_argnums=(0, 1), out_shardings=sharding)
+        return tuple(zeros(shape, jnp.dtype(dtype)) for _ in range(config.num_layers))
+    codes = ((shape, dtype, sharding),) * 2
+    scales = ((shape[:3], jnp.float32, scale_sharding),) * 2 if ops.has_scales(dtype) else ()
+    return KVCache(*(zeros_of_layers(*one) for one in (*codes, *scales)))
 
 
 def cache_bytes_per_device(config: ModelConfig, batch_size: int, max_len: int, dtype=jnp.float32) -> int:

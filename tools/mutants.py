@@ -21,6 +21,7 @@ import json
 import pathlib
 import queue
 import random
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -160,5 +161,10 @@ def _table(outcomes: Sequence[Outcome]) -> str:
     return "\n".join([*lines, "", f"{summary}; {sum(outcome.seconds for outcome in outcomes):.0f} s of tests."])
 
 
+def _interrupt(*_) -> None:
+    raise KeyboardInterrupt
+
+
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, _interrupt)  # so that copies and running tests go with it
     sys.exit(main())

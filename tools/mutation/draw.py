@@ -22,19 +22,27 @@ Change = tuple[str, int, int, str]
 
 
 def draw(root: pathlib.Path, count: int, *, seed: int) -> list[Mutant]:
-    """``count`` mutants of the packages in turn; the same for the same tree and seed. They have no tests yet."""
+    """``count`` mutants of the packages in turn, of operators alike; the same for the same tree and seed. They have no tests yet."""
     rng, mutants = random.Random(seed), []
-    sites = {package: [(path.relative_to(root), site) for path in sorted((root / package).rglob("*.py")) for site in _sites(path.read_text("utf-8"))]
-             for package in PACKAGES if (root / package).is_dir()}
-    for places in sites.values():
-        rng.shuffle(places)
-    while len(mutants) < count and any(sites.values()):
-        for package in list(sites):
-            if sites[package] and len(mutants) < count:
-                file, (operator, old, new) = sites[package].pop()
-                mutants.append(Mutant(name=f"drawn-{seed}-{len(mutants):03}", file=str(file), old=old, new=new, tests=(),
-                                      drawn=f"seed {seed}, {operator}"))
+    found = {package: _by_operator(root, package) for package in PACKAGES}
+    while len(mutants) < count and any(found.values()):
+        for sites in found.values():
+            if sites and len(mutants) < count:
+                operator = rng.choice(sorted(sites))
+                file, old, new = sites[operator].pop(rng.randrange(len(sites[operator])))
+                if not sites[operator]:
+                    del sites[operator]
+                mutants.append(Mutant(name=f"drawn-{seed}-{len(mutants):03}", file=file, old=old, new=new, tests=(), drawn=f"seed {seed}, {operator}"))
     return mutants
+
+
+def _by_operator(root: pathlib.Path, package: str) -> dict[str, list[tuple[str, str, str]]]:
+    """(file, old line, new line) of every place in a package, by operator: some have many more places than others."""
+    sites: dict[str, list[tuple[str, str, str]]] = {}
+    for path in sorted((root / package).rglob("*.py")):
+        for operator, old, new in _sites(path.read_text("utf-8")):
+            sites.setdefault(operator, []).append((str(path.relative_to(root)), old, new))
+    return sites
 
 
 def to_toml(mutants: list[Mutant]) -> str:
@@ -107,7 +115,7 @@ def _swap_and_or(node: ast.AST, line: str) -> Iterator[Change]:
     if isinstance(node, ast.BoolOp):
         old, new = ("and", "or") if isinstance(node.op, ast.And) else ("or", "and")
         if at := _between(line, node.values[-2], node.values[-1], old):
-            yield f"{old} for {new}", *at, new
+            yield "and and or swapped", *at, new
 
 
 def _change_constant(node: ast.AST, line: str) -> Iterator[Change]:
@@ -125,14 +133,14 @@ def _swap_sign(node: ast.AST, line: str) -> Iterator[Change]:
     if isinstance(node, ast.BinOp) and type(node.op) in SWAPPED_SIGNS:
         old, new = SWAPPED_SIGNS[type(node.op)]
         if at := _between(line, node.left, node.right, old):
-            yield f"{old} for {new}", *at, new
+            yield "sign changed", *at, new
 
 
 def _swap_name(node: ast.AST, line: str) -> Iterator[Change]:
     if isinstance(node, ast.Call):
         name = node.func.id if isinstance(node.func, ast.Name) else getattr(node.func, "attr", "")
         if name in SWAPPED_NAMES:
-            yield f"{name} for {SWAPPED_NAMES[name]}", node.func.end_col_offset - len(name), node.func.end_col_offset, SWAPPED_NAMES[name]
+            yield "min and max or any and all swapped", node.func.end_col_offset - len(name), node.func.end_col_offset, SWAPPED_NAMES[name]
 
 
 def _swap_arguments(node: ast.AST, line: str) -> Iterator[Change]:

@@ -21,7 +21,8 @@ BUILD = $(WITH_CMAKE) cmake --build
 TUNED = $(CONFIGURE) -B build/native/tuned -DTPLLM_INPLACE=ON -DTPLLM_MARCH_NATIVE=ON
 PROFILE_WORKLOAD ?= $(VENV)/bin/python tools/native_profile_workload.py
 
-.PHONY: setup quickstart lint test test-slow test-oracle test-aot times notebooks docs docs-commands clean native native-tuned native-asan native-tsan native-neon
+.PHONY: setup quickstart lint test test-slow test-oracle test-aot times notebooks docs docs-commands mutants mutants-few test-flags clean \
+	native native-tuned native-asan native-tsan native-neon
 
 setup: $(VENV)/.installed
 	@$(MAKE) --no-print-directory $(VENV)/.native || echo "make: goes on without the native library"
@@ -93,6 +94,18 @@ docs: $(VENV)/.docs
 
 docs-commands: $(VENV)/.docs $(VENV)/.native
 	$(VENV)/bin/python tools/run_docs.py
+
+# Whether the tests notice faults: before a release, one to two hours on two cores. A few of them, which need no compiler, are a step of CI.
+FEW_MUTANTS = page-held-once-less codes-across-bytes-lose-bits tensors-may-overlap bos-twice torn-tail-kept
+mutants: $(VENV)/.test $(VENV)/.native
+	$(VENV)/bin/python tools/mutants.py
+
+mutants-few: $(VENV)/.test
+	$(VENV)/bin/python tools/mutants.py --only $(FEW_MUTANTS)
+
+# What XLA is told in `make test`, for tools/mutants.py.
+test-flags:
+	@$(QUICK); echo "$$XLA_FLAGS"
 
 clean:
 	rm -rf $(VENV) .venv-aot-0.10 .venv-aot-0.11 build out tpllm/native/*.so *.egg-info .pytest_cache .ruff_cache .import_linter_cache .hypothesis

@@ -126,6 +126,13 @@ def test_parts_that_the_unsharded_job_has_finished_are_kept_and_its_journals_go(
     assert contents(folder) == wanted
 
 
+def test_errors_of_a_part_that_an_earlier_run_did_not_commit_go_when_the_part_comes(shards, wanted):
+    output = pathlib.Path(shards[0].output)
+    (output / "part-00001.errors.jsonl").write_bytes(b'{"row": 3}\n')  # the run died before the part's own file, and the row is fine now
+    merge_shards(str(output))
+    assert contents(output) == wanted
+
+
 CHANGES = [({"sampling": {"max_tokens": 3}}, r"sampling.max_tokens is \(absent\) and 3"), ({"seed": 1}, r"seed is 0 and 1"),
            ({"model": "other"}, r"model is 'fake' and 'other'"), ({"rows_per_part": 4}, r"rows_per_part is 3 and 4")]
 

@@ -65,6 +65,20 @@ def render(source, messages=USER, **context):
     return ChatTemplate(source, "chat template").render(messages, context)
 
 
+@pytest.mark.parametrize(("source", "num_turns"), [
+    ("{% for i in range(30) %}{% endfor %}", 30), ("{% for i in range(5) %}{% for j in range(6) %}{% continue %}{% endfor %}{% endfor %}", 5 + 30),
+    ("{% for x in [[], []] recursive %}{% for j in range(9) if j %}{% endfor %}{% endfor %}", 2 + 16),
+    ("{% macro f() %}{% for i in range(30) %}{% endfor %}{% endmacro %}{% set x = f() %}", 30),
+    ("{% filter upper %}{% for i in range(30) %}{% if i %}{% break %}{% endif %}{% endfor %}{% endfilter %}", 2),
+])
+def test_the_clock_is_looked_at_in_each_turn_of_a_loop(source, num_turns, monkeypatch):
+    looks = []
+    monkeypatch.setattr(template_limits.Budget, "check_time", lambda _: looks.append(None))
+    monkeypatch.setattr(template_limits.Budget, "take", lambda _, value: value)  # it looks too, at each value that is made
+    render(source)
+    assert len(looks) >= num_turns
+
+
 @pytest.mark.parametrize("source", ENDLESS)
 def test_a_template_that_runs_too_long_is_stopped(source, monkeypatch):
     monkeypatch.setattr(template_limits, "MAX_SECONDS", 0.1)

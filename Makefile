@@ -8,7 +8,7 @@ PYTEST = $(VENV)/bin/python -m pytest -n 2 --dist loadfile --junitxml=build/time
 # Most of the time of tests goes to compiling tiny programs: a third of it to optimizing them, half of the rest to XLA's fusion emitters, which make
 # an MLIR context for each kernel and can be turned off in jax 0.10. The oracles and notebooks see what users run.
 OLD_EMITTERS = $$($(VENV)/bin/python -c 'import jaxlib; print("--xla_cpu_use_fusion_emitters=false" * jaxlib.__version__.startswith("0.10."))')
-QUICK = XLA_FLAGS="$$XLA_FLAGS --xla_backend_optimization_level=0 $(OLD_EMITTERS)"
+QUICK = XLA_FLAGS="$$XLA_FLAGS --xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1 $(OLD_EMITTERS)"
 # test-aot: the compilers of NVIDIA GPUs and TPUs, which need no device, in a virtual environment for each version of jax. The newer needs Python 3.12.
 PYTHON312 ?= $(shell for python in python3.12 $${PYENV_ROOT:-$$HOME/.pyenv}/versions/3.12*/bin/python; do \
 	"$$python" -c "" 2>/dev/null && echo "$$python" && break; done)
@@ -131,7 +131,7 @@ $(VENV)/.test: $(VENV)/.installed
 
 $(VENV)/.oracle: $(VENV)/.test
 	$(PIP) install -q $(TORCH)
-	$(EXTRAS) ".[test,oracle]"
+	CMAKE_ARGS="$$CMAKE_ARGS -DLLAVA_BUILD=OFF" $(EXTRAS) ".[test,oracle]" # llama.cpp without images, where it has to be compiled
 	touch $@
 
 .venv-aot-0.10/.installed: AOT_PYTHON = $(PYTHON)

@@ -7,6 +7,8 @@
 A notebook that shows a path of this machine, or that is committed without its outputs, fails the check too.
 """
 import argparse
+import concurrent.futures
+import functools
 import os
 import pathlib
 import sys
@@ -57,27 +59,32 @@ def _joined_streams(outputs: list) -> list:
     return joined
 
 
+def run(path: pathlib.Path, *, writes: bool) -> list[str]:
+    """Execute one; what is wrong with it. Its new outputs are written where nothing is and ``writes`` asks for it."""
+    try:
+        fresh = execute(path)
+    except nbclient.exceptions.CellExecutionError as error:
+        return [f"a cell failed\n{error}"]
+    found = problems(fresh) + ([] if writes else problems(nbformat.read(path, as_version=4)))
+    if writes and not found:
+        nbformat.write(fresh, path)
+    return found
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("notebooks", nargs="*", type=pathlib.Path, help="which; by default all of notebooks/")
     parser.add_argument("--write", action="store_true", help="write the new outputs")
     arguments = parser.parse_args()
     os.environ["PYTHONWARNINGS"] = "ignore::DeprecationWarning"  # of the kernel's own packages
-    has_failed = False
-    for path in arguments.notebooks or sorted(FOLDER.glob("*.ipynb")):
-        try:
-            fresh = execute(path)
-        except nbclient.exceptions.CellExecutionError as error:
-            print(f"{path.name}: a cell failed\n{error}", file=sys.stderr)
-            has_failed = True
-            continue
-        found = problems(fresh) + ([] if arguments.write else problems(nbformat.read(path, as_version=4)))
-        for problem in found:
-            print(f"{path.name}: {problem}", file=sys.stderr)
-        has_failed |= bool(found)
-        if arguments.write and not found:
-            nbformat.write(fresh, path)
-        print(f"{path.name}: {'failed' if found else 'written' if arguments.write else 'runs'}")
+    paths, has_failed = arguments.notebooks or sorted(FOLDER.glob("*.ipynb")), False
+    # Two at a time, but for the outputs that are kept: they hold times.
+    with concurrent.futures.ThreadPoolExecutor(1 if arguments.write else 2) as pool:
+        for path, found in zip(paths, pool.map(functools.partial(run, writes=arguments.write), paths), strict=True):
+            for problem in found:
+                print(f"{path.name}: {problem}", file=sys.stderr)
+            has_failed |= bool(found)
+            print(f"{path.name}: {'failed' if found else 'written' if arguments.write else 'runs'}", flush=True)
     return int(has_failed)
 
 

@@ -13,12 +13,14 @@ from tpllm.llm import LLM
 from tpllm.model.config import ModelConfig
 from tpllm.model.params import init_params
 from tpllm.model.partition import fit_to_mesh
+from tpllm.quant.policy import parse_policy
 from tpllm.quant.storage import Storage
 from tpllm.tokenizer import Tokenizer
 
 CONFIG = ModelConfig(vocab_size=96, hidden_size=64, num_layers=2, num_heads=8, num_kv_heads=8, head_dim=16, intermediate_size=128,
                      max_position=160, ties_embeddings=True)
-SHAPES = {"max_num_seqs": 4, "prefill_chunk_size": 32, "max_model_len": 120}
+SHAPES = {"max_num_seqs": 4, "prefill_chunk_size": 32, "max_model_len": 120, "page_size": 16}
+"""Engines of the same options share their programs: a test that asks for others compiles its own."""
 
 
 def make_llm(mesh: dict[str, int] | None = None, *, config: ModelConfig = CONFIG, **options) -> LLM:
@@ -30,10 +32,11 @@ def make_llm(mesh: dict[str, int] | None = None, *, config: ModelConfig = CONFIG
     return LLM.from_params(fitted, jax.device_put(params, shardings), **{**SHAPES, **options})
 
 
-def make_packed_llm(mesh: dict[str, int] | None = None, *, config: ModelConfig = CONFIG, dtype: str = "float32", **options) -> LLM:
+def make_packed_llm(mesh: dict[str, int] | None = None, *, config: ModelConfig = CONFIG, dtype: str = "float32", quantization: str | None = None,
+                    **options) -> LLM:
     """The like with weights packed for the native kernels, so that rows do not depend on how many tokens are computed with theirs."""
     fitted = fit_to_mesh(config, make_mesh(mesh or {"tp": 1}), DATA_TENSOR)
-    params = random_params(fitted, Storage(jnp.dtype(dtype), is_packed=True))
+    params = random_params(fitted, Storage(jnp.dtype(dtype), parse_policy(quantization), is_packed=True))
     return LLM.from_params(fitted, params, **{**SHAPES, **options})
 
 

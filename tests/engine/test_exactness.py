@@ -4,7 +4,7 @@ import functools
 
 import pytest
 
-from tests.engine.conftest import CONFIG, make_llm, make_packed_llm, random_prompts
+from tests.engine.conftest import CONFIG, SHAPES, make_llm, make_packed_llm, random_prompts
 from tests.engine.test_invariance import PARAMS, PROMPTS, exact
 from tpllm import SamplingParams, ops
 from tpllm.model.naive import greedy
@@ -31,9 +31,9 @@ def make(request, monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", ["float32", SLOW("bfloat16"), "int8", SLOW("fp8")])
-@pytest.mark.parametrize(("mesh", "page_size"), [({"tp": 1}, 16), SLOW({"tp": 2}, 16), SLOW({"tp": 4}, 16), SLOW({"dp": 2, "tp": 2}, 16)], ids=str)
-def test_rows_that_lose_their_pages_again_and_again_are_bit_equal(make, mesh, page_size, dtype):
-    tight = make(mesh, kv_cache_dtype=dtype, kv_cache_tokens=128 * mesh.get("dp", 1), page_size=page_size)
+@pytest.mark.parametrize("mesh", [{"tp": 1}, SLOW({"tp": 2}), SLOW({"tp": 4}), SLOW({"dp": 2, "tp": 2})], ids=str)
+def test_rows_that_lose_their_pages_again_and_again_are_bit_equal(make, mesh, dtype):
+    tight = make(mesh, kv_cache_dtype=dtype, kv_cache_tokens=128 * mesh.get("dp", 1))
     expected = alone(make, tuple(mesh.items()), dtype)
     for order in (list(range(7)), list(range(6, -1, -1)), [0, 3, 5, 1, 2, 6, 4]):
         found = exact(tight.generate([PROMPTS[i] for i in order], [PARAMS[i] for i in order]))
@@ -45,22 +45,17 @@ def test_rows_that_lose_their_pages_again_and_again_are_bit_equal(make, mesh, pa
 @pytest.mark.skipif(not IS_NATIVE, reason="without native kernels rows are always swapped")
 @pytest.mark.parametrize("dtype", ["float32", "int8"])
 def test_rows_that_are_swapped_to_the_host_and_back_are_bit_equal_too(dtype):
-    tight = make_packed_llm(kv_cache_dtype=dtype, kv_cache_tokens=128, page_size=16, preemption="swap")
+    tight = make_packed_llm(kv_cache_dtype=dtype, kv_cache_tokens=128, preemption="swap")
     assert exact(tight.generate(PROMPTS, PARAMS)) == alone(make_packed_llm, (("tp", 1),), dtype)
     assert tight._engine.scheduler.num_preemptions > 0
 
 
-@pytest.mark.parametrize("page_size", [16, 32, 64, 128])
-def test_rows_are_bit_equal_at_every_page_size(make, page_size):
-    llm = make(page_size=page_size, kv_cache_dtype="float32")
+@pytest.mark.parametrize(("page_size", "chunk"), [(32, 16), (64, 64), (128, 32)])
+def test_rows_are_bit_equal_at_every_page_size_and_however_their_prompts_are_cut(make, page_size, chunk):
+    if make is make_llm:
+        chunk = SHAPES["prefill_chunk_size"]  # without native kernels the size of a chunk decides about the last bits
+    llm = make(page_size=page_size, prefill_chunk_size=chunk)
     assert exact(llm.generate(PROMPTS, PARAMS)) == alone(make, (("tp", 1),), "float32")
-
-
-@pytest.mark.parametrize("chunk", [16, 64])
-@pytest.mark.skipif(not IS_NATIVE, reason="without native kernels the size of a chunk decides about the last bits")
-def test_rows_are_bit_equal_however_their_prompts_are_cut(chunk):
-    llm = make_packed_llm(prefill_chunk_size=chunk, kv_cache_dtype="float32")
-    assert exact(llm.generate(PROMPTS, PARAMS)) == alone(make_packed_llm, (("tp", 1),), "float32")
 
 
 def shared_prompts(count: int) -> list[dict[str, list[int]]]:
@@ -73,7 +68,7 @@ def shared_prompts(count: int) -> list[dict[str, list[int]]]:
 @pytest.mark.parametrize("dtype", ["float32", "int8"])
 def test_rows_whose_beginning_is_shared_are_bit_equal_to_those_that_compute_it(make, mesh, dtype):
     prompts, params = shared_prompts(12), [SamplingParams(seed=index, max_tokens=10, logprobs=1) for index in range(12)]
-    plain, sharing = (make(mesh, kv_cache_dtype=dtype, page_size=16, enable_prefix_caching=is_on) for is_on in (False, True))
+    plain, sharing = (make(mesh, kv_cache_dtype=dtype, enable_prefix_caching=is_on) for is_on in (False, True))
     expected = exact(plain.generate(prompts, params))
     outputs = sharing.generate(prompts, params)
     assert exact(outputs) == expected
@@ -87,22 +82,22 @@ def test_rows_whose_beginning_is_shared_are_bit_equal_to_those_that_compute_it(m
 
 
 def test_a_conversation_that_goes_on_reuses_its_own_answers_where_that_changes_no_bit(make):
-    llm, params = make(page_size=16, kv_cache_dtype="float32"), SamplingParams(temperature=0, max_tokens=30, logprobs=0)
+    llm, params = make(), SamplingParams(temperature=0, max_tokens=30, logprobs=0)
     first = llm.generate(random_prompts(20), params)[0]
     following = {"prompt_token_ids": [*first.prompt_token_ids, *first.outputs[0].token_ids, 5, 6, 7]}
     second = llm.generate([following], params)[0]
     assert second.num_cached_tokens == (48 if make is make_packed_llm else 0)
-    fresh = make(page_size=16, kv_cache_dtype="float32", enable_prefix_caching=False)
+    fresh = make(enable_prefix_caching=False)
     assert exact([second]) == exact(fresh.generate([following], params))
 
 
-@pytest.mark.parametrize("tokens", [None, 160])
+@pytest.mark.parametrize("tokens", [None, 128])
 @pytest.mark.parametrize("mesh", [{"tp": 1}, SLOW({"dp": 2, "tp": 2})], ids=str)
 def test_the_samples_of_one_prompt_are_what_each_is_without_sharing_it(make, mesh, tokens):
     options = {} if tokens is None else {"kv_cache_tokens": tokens * mesh.get("dp", 1)}
-    llm = make(mesh, page_size=16, kv_cache_dtype="float32", **options)
+    llm = make(mesh, **options)
     params = SamplingParams(n=6, seed=5, max_tokens=25, logprobs=0)
-    plain = make(mesh, page_size=16, kv_cache_dtype="float32", enable_prefix_caching=False)
+    plain = make(mesh, enable_prefix_caching=False)
     for prompt in random_prompts(1, 16, 45, 48, 49):
         samples = llm.generate([prompt], params)[0].outputs
         expected = plain.generate([prompt], params)[0].outputs
@@ -112,7 +107,7 @@ def test_the_samples_of_one_prompt_are_what_each_is_without_sharing_it(make, mes
 
 
 def test_greedy_rows_of_a_tight_cache_equal_the_naive_loop(make):
-    llm = make(kv_cache_tokens=128, page_size=16)
+    llm = make(kv_cache_tokens=128)
     prompts = random_prompts(3, 40, 17, 64, 5, 90, seed=6)
     outputs = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=24))
     for prompt, output in zip(prompts, outputs, strict=True):
@@ -126,7 +121,7 @@ def test_penalties_and_prompt_scores_survive_a_preemption(make):
               SamplingParams(seed=4, max_tokens=30, prompt_logprobs=2),
               SamplingParams(temperature=0, max_tokens=30, repetition_penalty=1.8)]
     prompts = random_prompts(30, 25, 28, 31, seed=2)
-    roomy, tight = make(kv_cache_dtype="float32"), make(kv_cache_dtype="float32", kv_cache_tokens=128, page_size=16)
+    roomy, tight = make(), make(kv_cache_tokens=128)
     expected, found = roomy.generate(prompts, params), tight.generate(prompts, params)
     assert exact(found) == exact(expected)
     assert [output.prompt_logprobs for output in found] == [output.prompt_logprobs for output in expected]
@@ -136,7 +131,7 @@ def test_penalties_and_prompt_scores_survive_a_preemption(make):
 def test_ropes_that_depend_on_the_prompts_length_share_nothing_across_lengths(make):
     from tpllm.model.config import RopeConfig
     config = dataclasses.replace(CONFIG, rope=RopeConfig(kind="dynamic", theta=10000.0, factor=2.0, original_max_position=32), layer_ropes=())
-    sharing, plain = (make(config=config, page_size=16, enable_prefix_caching=is_on) for is_on in (True, False))
+    sharing, plain = (make(config=config, enable_prefix_caching=is_on) for is_on in (True, False))
     prompts, params = shared_prompts(6), SamplingParams(temperature=0, max_tokens=12)
     outputs = sharing.generate(prompts, params)
     assert exact(outputs) == exact(plain.generate(prompts, params))
@@ -147,7 +142,7 @@ def test_ropes_that_depend_on_the_prompts_length_share_nothing_across_lengths(ma
 def test_many_rows_coming_and_going_give_the_bits_of_each_alone(make):
     rng_prompts = random_prompts(*[3, 50, 20, 9, 33, 70, 1, 12] * 3, seed=11)
     params = [SamplingParams(seed=index, max_tokens=1 + 7 * index % 30, top_k=index % 4, n=1 + (index % 5 == 0)) for index in range(24)]
-    llm = make(kv_cache_tokens=192, page_size=16)
+    llm = make(kv_cache_tokens=128)
     together = llm.generate(rng_prompts, params)
     single = make()
     for prompt, one, output in list(zip(rng_prompts, params, together, strict=True))[::3]:

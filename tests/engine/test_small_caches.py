@@ -1,4 +1,6 @@
 """Keys and values of 8 bits: close to those of 32, the same whatever shares the batch, a quarter of the memory."""
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -26,7 +28,9 @@ def path(request, monkeypatch):
     return request.param
 
 
-def prompt_logprobs(kv_cache_dtype, mesh="tp=1"):
+@functools.cache
+def prompt_logprobs(path, kv_cache_dtype, mesh="tp=1"):
+    """Of the fixture's path; it is only here to tell results apart."""
     llm = LLM("demo", mesh=mesh, dtype="float32", kv_cache_dtype=kv_cache_dtype, max_model_len=128, max_num_seqs=2, prefill_chunk_size=16)
     [output] = llm.generate([TEXT], SamplingParams(temperature=0, max_tokens=24, ignore_eos=True, prompt_logprobs=0), show_progress=False)
     tokens = output.prompt_token_ids
@@ -36,10 +40,10 @@ def prompt_logprobs(kv_cache_dtype, mesh="tp=1"):
 
 @pytest.mark.parametrize("kind", CLOSE)
 def test_log_probabilities_are_close_to_those_of_a_float32_cache(path, kind):
-    expected, _ = prompt_logprobs("float32")
-    found, tokens = prompt_logprobs(kind)
+    expected, _ = prompt_logprobs(path, "float32")
+    found, tokens = prompt_logprobs(path, kind)
     assert 0 < np.abs(found - expected).mean() < CLOSE[kind]
-    cut, cut_tokens = prompt_logprobs(kind, mesh="tp=2")
+    cut, cut_tokens = prompt_logprobs(path, kind, mesh="tp=2")
     np.testing.assert_allclose(cut, found, atol=CLOSE[kind])
     assert kind != "float16" or cut_tokens == tokens
 

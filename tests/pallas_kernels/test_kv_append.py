@@ -1,4 +1,6 @@
 """What an append writes into a cache, and what it leaves alone."""
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,11 +12,17 @@ from pallas_kernels.tiling import Device
 
 P, K, S, H = 4, 2, 24, 3
 CPU, V5E = Device("cpu"), Device("tpu", "TPU v5 lite")
-append = jax.jit(kv_append_reference)
+append, scatter = jax.jit(kv_append_reference), jax.jit(scatter_entries)
 
 
-def random(shape, dtype="float32", seed=0):
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.dtype(dtype))
+def random(shape, dtype="float32", seed=0, times=1):
+    """A numpy array: what is computed of it outside of the ops costs no compile."""
+    return (times * np.random.default_rng(seed).normal(size=shape).astype(np.float32)).astype(jnp.dtype(dtype))
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def pages_of(table, positions, page_size):
+    return table.pages_of(positions, page_size)
 
 
 def expected(cache, new, positions, rows):
@@ -37,15 +45,15 @@ def expected(cache, new, positions, rows):
     ([[0, 1, -1], [5, 6, 7], [-1, -1, -1]], [3, 0, 2]),
 ])
 def test_new_entries_are_written_to_their_rows_and_nothing_else_changes(positions, rows, dtype):
-    cache = random((P, K, S, H)).astype(dtype)
-    new = 5 * random((len(positions), len(positions[0]), K, H), seed=1)
-    out = append(cache, new, jnp.array(positions, jnp.int32), None if rows is None else one_page_a_row(P, jnp.array(rows, jnp.int32)))
+    cache = random((P, K, S, H), dtype)
+    new = random((len(positions), len(positions[0]), K, H), seed=1, times=5)
+    out = append(cache, new, np.array(positions, np.int32), None if rows is None else one_page_a_row(P, np.array(rows, np.int32)))
     assert out.dtype == cache.dtype
     wanted = expected(cache, new.astype(dtype), positions, range(len(positions)) if rows is None else rows)
     assert np.asarray(out).tobytes() == wanted.tobytes()
-    positions = jnp.array(positions, jnp.int32)
-    pages = one_page_a_row(P, None if rows is None else jnp.array(rows)).pages_of(positions, S)
-    by_entries = scatter_entries(cache, new.astype(dtype), jnp.where(pages < 0, P, pages), positions % S)
+    positions = np.array(positions, np.int32)
+    pages = np.asarray(pages_of(one_page_a_row(P, None if rows is None else np.array(rows, np.int32)), positions, S))
+    by_entries = scatter(cache, new.astype(dtype), np.where(pages < 0, P, pages), positions % S)
     assert np.asarray(by_entries).tobytes() == wanted.tobytes()
 
 
@@ -80,19 +88,31 @@ def rows_by_token(positions, rows):
     ([[8, 3, -1], [17, 18, 3]], [[0, 2, 2], [1, 1, 3]]),
 ])
 def test_new_entries_are_written_to_their_pages_and_nothing_else_changes(positions, rows, dtype):
-    cache = random((NUM_PAGES, K, PAGE_SIZE, H)).astype(dtype)
-    new = (5 * random((len(positions), len(positions[0]), K, H), seed=1)).astype(dtype)
-    table = PageTable(jnp.array(PAGES, jnp.int32), None if rows is None else jnp.array(rows, jnp.int32))
-    positions = jnp.array(positions, jnp.int32)
+    cache = random((NUM_PAGES, K, PAGE_SIZE, H), dtype)
+    new = random((len(positions), len(positions[0]), K, H), dtype, seed=1, times=5)
+    table = PageTable(np.array(PAGES, np.int32), None if rows is None else np.array(rows, np.int32))
+    positions = np.array(positions, np.int32)
     wanted = expected_pages(cache, new, positions, rows_by_token(positions, rows), PAGES)
     assert np.asarray(append(cache, new, positions, table)).tobytes() == wanted.tobytes()
-    pages = table.pages_of(positions, PAGE_SIZE)
-    is_there = (pages >= 0) & (pages < NUM_PAGES)
-    by_entries = scatter_entries(cache, new, jnp.where(is_there, pages, NUM_PAGES), positions % PAGE_SIZE)
+    pages = np.asarray(pages_of(table, positions, PAGE_SIZE))
+    by_entries = scatter(cache, new, np.where((pages >= 0) & (pages < NUM_PAGES), pages, NUM_PAGES), positions % PAGE_SIZE)
     assert np.asarray(by_entries).tobytes() == wanted.tobytes()
 
 
+def padded(positions, rows):
+    """Positions, and rows of each call's row or token, in the next larger of a few shapes: each compiles a kernel of its own."""
+    B, T = np.shape(positions)
+    more = next((b - B, t - T) for b, t in ((4, 1), (40, 1), (2, 9), (1, 96)) if b >= B and t >= T)
+    positions = np.pad(np.array(positions, np.int32), ((0, more[0]), (0, more[1])), constant_values=-1)
+    return positions, None if rows is None else np.pad(np.array(rows, np.int32), [(0, n) for n in more[:np.ndim(rows)]])
+
+
 MANY_ROWS = [[page] for page in np.random.default_rng(0).permutation(40)]
+
+
+@jax.jit
+def append_kernel(caches, new, positions, table):
+    return kv_append(caches, new, positions, table=table, device=V5E, implementation="mosaic_tpu", interpret=True)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float8_e4m3fn", "int8"])
@@ -101,21 +121,19 @@ MANY_ROWS = [[page] for page in np.random.default_rng(0).permutation(40)]
     ([[31], [32]], [0, 1], PAGES),
     ([[3 * row % 32] for row in range(40)], None, MANY_ROWS),  # more than a group of tiles
     ([[*range(27, 41)]], [1], PAGES),  # over the end of a page
-    ([[*range(96)]], [1], [[5, 6, 1], [2, 7, 3]]),  # whole tiles
-    ([[*range(1, 95)]], [1], [[5, 6, 1], [2, 7, 3]]),
+    ([[*range(96)]], [1], [[5, 6, 1], [2, 7, 3]] * 2),  # whole tiles
+    ([[*range(1, 95)]], [1], [[5, 6, 1], [2, 7, 3]] * 2),
     ([[60, 61, 62, 63, 64, 65], [0, 1, 2, -1, -1, -1]], [0, 2], PAGES),  # on to a page that is not there; padding
-    ([[-1] * 9] * 2, None, PAGES),
+    ([[-1] * 9] * 2, [0, 1], PAGES),
     ([[62, 63, 64], [30, 31, 32]], [3, 3], PAGES),  # an index beyond the pages, a negative one
     ([[40], [5], [7]], [-1, 4, 2], PAGES),  # rows that are not there
     ([[*range(29, 63), 64, 22, -1, -1]], [[*[1] * 34, 2, 3, 0, 0]], PAGES),  # ragged
 ], ids=["decode", "end of a page", "many rows", "chunk", "whole tiles", "all but two", "padding", "nothing", "no page", "no row", "ragged"])
 def test_the_kernel_writes_new_entries_to_their_pages_and_changes_nothing_else(positions, rows, pages, dtype):
-    rng = np.random.default_rng()
-    caches = tuple(jnp.asarray(rng.normal(size=(40, 2, 32, 128)), jnp.float32).astype(dtype) for _ in range(2))
-    new = tuple(jnp.asarray(9 * rng.normal(size=(len(positions), len(positions[0]), 2, 128)), jnp.float32).astype(dtype) for _ in range(2))
-    table = PageTable(jnp.array(pages, jnp.int32), None if rows is None else jnp.array(rows, jnp.int32))
-    out = jax.jit(lambda *arrays: kv_append(*arrays, table=table, device=V5E, implementation="mosaic_tpu", interpret=True))(
-        caches, new, jnp.array(positions, jnp.int32))
+    rng, (positions, rows) = np.random.default_rng(), padded(positions, rows)
+    caches = tuple(random((40, 2, 32, 128), dtype, seed=rng) for _ in range(2))
+    new = tuple(random((len(positions), len(positions[0]), 2, 128), dtype, seed=rng, times=9) for _ in range(2))
+    out = append_kernel(caches, new, positions, PageTable(np.array(pages, np.int32), rows))
     for written, cache, entries in zip(out, caches, new, strict=True):
         assert written.dtype == cache.dtype
         wanted = expected_pages(cache, entries, positions, rows_by_token(positions, rows), pages)

@@ -222,6 +222,17 @@ def test_rows_share_the_pages_of_what_their_prompts_have_in_common():
     assert pieces(host.step()) == [("5", 0, 100)]
 
 
+def test_a_page_is_shared_only_where_all_before_it_is_alike():
+    host, (first, second, page) = Host(), (list(range(start, start + 16)) for start in (0, 100, 200))
+    for prompt in ([*first, *page, 1], [*second, 1]):
+        host.add(prompt)
+        host.finish()
+    host.add([*second, *page, 1])
+    assert pieces(host.step()) == [("3", 16, 17)]
+    host.add([*page, 1])
+    assert pieces(host.step()) == [("4", 0, 17)]
+
+
 def test_what_a_row_generated_is_found_too_when_a_later_prompt_goes_on_with_it():
     host = Host()
     row = host.row(list(range(10)), max_tokens=40)
@@ -229,6 +240,14 @@ def test_what_a_row_generated_is_found_too_when_a_later_prompt_goes_on_with_it()
     prompt = [*range(10), *row.completion.token_ids, 3]
     host.add(prompt)
     assert pieces(host.step()) == [("2", 48, 3)]
+
+
+def test_a_page_whose_last_token_was_drawn_and_not_computed_is_not_found():
+    host = Host()
+    row = host.row(list(range(10)), max_tokens=6)
+    host.finish()
+    host.add([*range(10), *row.completion.token_ids, 3])
+    assert pieces(host.step()) == [("2", 0, 17)]
 
 
 def test_without_invariant_kernels_whole_chunks_of_prompts_are_shared_and_nothing_else():

@@ -69,11 +69,11 @@ class CopiedTree:
         configure = ["cmake", "-S", "tpllm/native", "-B", folder, "-G", "Ninja", "-DTPLLM_INPLACE=ON", "-DCMAKE_CXX_FLAGS_RELEASE=-O0",
                      f"-DPython_EXECUTABLE={sys.executable}", *(f"-DTPLLM_TAKES_{name}=OFF" for name in sorted(unwanted))]
         path = f"{os.environ['PATH']}:{pathlib.Path(sys.executable).parent}"  # CMake and Ninja may be the virtual environment's
-        for command in ([] if folder.exists() else [configure]) + [["cmake", "--build", folder]]:
-            done = subprocess.run(command, cwd=self.path, env={**os.environ, "PATH": path}, capture_output=True, text=True)
-            if done.returncode:
-                raise BuildError(f"{' '.join(map(str, command[:3]))} ended with code {done.returncode}:\n{(done.stdout + done.stderr)[-2000:]}")
         try:
+            for command in ([] if folder.exists() else [configure]) + [["cmake", "--build", folder]]:
+                done = subprocess.run(command, cwd=self.path, env={**os.environ, "PATH": path}, capture_output=True, text=True)
+                if done.returncode:
+                    raise BuildError(f"{' '.join(map(str, command[:3]))} ended with code {done.returncode}:\n{(done.stdout + done.stderr)[-2000:]}")
             yield
         finally:
             placed.unlink(missing_ok=True)
@@ -108,9 +108,10 @@ def copied_tree(root: pathlib.Path, flags: str) -> Iterator[CopiedTree]:
 
 
 def _source_files(root: pathlib.Path) -> list[pathlib.Path]:
-    listed = subprocess.run(["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=root, capture_output=True, text=True)
-    if listed.returncode == 0:
-        files = [pathlib.Path(name) for name in listed.stdout.split("\0") if name and (root / name).is_file()]
+    if (root / ".git").exists() and shutil.which("git"):
+        listed = subprocess.run(["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=root, check=True, capture_output=True,
+                                text=True).stdout
+        files = [pathlib.Path(name) for name in listed.split("\0") if name and (root / name).is_file()]
     else:
         files = [pathlib.Path(folder, name).relative_to(root) for folder, folders, names in os.walk(root)
                  for name in _kept(folder, folders, names)]

@@ -32,7 +32,8 @@ def draw(root: pathlib.Path, count: int, *, seed: int) -> list[Mutant]:
                 file, old, new = sites[operator].pop(rng.randrange(len(sites[operator])))
                 if not sites[operator]:
                     del sites[operator]
-                mutants.append(Mutant(name=f"drawn-{seed}-{len(mutants):03}", file=file, old=old, new=new, tests=(), drawn=f"seed {seed}, {operator}"))
+                name = f"drawn-{seed}-{len(mutants):03}"
+                mutants.append(Mutant(name, file, old, new, tests=(), drawn=f"seed {seed}, {operator}"))
     return mutants
 
 

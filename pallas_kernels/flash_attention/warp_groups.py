@@ -7,7 +7,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.register_load import load_registers
+from pallas_kernels.registers import load_registers
 
 
 def pick(interpret: bool) -> type:

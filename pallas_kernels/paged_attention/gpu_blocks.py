@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.register_load import load_registers
+from pallas_kernels.registers import load_registers, store_registers
 
 QUERY_ROWS = 64  # of a product of a warp group
 COLUMNS = 64  # of the head dim, that one product with values makes
@@ -197,6 +197,13 @@ def _counted(call: Call, shape, axis: int) -> jax.Array:
 
 def load(call: Call, ref, layout) -> jax.Array:
     return ref[...] if call.interpret else load_registers(ref, layout)
+
+
+def store(call: Call, ref, value: jax.Array) -> None:
+    if call.interpret:
+        ref[...] = value
+    else:
+        store_registers(ref, value)
 
 
 def _laid_out(call: Call, x: jax.Array, layout) -> jax.Array:

@@ -15,7 +15,7 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, vector
 
 from pallas_kernels.quant_matmul.fragment_codes import WORD_TILE, high_place, unpack_fragments
-from pallas_kernels.register_load import load_registers
+from pallas_kernels.registers import load_registers
 
 ROWS = 64
 """Of a warp group's product."""

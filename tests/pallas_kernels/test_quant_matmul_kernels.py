@@ -61,7 +61,9 @@ def supports(back_end: str, case: Case) -> bool:
     return back_end == "mosaic_gpu" or case.dtype == "bfloat16"
 
 
-PAIRS = [pytest.param(back_end, case, id=f"{back_end}-{case}", marks=[pytest.mark.slow] if case.is_slow else [])
+NEWEST = {"mosaic_gpu": CASES[0], "mosaic_tpu": CASES[0], "triton": next(case for case in CASES if supports("triton", case))}
+PAIRS = [pytest.param(back_end, case, id=f"{back_end}-{case}",
+                      marks=[pytest.mark.slow] if case.is_slow else [pytest.mark.newest] if case == NEWEST[back_end] else [])
          for back_end in BACK_ENDS for case in CASES if supports(back_end, case)]
 
 

@@ -1,4 +1,4 @@
-"""A load from a GPU's memory into registers, as each version of jax spells it."""
+"""What a warp group of a GPU moves between memory and its registers, as each version of jax spells it."""
 import inspect
 
 import jax
@@ -13,7 +13,15 @@ def load_registers(ref, layout: plgpu.Layout, *, is_optimized: bool = False) -> 
     """All that a reference holds.
 
     Args:
-        layout: how it lies in the registers of a warp group.
-        is_optimized: whether a load that takes more than one instruction a vector is an error of the compiler.
+        layout: how it lies in the registers.
+        is_optimized: whether the compiler refuses a load that is slowed down by conflicts of banks.
     """
     return plgpu.load(ref, *NO_INDEX, layout=layout, optimized=is_optimized)
+
+
+def store_registers(ref, value: jax.Array) -> None:
+    """Write to all of a reference, with conflicts of banks where they cannot be helped; an assignment refuses these since jax 0.12."""
+    if hasattr(plgpu, "store"):
+        plgpu.store(ref, value, optimized=False)
+    else:
+        ref[...] = value

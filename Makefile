@@ -51,8 +51,8 @@ test-newest: $(NEWEST_VENV)/.installed $(VENV)/.native
 	@$(if $(NEWEST_PYTHON),,echo "test-newest: neither Python 3.13 nor 3.12 found, so $(PYTHON) and the newest jax that it has are tried")
 	@$(NEWEST_VENV)/bin/python -c 'import platform, jax; print("test-newest: Python", platform.python_version(), "and jax", jax.__version__)'
 	XLA_FLAGS="$$XLA_FLAGS --xla_backend_optimization_level=0" $(NEWEST_VENV)/bin/python -m pytest -m newest $(NEWEST_TESTS)
-	rm -rf build/newest
-	$(NEWEST_VENV)/bin/python -W error -m tpllm.cli.main run configs/jobs/quickstart.yaml --output build/newest
+	rm -rf $(NEWEST_VENV)/job
+	$(NEWEST_VENV)/bin/python -W error -m tpllm.cli.main run configs/jobs/quickstart.yaml --output $(NEWEST_VENV)/job
 
 test-oracle: $(VENV)/.oracle $(VENV)/.native
 	$(PYTEST) -m oracle

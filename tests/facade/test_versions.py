@@ -24,7 +24,7 @@ def test_the_range_is_that_of_pyproject_and_of_its_extras():
 
 def test_the_documentation_lists_every_version_at_the_ends_of_the_range_as_tried_and_none_outside():
     page = (REPOSITORY / "docs" / "getting_started.md").read_text()
-    header, _, *rows = re.findall(r"^\| .*\|$", page[page.index("| jax |"):].split("\n\n")[0], re.M)
+    header, *rows = re.findall(r"^\| .*\|$", page[page.index("| jax |"):].split("\n\n")[0], re.M)
     tried = [cell.strip() for row in rows for cell in row.split("|")[1].split(",")]
     assert all(versions.is_within(version, versions.JAX) for version in tried)
     least, most = (re.search(sign + r"=([\d.]+)", versions.JAX)[1] for sign in "><")

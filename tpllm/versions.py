@@ -28,7 +28,7 @@ def check() -> None:
         VersionError: another one, or no jax.
         SystemExit: the same on the command line, where it is one line on standard error.
     """
-    message = refusal(".".join(map(str, sys.version_info[:3])), find_jax())
+    message = python_refusal(".".join(map(str, sys.version_info[:3]))) or jax_refusal(find_jax())
     if message is None:
         return
     if _is_command_line():
@@ -37,11 +37,15 @@ def check() -> None:
     raise VersionError(message)
 
 
-def refusal(python: str, jax: str | None) -> str | None:
-    """Why tpllm does not run on these versions; None where it does."""
-    if not is_within(python, PYTHON):
-        return (f"this is Python {python}, and tpllm needs Python {PYTHON}: make an environment of one that is, as by `python3.13 -m venv .venv`, "
-                "and install tpllm there")
+def python_refusal(python: str) -> str | None:
+    """Why tpllm does not run on a Python; None where it does."""
+    return None if is_within(python, PYTHON) else (
+        f"this is Python {python}, and tpllm needs Python {PYTHON}: make an environment with such a one, as by `python3.13 -m venv .venv`, and "
+        "install tpllm there")
+
+
+def jax_refusal(jax: str | None) -> str | None:
+    """The same for a jax; None where there is none."""
     if jax is None:
         return f"jax is not installed here, and tpllm needs jax {JAX}: install tpllm with what it needs, as by `pip install -e .` in its folder"
     return None if is_within(jax, JAX) else f"this is jax {jax}, and tpllm needs jax {JAX}: pip install 'jax{JAX}'"

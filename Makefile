@@ -10,8 +10,16 @@ PYTEST = $(VENV)/bin/python -m pytest -n 2 --dist loadfile --junitxml=build/time
 OLD_EMITTERS = $$($(VENV)/bin/python -c 'import jaxlib; print("--xla_cpu_use_fusion_emitters=false" * jaxlib.__version__.startswith("0.10."))')
 QUICK = XLA_FLAGS="$$XLA_FLAGS --xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1 $(OLD_EMITTERS)"
 # test-aot: the compilers of NVIDIA GPUs and TPUs, which need no device, in a virtual environment for each version of jax. The newer needs Python 3.12.
-PYTHON312 ?= $(shell for python in python3.12 $${PYENV_ROOT:-$$HOME/.pyenv}/versions/3.12*/bin/python; do \
+find_python = $(shell for python in python$(1) $${PYENV_ROOT:-$$HOME/.pyenv}/versions/$(1)*/bin/python; do \
 	"$$python" -c "" 2>/dev/null && echo "$$python" && break; done)
+PYTHON312 ?= $(call find_python,3.12)
+# test-newest: the newest jax that pyproject.toml allows, on the newest Python that is found. To try another one:
+# make test-newest NEWEST_VENV=.venv-try NEWEST_PYTHON=python3.11 NEWEST_NEEDS="jax==0.10.1 numpy==2.0.0"
+NEWEST_PYTHON ?= $(or $(call find_python,3.13),$(PYTHON312))
+NEWEST_VENV ?= .venv-newest
+NEWEST_NEEDS ?=
+NEWEST_TESTS = tests/facade/test_imports.py tests/facade/test_versions.py tests/demo/test_greedy_text.py tests/pallas_kernels/test_kv_append.py \
+	tests/pallas_kernels/test_lowering.py $(wildcard tests/pallas_kernels/test_*_kernels.py)
 TORCH ?= torch==2.13.0 # a build without CUDA serves: torch is only an oracle here
 NATIVE = tpllm/native/CMakeLists.txt $(wildcard tpllm/native/csrc/*)
 # The system's CMake and Ninja, or the virtual environment's.
@@ -21,7 +29,7 @@ BUILD = $(WITH_CMAKE) cmake --build
 TUNED = $(CONFIGURE) -B build/native/tuned -DTPLLM_INPLACE=ON -DTPLLM_MARCH_NATIVE=ON
 PROFILE_WORKLOAD ?= $(VENV)/bin/python tools/native_profile_workload.py
 
-.PHONY: setup quickstart lint test test-slow test-oracle test-aot times notebooks docs docs-commands mutants mutants-few test-flags clean \
+.PHONY: setup quickstart lint test test-slow test-newest test-oracle test-aot times notebooks docs docs-commands mutants mutants-few test-flags clean \
 	native native-tuned native-asan native-tsan native-neon
 
 setup: $(VENV)/.installed
@@ -39,6 +47,14 @@ test: $(VENV)/.test $(VENV)/.native
 
 test-slow: $(VENV)/.test $(VENV)/.native
 	$(QUICK) $(PYTEST) -m "slow and not oracle and not aot"
+
+# A few minutes at most: imports, the demo's text with the native library and without, each kernel interpreted and lowered, one job. No warning passes.
+test-newest: $(NEWEST_VENV)/.installed $(VENV)/.native
+	@$(if $(NEWEST_PYTHON),,echo "test-newest: neither Python 3.13 nor 3.12 found, so $(PYTHON) and the newest jax that it has are tried")
+	@$(NEWEST_VENV)/bin/python -c 'import platform, jax; print("test-newest: Python", platform.python_version(), "and jax", jax.__version__)'
+	XLA_FLAGS="$$XLA_FLAGS --xla_backend_optimization_level=0" $(NEWEST_VENV)/bin/python -m pytest -m newest $(NEWEST_TESTS)
+	rm -rf $(NEWEST_VENV)/job
+	$(NEWEST_VENV)/bin/python -W error -m tpllm.cli.main run configs/jobs/quickstart.yaml --output $(NEWEST_VENV)/job
 
 test-oracle: $(VENV)/.oracle $(VENV)/.native
 	$(PYTEST) -m oracle
@@ -108,7 +124,7 @@ test-flags:
 	@$(QUICK); echo "$$XLA_FLAGS"
 
 clean:
-	rm -rf $(VENV) .venv-aot-0.10 .venv-aot-0.11 build out tpllm/native/*.so *.egg-info .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) $(NEWEST_VENV) .venv-aot-0.10 .venv-aot-0.11 build out tpllm/native/*.so *.egg-info .pytest_cache .ruff_cache .import_linter_cache .hypothesis
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -132,6 +148,11 @@ $(VENV)/.test: $(VENV)/.installed
 $(VENV)/.oracle: $(VENV)/.test
 	$(PIP) install -q $(TORCH)
 	CMAKE_ARGS="$$CMAKE_ARGS -DLLAVA_BUILD=OFF" $(EXTRAS) ".[test,oracle]" # llama.cpp without images, where it has to be compiled
+	touch $@
+
+$(NEWEST_VENV)/.installed: pyproject.toml
+	$(or $(NEWEST_PYTHON),$(PYTHON)) -m venv $(NEWEST_VENV)
+	TPLLM_NATIVE=0 $(NEWEST_VENV)/bin/pip --disable-pip-version-check install -q -e . "pytest>=8" $(NEWEST_NEEDS)
 	touch $@
 
 .venv-aot-0.10/.installed: AOT_PYTHON = $(PYTHON)

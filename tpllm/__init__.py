@@ -1,10 +1,15 @@
 """tpllm: language-model inference on JAX/XLA, sharded over any mesh.
 
-The facade is imported on first use, so that ``import tpllm`` costs nothing.
+The facade is imported on first use, so that ``import tpllm`` costs nothing. Only the versions of Python and jax are
+looked at, before anything that another one could break.
 """
 import importlib
-from typing import TYPE_CHECKING
 
+from tpllm import versions
+
+versions.check()
+
+TYPE_CHECKING = False  # what type checkers take for true, as in typing, whose import takes longer than all of this
 __version__ = "0.1.0"
 
 _WHERE = {

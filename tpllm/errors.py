@@ -5,6 +5,10 @@ class TpllmError(ValueError):
     """Base of every error that a user's input can cause."""
 
 
+class VersionError(TpllmError, ImportError):
+    """A Python or a jax that tpllm was not tried on."""
+
+
 class ConfigError(TpllmError):
     """A model configuration that cannot be run."""
 

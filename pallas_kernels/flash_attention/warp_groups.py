@@ -2,13 +2,12 @@
 
 The interpreter knows neither layouts of registers, nor a product whose left side lies in registers, nor accumulators with a first value.
 """
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-WHOLE = ((),) if jax.__version_info__ < (0, 11) else ()  # jax 0.10 asks for an index, 0.11 warns of one
+from pallas_kernels.registers import load_registers
 
 
 def pick(interpret: bool) -> type:
@@ -32,7 +31,7 @@ class Hopper:
     @staticmethod
     def load(ref, index, layout):
         """What a reference holds."""
-        return plgpu.load(ref.at[index], *WHOLE, layout=layout, optimized=False)
+        return load_registers(ref.at[index], layout)
 
     @staticmethod
     def full(shape, value, layout):

@@ -14,6 +14,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.interpreter import gpu_interpreter
 from pallas_kernels.page_table import PageTable
+from pallas_kernels.paged_attention import gpu_blocks
 from pallas_kernels.paged_attention.gpu_blocks import COLUMNS, LOG2_E, NOTHING, QUERY_ROWS, ROWS, Cache, Call, added, attend, load, nothing, two_to
 from pallas_kernels.paged_attention.runs import Runs, cut_into_runs
 from pallas_kernels.tiling import Device, choose_tiles
@@ -177,7 +178,7 @@ def _decode_body(told, table, q, positions, k, v, *rest, call, q_smem, positions
             plgpu.copy_smem_to_gmem(stats_smem.at[i], stats.at[i, split, run, head])
         for i, acc in enumerate(accs):
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            out_smem[...] = acc
+            gpu_blocks.store(call, out_smem, acc)
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(out_smem.at[pl.ds(0, call.group)], parts.at[split, run, head, :, pl.ds(i * COLUMNS, COLUMNS)])
         plgpu.wait_smem_to_gmem(0)
@@ -205,7 +206,7 @@ def _ragged_body(told, table, q, positions, k, v, *rest, call, q_smem, positions
             state = added(state, (jnp.round(sink), jnp.exp2(sink - jnp.round(sink)), nothing(call)[2]))
         for i, acc in enumerate(state[2]):
             out = acc / jax.lax.broadcast_in_dim(jnp.maximum(state[1], 1e-30), acc.shape, (0,))
-            out_smem[:, pl.ds(i * COLUMNS, COLUMNS)] = out.astype(call.dtype)
+            gpu_blocks.store(call, out_smem.at[:, pl.ds(i * COLUMNS, COLUMNS)], out.astype(call.dtype))
         plgpu.commit_smem()
 
         @pl.loop(0, count)

@@ -11,11 +11,12 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.registers import load_registers, store_registers
+
 QUERY_ROWS = 64  # of a product of a warp group
 COLUMNS = 64  # of the head dim, that one product with values makes
 MASKED, NOTHING = -1e30, -0.5e30  # a score that is not seen; the maximum of none, beside which a masked score is nothing
 MATRIX, ROWS, KEYS = plgpu.Layout.WGMMA, plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)  # of a product; of a number a row, a column
-EVERYTHING = ((),) if jax.__version_info__ < (0, 11) else ()  # jax 0.10 asks for an index, 0.11 warns of one
 LOG2_E = math.log2(math.e)
 
 
@@ -195,7 +196,14 @@ def _counted(call: Call, shape, axis: int) -> jax.Array:
 
 
 def load(call: Call, ref, layout) -> jax.Array:
-    return ref[...] if call.interpret else plgpu.load(ref, *EVERYTHING, layout=layout, optimized=False)
+    return ref[...] if call.interpret else load_registers(ref, layout)
+
+
+def store(call: Call, ref, value: jax.Array) -> None:
+    if call.interpret:
+        ref[...] = value
+    else:
+        store_registers(ref, value)
 
 
 def _laid_out(call: Call, x: jax.Array, layout) -> jax.Array:

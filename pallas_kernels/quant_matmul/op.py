@@ -5,6 +5,7 @@ import math
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import pallas_triton
 from pallas_kernels.implementations import REFERENCE, pick, with_gradient_of
 from pallas_kernels.quant_matmul import gpu, jax_triton, tpu, triton
 from pallas_kernels.quant_matmul.activations import quantize_rows
@@ -126,7 +127,16 @@ def _refuse_tpu(f: WeightFormat, device: Device, interpret: bool) -> str | None:
     return None if f.layout == "columns" else f"reads layout 'columns', not {f.layout!r}"
 
 
+def has_rows_kernel() -> bool:
+    """Whether layout ``"rows"`` has a kernel at all: through Pallas, or through jax-triton."""
+    return pallas_triton.refusal() is None or jax_triton.refusal() is None
+
+
 def _refuse_triton(f: WeightFormat, device: Device, interpret: bool) -> str | None:
+    return _refuse_rows(f, device, interpret) or pallas_triton.refusal()
+
+
+def _refuse_rows(f: WeightFormat, device: Device, interpret: bool) -> str | None:
     if not interpret and (device.platform != "gpu" or device.capability is None):
         return f"needs an NVIDIA GPU, not {device.kind or device.platform}"
     if f.bits != 4 or f.group not in triton.GROUPS or f.super_group:
@@ -137,4 +147,4 @@ def _refuse_triton(f: WeightFormat, device: Device, interpret: bool) -> str | No
 def _refuse_jax_triton(f: WeightFormat, device: Device, interpret: bool) -> str | None:
     if interpret:
         return "cannot be interpreted"
-    return _refuse_triton(f, device, interpret) or jax_triton.refusal()
+    return _refuse_rows(f, device, interpret) or jax_triton.refusal()

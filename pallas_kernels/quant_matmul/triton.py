@@ -5,8 +5,8 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as pltriton
 
+from pallas_kernels.pallas_triton import load_triton
 from pallas_kernels.quant_matmul.byte_codes import BLOCK, HALF
 from pallas_kernels.quant_matmul.packing import PackedArrays, WeightFormat
 from pallas_kernels.tiling import Device, choose_tiles
@@ -43,13 +43,14 @@ def triton_matmul(x_MK: jax.Array, _, arrays: PackedArrays, weight_format: Weigh
     rows = pl.cdiv(M, tiles.rows) * tiles.rows
     x_MK = jnp.pad(x_MK, ((0, rows - M), (0, 0))) if rows > M else x_MK
     vectors = [array for array in (arrays.scales, arrays.mins, None if bias_N is None else bias_N[None]) if array is not None]
+    params = load_triton().CompilerParams(num_warps=tiles.warps, num_stages=tiles.stages)
     y_MN = pl.pallas_call(
         functools.partial(_body, weight_format=weight_format, has_bias=bias_N is not None),
         out_shape=jax.ShapeDtypeStruct((rows, N), out_dtype), grid=(N // tiles.outputs, rows // tiles.rows),
         in_specs=[pl.BlockSpec((tiles.rows, K), lambda n, m: (m, 0)), pl.BlockSpec((tiles.outputs, K // 2), lambda n, m: (n, 0)),
                   *[pl.BlockSpec((array.shape[0], tiles.outputs), lambda n, m: (0, n)) for array in vectors]],
         out_specs=pl.BlockSpec((tiles.rows, tiles.outputs), lambda n, m: (m, n)), name="quant_matmul",
-        compiler_params=pltriton.CompilerParams(num_warps=tiles.warps, num_stages=tiles.stages), interpret=interpret)(x_MK, arrays.codes, *vectors)
+        compiler_params=params, interpret=interpret)(x_MK, arrays.codes, *vectors)
     return y_MN[:M]
 
 

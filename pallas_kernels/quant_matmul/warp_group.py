@@ -3,7 +3,6 @@
 The interpreter knows no layouts, no transposed references and no products whose left operand lies in registers.
 """
 import dataclasses
-import inspect
 
 import jax
 import jax.numpy as jnp
@@ -16,14 +15,13 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, vector
 
 from pallas_kernels.quant_matmul.fragment_codes import WORD_TILE, high_place, unpack_fragments
+from pallas_kernels.registers import load_registers
 
 ROWS = 64
 """Of a warp group's product."""
 MAGIC = {"bfloat16": (0x4300, 128), "float16": (0x6400, 1024)}
 """Bits of a 16-bit float that is a whole number once a code is in its lowest bits, and that number without it."""
 WIDEST_SWIZZLE = 128
-NO_INDEX = ((),) if inspect.signature(plgpu.load).parameters["idx"].default is inspect.Parameter.empty else ()
-"""What plgpu.load takes after a reference; nothing since jax 0.11."""
 
 
 def swizzled(row_bytes: int, item_bytes: int) -> tuple[plgpu.TilingTransform, plgpu.SwizzleTransform]:
@@ -49,16 +47,16 @@ class WarpGroup:
 
     def load(self, ref, layout: plgpu.Layout) -> jax.Array:
         """A matrix of shared memory."""
-        return ref[...] if self.interpret else plgpu.load(ref, *NO_INDEX, layout=layout)
+        return ref[...] if self.interpret else load_registers(ref, layout, is_optimized=True)
 
     def load_rows(self, ref) -> jax.Array:
         """A vector with an element for each row of a product, as float32."""
-        values = ref[...] if self.interpret else plgpu.load(ref, *NO_INDEX, layout=plgpu.Layout.WGMMA.reduce(1), optimized=False)
+        values = ref[...] if self.interpret else load_registers(ref, plgpu.Layout.WGMMA.reduce(1))
         return values.astype(jnp.float32)
 
     def load_columns(self, ref) -> jax.Array:
         """A vector with an element for each column of a product, as float32."""
-        values = ref[...] if self.interpret else plgpu.load(ref, *NO_INDEX, layout=plgpu.Layout.WGMMA.reduce(0), optimized=False)
+        values = ref[...] if self.interpret else load_registers(ref, plgpu.Layout.WGMMA.reduce(0))
         return values.astype(jnp.float32)
 
     def as_operand(self, matrix: jax.Array) -> jax.Array:

@@ -4,8 +4,8 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plgpu
 
+from pallas_kernels import pallas_triton
 from pallas_kernels.rms_norm.reference import scale_rows
 from pallas_kernels.tiling import Device
 
@@ -22,7 +22,7 @@ def refusal(row_length: int, quantized: str | None) -> str | None:
     """Why rows of this length cannot be normalized; None where they can."""
     if quantized == "float8_e4m3fn":
         return "cannot quantize to float8_e4m3fn; it can to int8"
-    return f"takes rows of at most {LONGEST_ROW}, not {row_length}" if row_length > LONGEST_ROW else None
+    return f"takes rows of at most {LONGEST_ROW}, not {row_length}" if row_length > LONGEST_ROW else pallas_triton.refusal()
 
 
 def rms_norm_rows(x_MD: jax.Array, weight_D: jax.Array, residual_MD: jax.Array | None, *, eps: float, offset: float, quantized: str | None,
@@ -37,10 +37,11 @@ def rms_norm_rows(x_MD: jax.Array, weight_D: jax.Array, residual_MD: jax.Array |
     body = functools.partial(_body, eps=eps, offset=offset, quantized=quantized, has_residual=residual_MD is not None)
     num_warps = max(1, min(16, pl.next_power_of_2(D) // 512))
     return tuple(pl.pallas_call(body, grid=(M,), out_shape=outs, interpret=interpret, name="rms_norm",
-                                compiler_params=plgpu.CompilerParams(num_warps=num_warps, num_stages=1))(*arrays))
+                                compiler_params=pallas_triton.load_triton().CompilerParams(num_warps=num_warps, num_stages=1))(*arrays))
 
 
 def _body(x_ref, weight_ref, *refs, eps, offset, quantized, has_residual):
+    plgpu = pallas_triton.load_triton()
     row, D = pl.program_id(0), x_ref.shape[1]
     columns = jnp.arange(pl.next_power_of_2(D))
     is_there = columns < D

@@ -50,7 +50,7 @@ def pairs():
     for name in KERNELS:
         for case in CASES:
             if (name, case.dtype) not in (("mosaic_gpu", "float32"), ("mosaic_tpu", "float16")):  # refused, see below
-                marks = [pytest.mark.slow] if any(part in str(case) for part in RARE) else []
+                marks = [pytest.mark.slow] if any(part in str(case) for part in RARE) else [pytest.mark.newest] if case is CASES[0] else []
                 yield pytest.param(name, case, id=f"{name} {case}", marks=marks)
 
 

@@ -11,6 +11,7 @@ from pallas_kernels.gated_mlp import gated_mlp, gated_mlp_reference, gated_produ
 from pallas_kernels.gated_mlp.cases import CASES, INT4, INT8, PACKED_CASES, RARER_PACKED_CASES, Case
 from pallas_kernels.quant_matmul.packing import layout_for
 from pallas_kernels.tiling import Device
+from tests.pallas_kernels.newest import first_is_newest
 
 SEED = random.randrange(2**32)
 CPU, A100, H200, V5E = Device("cpu"), Device("gpu", "NVIDIA A100", (8, 0)), Device("gpu", "NVIDIA H200", (9, 0)), Device("tpu", "TPU v5 lite")
@@ -33,13 +34,13 @@ def check(case, implementation):
     assert_close(out, gated_product(x.astype(jnp.float32), *weights, implementation="reference", **how), 1e-2)
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", first_is_newest(CASES), ids=str)
 @pytest.mark.parametrize("implementation", KERNELS)
 def test_a_kernel_gives_what_the_reference_gives(implementation, case):
     check(case, implementation)
 
 
-@pytest.mark.parametrize("case", PACKED_CASES, ids=str)
+@pytest.mark.parametrize("case", first_is_newest(PACKED_CASES), ids=str)
 @pytest.mark.parametrize("implementation", KERNELS)
 def test_with_quantized_weights_too(implementation, case):
     check(case, implementation)

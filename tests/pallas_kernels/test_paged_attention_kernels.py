@@ -15,6 +15,7 @@ from pallas_kernels.paged_attention import paged_attention, paged_attention_refe
 from pallas_kernels.paged_attention.cases import CHUNKS, DECODE, RARER, Case
 from pallas_kernels.tiling import Device
 from tests.pallas_kernels import quick_interpreter
+from tests.pallas_kernels.newest import first_is_newest
 
 SEED = random.randrange(2**32)
 CPU, H200, V5E = Device("cpu"), Device("gpu", "NVIDIA H200", (9, 0)), Device("tpu", "TPU v5 lite")
@@ -46,7 +47,7 @@ def check(implementation, case):
     assert error <= BOUNDS[case.dtype], f"seed {SEED}"
 
 
-@pytest.mark.parametrize("case", [*DECODE, *CHUNKS], ids=str)
+@pytest.mark.parametrize("case", first_is_newest([*DECODE, *CHUNKS]), ids=str)
 @pytest.mark.parametrize("implementation", KERNELS)
 def test_a_kernel_gives_what_the_reference_gives(implementation, case):
     check(implementation, case)

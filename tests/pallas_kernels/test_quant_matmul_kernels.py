@@ -22,7 +22,7 @@ from pallas_kernels.quant_matmul import (
 from pallas_kernels.quant_matmul.cases import CASES, FORMATS, Case, random_arrays, random_weight, with_layout
 from pallas_kernels.quant_matmul.gpu_tiles import Problem, candidates, num_parts
 from pallas_kernels.tiling import Device
-from tests.pallas_kernels import quick_interpreter
+from tests.pallas_kernels import hidden_triton, quick_interpreter
 
 H200, V5E, A100 = Device("gpu", "NVIDIA H200", (9, 0)), Device("tpu", "TPU v5 lite"), Device("gpu", "NVIDIA A100", (8, 0))
 BACK_ENDS = {"mosaic_gpu": (H200, "fragments"), "mosaic_tpu": (V5E, "columns"), "triton": (A100, "rows")}
@@ -61,7 +61,9 @@ def supports(back_end: str, case: Case) -> bool:
     return back_end == "mosaic_gpu" or case.dtype == "bfloat16"
 
 
-PAIRS = [pytest.param(back_end, case, id=f"{back_end}-{case}", marks=[pytest.mark.slow] if case.is_slow else [])
+NEWEST = {"mosaic_gpu": CASES[0], "mosaic_tpu": CASES[0], "triton": next(case for case in CASES if supports("triton", case))}
+PAIRS = [pytest.param(back_end, case, id=f"{back_end}-{case}",
+                      marks=[pytest.mark.slow] if case.is_slow else [pytest.mark.newest] if case == NEWEST[back_end] else [])
          for back_end in BACK_ENDS for case in CASES if supports(back_end, case)]
 
 
@@ -200,6 +202,16 @@ def test_jax_triton_says_what_to_install_where_it_is_not():
         pytest.skip("jax-triton is installed")
     with pytest.raises(ValueError, match="pip install 'jax-triton"):
         quant_matmul(jnp.ones((1, 256), jnp.bfloat16), arrays, weight_format=f, device=A100, implementation="jax_triton")
+
+
+def test_where_jax_has_no_triton_a_named_one_is_refused_and_an_unnamed_one_is_the_reference(monkeypatch):
+    hidden_triton.install(monkeypatch)
+    case = Case("int4", 4, 128, 256)
+    x, arrays, _ = random_arrays(case, "rows", 0)
+    how = {"weight_format": case.weight_format, "device": A100}
+    with pytest.raises(ValueError, match=r"'triton' needs Pallas' back end for Triton, which jax \d+\.\d+\S* does not have"):
+        quant_matmul(x, arrays, implementation="triton", **how)
+    np.testing.assert_array_equal(quant_matmul(x, arrays, **how), packed_matmul_reference(x, arrays, weight_format=case.weight_format))
 
 
 def test_each_device_has_its_layout():

@@ -8,9 +8,12 @@ import numpy as np
 import pytest
 
 from pallas_kernels import implementations
-from pallas_kernels.rms_norm import rms_norm, rms_norm_reference
+from pallas_kernels.rms_norm import gpu, rms_norm, rms_norm_reference
 from pallas_kernels.rms_norm.cases import CASES
+from pallas_kernels.rms_norm.op import refusal
 from pallas_kernels.tiling import Device
+from tests.pallas_kernels import hidden_triton
+from tests.pallas_kernels.newest import first_is_newest
 
 SEED = random.randrange(2**32)
 CPU, A100, H200, V5E = Device("cpu"), Device("gpu", "NVIDIA A100", (8, 0)), Device("gpu", "NVIDIA H200", (9, 0)), Device("tpu", "TPU v5 lite")
@@ -29,7 +32,7 @@ def assert_close(actual, expected, bound):
     assert np.linalg.norm(actual - expected) <= bound * np.linalg.norm(expected), f"seed {SEED}"
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", first_is_newest(CASES), ids=str)
 @pytest.mark.parametrize("implementation", KERNELS)
 def test_a_kernel_gives_what_the_reference_gives(implementation, case):
     if implementation == "triton" and case.quantized == "float8_e4m3fn":
@@ -93,3 +96,15 @@ def test_where_none_is_named_the_reference_takes_what_kernels_cannot_and_the_log
     np.testing.assert_array_equal(outs[0], rms_norm_reference(x, weight, eps=1e-5))
     assert len(caplog.messages) == 1
     assert caplog.messages[0].startswith("rms_norm on NVIDIA H200: reference (mosaic_gpu takes rows whose length is a multiple of 128")
+
+
+def test_where_jax_has_no_triton_the_reference_is_taken_and_hopper_has_its_own_kernel(monkeypatch, caplog):
+    implementations._say.cache_clear()
+    hidden_triton.install(monkeypatch)
+    with pytest.raises(ValueError, match="'triton' needs Pallas' back end for Triton, which jax "):
+        rms_norm(X, WEIGHT, eps=1e-5, device=A100, implementation="triton", interpret=True)
+    with caplog.at_level(logging.INFO, "pallas_kernels"):
+        np.testing.assert_array_equal(rms_norm(X, WEIGHT, eps=1e-5, device=A100), rms_norm_reference(X, WEIGHT, eps=1e-5))
+    assert "rms_norm on NVIDIA A100: reference" in caplog.text
+    assert "triton needs Pallas' back end" in caplog.text
+    assert refusal(gpu, X, H200, None, False) is None

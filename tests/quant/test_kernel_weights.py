@@ -12,6 +12,7 @@ from tiny_models import step
 
 from pallas_kernels.tiling import Device
 from sharding_rules import DATA_TENSOR, Partition, make_mesh
+from tests.pallas_kernels import hidden_triton
 from tpllm.bench.shapes import find_shape, random_params
 from tpllm.checkpoint.matrices import make_matrix
 from tpllm.kernel_weights import KernelWeight
@@ -69,6 +70,12 @@ def test_what_a_device_has_no_kernel_for_stays_canonical():
     assert isinstance(matrix("int4", "older", "alone"), KernelWeight)  # through Triton
     assert isinstance(matrix("int8", "tpu", "alone", name="embed"), QuantizedTensor)
     assert isinstance(matrix("int8", "hopper", "alone", name="embed"), KernelWeight)
+
+
+def test_without_triton_in_jax_no_gpu_but_hopper_has_packed_weights(monkeypatch):
+    hidden_triton.install(monkeypatch)
+    assert isinstance(matrix("int4", "older", "alone"), QuantizedTensor)
+    assert isinstance(matrix("int4", "hopper", "alone"), KernelWeight)
 
 
 @pytest.mark.parametrize("tp", [1, 2])

@@ -3,7 +3,7 @@ import dataclasses
 
 import numpy as np
 
-from pallas_kernels.quant_matmul import WeightFormat, layout_for, pack
+from pallas_kernels.quant_matmul import WeightFormat, has_rows_kernel, layout_for, pack
 from pallas_kernels.tiling import Device
 from sharding_rules import Partition
 from sharding_rules.axes import EXPERT_MLP, EXPERTS
@@ -93,7 +93,7 @@ def kernel_matrix(scheme: Scheme, shape: tuple[int, int], axes: tuple[str | None
     layout = layout_for(device)
     if layout == "columns" and name == "embed":  # a table of which rows are read: XLA would turn all of it over for that
         return None
-    if layout == "rows" and not (kept.bits == 4 and kept.group in TRITON_GROUPS and not kept.super_group):
+    if layout == "rows" and not (kept.bits == 4 and kept.group in TRITON_GROUPS and not kept.super_group and has_rows_kernel()):
         return None
     multiplies_bytes = kept.quantizes_input and kept.kind == "int" and kept.bits == 8 and kept.group == 0
     weight_format = WeightFormat(bits=kept.bits, kind=kept.kind, group=kept.group, zero=kept.zero, mins=kept.mins, super_group=kept.super_group,

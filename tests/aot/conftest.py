@@ -41,8 +41,8 @@ def known_results(request, monkeypatch):
 def pytest_terminal_summary(terminalreporter, config):
     if (found := config.stash.get(RESULTS, None)) is None:
         return
-    terminalreporter.write_line(f"aot: {found.num_asked} programs, {len(found.new)} of them new; {len(found.compared)} known ones compiled and compared "
-                                f"(seed {found.seed})")
+    terminalreporter.write_line(f"aot: {found.num_asked} programs, {len(found.new)} of them new; {len(found.compared)} known ones compiled and "
+                                f"compared (seed {found.seed})")
     for program in () if config.getoption("--compile-all", False) else found.compared:
         terminalreporter.write_line(f"aot: compared {program.name}, key {program.key}")
     for question in found.new:

@@ -23,7 +23,7 @@ REFUSALS = {"MemoryNeedError": MemoryNeedError, "JaxRuntimeError": jax.errors.Ja
 Compiler = Callable[[jax.stages.Lowered], ProgramFacts]
 
 
-class Difference(AssertionError):
+class DifferenceError(AssertionError):
     """A compiler says something else than the file."""
 
 
@@ -62,7 +62,7 @@ class Results:
 
         Raises:
             MemoryNeedError, JaxRuntimeError: the compiler refuses the program.
-            Difference: the program was compiled although it is known, and is not what the file says.
+            DifferenceError: the program was compiled although it is known, and is not what the file says.
         """
         with self._lock:
             program = identify(lowered)
@@ -84,7 +84,7 @@ class Results:
         """Compile some of the known programs that were asked for, drawn by the seed.
 
         Raises:
-            Difference: one is not what the file says.
+            DifferenceError: one is not what the file says.
         """
         drawn, self._drawn = self._drawn, []
         for question in drawn:
@@ -139,9 +139,9 @@ class Results:
         self.compared.append(program)
         known = self._entries(program.compiler)[program.key]
         if entry != known:
-            raise Difference(f"{self.path(program.compiler).name} does not say what the compiler says of {program.name}, asked for by {question.test} "
-                             f"(key {program.key}, seed {self.seed}): {_differences(known, entry)}. If the compiler is right, remove the line of "
-                             "this key, run `make test-aot` and commit the file")
+            raise DifferenceError(f"{self.path(program.compiler).name} does not say what the compiler says of {program.name}, asked for by "
+                                  f"{question.test} (key {program.key}, seed {self.seed}): {_differences(known, entry)}. If the compiler is right, "
+                                  "remove the line of this key, run `make test-aot` and commit the file")
 
     def _save(self, compiler: str, without: Collection[str] = ()) -> None:
         """Writes the file, with what other processes have added since it was read."""

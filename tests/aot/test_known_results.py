@@ -6,7 +6,7 @@ import jax
 import pytest
 
 from tests.aot import known_results
-from tests.aot.known_results import NUM_COMPARED, Difference, Results
+from tests.aot.known_results import NUM_COMPARED, DifferenceError, Results
 from tests.aot.program_keys import Program
 from tests.aot.test_hlo import DEVICE_TEXT
 from tpllm.aot.hlo import num_aliased, read_instructions, replica_groups
@@ -92,9 +92,9 @@ def test_a_refusal_is_a_result(tmp_path):
         with pytest.raises(MemoryNeedError, match=r"needs 19\.3GiB of each device, which has 15\.75GiB"):
             ask(tmp_path, "a", compiler=compiler)
     assert compiler.asked == []
-    with pytest.raises(jax.errors.JaxRuntimeError, match="RESOURCE_EXHAUSTED: vmem$"):
+    with pytest.raises(jax.errors.JaxRuntimeError, match=r"RESOURCE_EXHAUSTED: vmem$"):
         ask(tmp_path, "b", compiler=Compiler(jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: vmem\nat 0x7ffe")))
-    with pytest.raises(jax.errors.JaxRuntimeError, match="RESOURCE_EXHAUSTED: vmem$"):
+    with pytest.raises(jax.errors.JaxRuntimeError, match=r"RESOURCE_EXHAUSTED: vmem$"):
         ask(tmp_path, "b")
 
 
@@ -134,11 +134,11 @@ def test_an_edited_file_is_noticed_and_both_figures_are_told(tmp_path):
     told = (r"jax-1.2-gpu.jsonl .*jit_a.*key of a, seed 7.*instructions.fusion: bf16\[128,64\] null in the file, 1 compiled, .*"
             r"memory.temporary_bytes 3 in the file, 4 compiled.*remove the line of this key, run `make test-aot`")
     results, _ = ask(tmp_path, "a", seed=7)
-    with pytest.raises(Difference, match=told):
+    with pytest.raises(DifferenceError, match=told):
         results.compare_some(Compiler())
-    with pytest.raises(Difference, match=told):
+    with pytest.raises(DifferenceError, match=told):
         ask(tmp_path, "a", seed=7, compiles_all=True)
-    with pytest.raises(Difference, match="refusal null in the file"):
+    with pytest.raises(DifferenceError, match="refusal null in the file"):
         ask(tmp_path, "a", compiler=Compiler(MemoryNeedError("too large")), compiles_all=True)
 
 

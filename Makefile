@@ -29,7 +29,7 @@ BUILD = $(WITH_CMAKE) cmake --build
 TUNED = $(CONFIGURE) -B build/native/tuned -DTPLLM_INPLACE=ON -DTPLLM_MARCH_NATIVE=ON
 PROFILE_WORKLOAD ?= $(VENV)/bin/python tools/native_profile_workload.py
 
-.PHONY: setup quickstart lint test test-slow test-newest test-oracle test-aot times notebooks docs docs-commands mutants mutants-few test-flags clean \
+.PHONY: setup quickstart lint test test-slow test-newest test-oracle test-aot test-aot-full times notebooks docs docs-commands mutants mutants-few test-flags clean \
 	native native-tuned native-asan native-tsan native-neon
 
 setup: $(VENV)/.installed
@@ -67,7 +67,11 @@ test-aot: .venv-aot-0.10/.installed $(if $(PYTHON312),.venv-aot-0.11/.installed)
 test-aot-0.10: AOT_IGNORED = tests/aot/test_gpu_benchmark.py
 test-aot-0.11: AOT_IGNORED = tests/aot/test_plans.py
 test-aot-%: .venv-aot-%/.installed
-	.venv-aot-$*/bin/python -m pytest -m aot tests/aot --ignore=$(AOT_IGNORED)
+	.venv-aot-$*/bin/python -m pytest -m aot tests/aot --ignore=$(AOT_IGNORED) $(AOT_OPTIONS)
+
+# Compiles what is known too, compares it with tests/aot/results, and removes from there what no test asks for.
+test-aot-full:
+	$(MAKE) test-aot AOT_OPTIONS="--compile-all --prune"
 
 # scikit-build-core's folder for editable installs, so that only what changed since is compiled.
 native: $(VENV)/.cmake
@@ -157,15 +161,17 @@ $(NEWEST_VENV)/.installed: pyproject.toml
 
 .venv-aot-0.10/.installed: AOT_PYTHON = $(PYTHON)
 .venv-aot-0.10/.installed: JAX_VERSION = 0.10.2
-.venv-aot-0.10/.installed: LIBTPU_VERSION = 0.0.42
+.venv-aot-0.10/.installed: LIBTPU_VERSION = 0.0.42.1
 .venv-aot-0.11/.installed: AOT_PYTHON = $(PYTHON312)
 .venv-aot-0.11/.installed: JAX_VERSION = 0.11.2
-.venv-aot-0.11/.installed: LIBTPU_VERSION = 0.0.48
+.venv-aot-0.11/.installed: LIBTPU_VERSION = 0.0.48.1
+# Compilers at one version each, or what tests/aot/results knows is of others.
+CUDA_COMPILERS = nvidia-cuda-nvcc==13.5.37 nvidia-nvvm==13.5.37
 .venv-aot-%/.installed: pyproject.toml
 	$(AOT_PYTHON) -m venv .venv-aot-$*
-	TPLLM_NATIVE=0 .venv-aot-$*/bin/pip --disable-pip-version-check install -q -e . "pytest>=8" "jax==$(JAX_VERSION)" "libtpu==$(LIBTPU_VERSION).*"
+	TPLLM_NATIVE=0 .venv-aot-$*/bin/pip --disable-pip-version-check install -q -e . "pytest>=8" "jax==$(JAX_VERSION)" "libtpu==$(LIBTPU_VERSION)"
 	.venv-aot-$*/bin/pip --disable-pip-version-check install -q --no-deps "jax-cuda13-pjrt==$(JAX_VERSION)" "jax-cuda13-plugin==$(JAX_VERSION)" \
-		nvidia-cuda-nvcc nvidia-nvvm
+		$(CUDA_COMPILERS)
 	if [ $* = 0.11 ]; then .venv-aot-$*/bin/pip --disable-pip-version-check install -q "jax-triton>=0.4" "triton>=3.7"; fi
 	touch $@
 

@@ -5,7 +5,7 @@ import functools
 import pytest
 
 from sharding_rules import DATA_TENSOR
-from tpllm.aot.report import CompiledProgram, compile_lowered
+from tpllm.aot.report import ProgramFacts, compile_lowered
 from tpllm.aot.step_programs import lower_decode, lower_prefill
 from tpllm.aot.topologies import accelerator_mesh
 from tpllm.bench.shapes import find_shape
@@ -55,7 +55,7 @@ def fitted(model: str, tp: int, accelerator: str) -> ModelConfig:
 
 
 @functools.cache
-def compiled(case: Case) -> CompiledProgram:
+def compiled(case: Case) -> ProgramFacts:
     """What the accelerator's compiler makes of the engine's program."""
     lower = lower_decode if case.step == "decode" else lower_prefill
     return compile_lowered(lower(case.config, SHAPES, params=abstract_params(case.config, DTYPE), cache_dtype=DTYPE))

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 
 from pallas_kernels.tiling import Device, device_of
-from tpllm.aot.report import CompiledProgram, compile_lowered
+from tpllm.aot.report import ProgramFacts, compile_lowered
 from tpllm.aot.topologies import accelerator_mesh
 
 H200, TPUS = "h200:1", ("v5e:2x2", "v5p:2x2x1", "v6e:2x2")
@@ -27,7 +27,7 @@ def device(accelerator: str) -> Device:
     return device_of(_mesh(accelerator).devices.flat[0])
 
 
-def compile_kernel(accelerator: str, function: Callable[..., Any], *arrays: Any, donated: tuple[int, ...] = ()) -> CompiledProgram:
+def compile_kernel(accelerator: str, function: Callable[..., Any], *arrays: Any, donated: tuple[int, ...] = ()) -> ProgramFacts:
     """``function`` of arrays of these shapes, lowered and compiled; it may write to the ``donated`` ones."""
     mesh = _mesh(accelerator)
     sharding = jax.NamedSharding(mesh, jax.P())

@@ -58,7 +58,7 @@ class StepTests:
         donated = jax.tree.leaves((abstract_cache(config, SHAPES, DTYPE), abstract_slots(config, SHAPES, num_stop_ids=65)))
         program = compiled(case)
         assert program.num_aliased == len(donated)
-        assert program.executable.memory_analysis().alias_size_in_bytes >= sum(map(shard_bytes, donated))
+        assert program.memory.aliased_bytes >= sum(map(shard_bytes, donated))
 
     def test_no_copy_of_a_weight_is_made_and_each_cache_is_written_once_and_in_place(self, case):
         config = case.config

@@ -10,7 +10,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from pallas_kernels.quant_matmul import jax_triton, layout_for, quant_matmul
 from pallas_kernels.quant_matmul.cases import FORMATS, packed_shapes, with_layout
 from pallas_kernels.tiling import device_of
-from tpllm.aot.report import CompiledProgram, compile_lowered
+from tpllm.aot.report import ProgramFacts, compile_lowered
 from tpllm.aot.topologies import accelerator_mesh
 
 pytestmark = pytest.mark.aot
@@ -49,7 +49,7 @@ PRODUCTS = [
 ]
 
 
-def compiled(product: Product) -> CompiledProgram:
+def compiled(product: Product) -> ProgramFacts:
     mesh = accelerator_mesh(product.accelerator, {"tp": 1})
     device, sharding = device_of(mesh.devices.flat[0]), NamedSharding(mesh, PartitionSpec())
     (N, K), layout = SHAPES[product.shape], "rows" if product.implementation in ("triton", "jax_triton") else layout_for(device)
@@ -71,7 +71,7 @@ def compiled(product: Product) -> CompiledProgram:
 def test_a_kernel_compiles_and_needs_less_memory_than_its_weight(product):
     program = compiled(product)
     N, K = SHAPES[product.shape]
-    assert "custom-call" in program.text
+    assert program.custom_calls
     assert program.temporary_bytes < max(FORMATS[product.name].bits * N * K // 8 // 4, 8 * product.M * (N + K)) + 2**20
     assert not [found for found in program.materialized if any(array.shape in ((N, K), (K, N)) for array in found.results)]
 
@@ -80,4 +80,4 @@ def test_a_kernel_compiles_and_needs_less_memory_than_its_weight(product):
 def test_jax_triton_compiles_where_it_is_installed():
     if refusal := jax_triton.refusal():
         pytest.skip(refusal)
-    assert "custom-call" in compiled(Product("h200:1", "int4", 16, implementation="jax_triton")).text
+    assert compiled(Product("h200:1", "int4", 16, implementation="jax_triton")).custom_calls

@@ -7,13 +7,14 @@ from collections.abc import Iterator
 import numpy as np
 
 COLLECTIVES = ("all-reduce", "all-gather", "all-to-all", "collective-permute", "reduce-scatter", "collective-broadcast", "ragged-all-to-all")
-_VIEWS = ("parameter", "get-tuple-element", "tuple", "bitcast", "constant", "while", "conditional", "call", "optimization-barrier", "after-all")
+VIEWS = ("parameter", "get-tuple-element", "tuple", "bitcast", "constant", "while", "conditional", "call", "optimization-barrier", "after-all")
 _BITS = re.compile(r"[a-z]+(\d+)")
 _ARRAY = re.compile(r"(\w+)\[([\d,]*)\](\{[^{}]*\})?")
 _LAYOUT = re.compile(r"\{[^{}]*\}")
 _COMPUTATION = re.compile(r"(?:ENTRY )?%?([\w.-]+) \(.*\{$")
 _NAMED = re.compile(r"\s+(?:ROOT )?%?[\w.-]+ = ")
 _OP = re.compile(r" ([a-z][a-z0-9-]*)\(")
+_TARGET = re.compile(r'\bcustom_call_target="([^"]*)"')
 _CALLED_BY_FUSION = re.compile(r"\) *,?.*\bcalls=%?([\w.-]+)")
 
 
@@ -70,6 +71,12 @@ class Instruction:
         """The result of most elements; of the start of a gather that is what it gathers."""
         return max(self.results, key=lambda array: array.num_elements, default=HloArray("token", (0,)))
 
+    @property
+    def custom_call_target(self) -> str:
+        """What a custom call calls, such as ``"tpu_custom_call"``; empty for other instructions."""
+        target = _TARGET.search(self.line)
+        return target[1] if target else ""
+
 
 def read_instructions(text: str) -> list[Instruction]:
     """Every instruction of a program, those inside fusions, loops and branches included."""
@@ -112,7 +119,7 @@ def collectives(instructions: list[Instruction]) -> list[Instruction]:
 def materialized(instructions: list[Instruction]) -> list[Instruction]:
     """The instructions that write a result into the device's main memory: not views, nothing inside a fusion, nothing kept on the chip."""
     return [instruction for instruction in instructions
-            if not instruction.is_fused and instruction.op not in _VIEWS and instruction.phase != "start"
+            if not instruction.is_fused and instruction.op not in VIEWS and instruction.phase != "start"
             and any(not array.is_on_chip for array in instruction.results)]
 
 

@@ -18,21 +18,36 @@ _OUT_OF_MEMORY = re.compile(r"\(([\d.]+[KMGT])\) exceeds available HBM \(([\d.]+
 
 
 @dataclasses.dataclass(frozen=True)
-class CompiledProgram:
-    """One compiled program.
+class ProgramMemory:
+    """Bytes of one device.
 
     Attributes:
-        executable: what the compiler gave; runs only where the devices exist.
-        text: its optimized HLO, that of one device.
+        argument_bytes, output_bytes: of a program's arguments and outputs.
+        aliased_bytes: of the outputs that lie in an argument's memory.
+        temporary_bytes: of its main memory that the program needs beside them while it runs.
+        code_bytes: of the program itself.
     """
 
-    executable: jax.stages.Compiled
-    text: str
+    argument_bytes: int
+    output_bytes: int
+    aliased_bytes: int
+    temporary_bytes: int
+    code_bytes: int
 
-    @functools.cached_property
-    def instructions(self) -> list[hlo.Instruction]:
-        """Every instruction."""
-        return hlo.read_instructions(self.text)
+
+@dataclasses.dataclass(frozen=True)
+class ProgramFacts:
+    """What is read off a compiled program.
+
+    Attributes:
+        memory: of one device.
+        num_aliased: how many outputs lie in the memory of a donated argument.
+        instructions: every one of its optimized HLO, that of one device.
+    """
+
+    memory: ProgramMemory
+    num_aliased: int
+    instructions: list[hlo.Instruction]
 
     @functools.cached_property
     def collectives(self) -> list[hlo.Instruction]:
@@ -45,28 +60,34 @@ class CompiledProgram:
         return hlo.materialized(self.instructions)
 
     @property
-    def num_aliased(self) -> int:
-        """How many outputs lie in the memory of a donated argument."""
-        return hlo.num_aliased(self.text)
+    def custom_calls(self) -> list[str]:
+        """The targets of calls to what XLA does not compile itself: kernels and libraries."""
+        return [found.custom_call_target for found in self.instructions if found.op == "custom-call" and found.phase != "done"]
 
     @property
     def temporary_bytes(self) -> int:
         """Bytes of a device's main memory that it needs beside arguments and outputs while the program runs."""
-        return self.executable.memory_analysis().temp_size_in_bytes
+        return self.memory.temporary_bytes
 
     def describe(self) -> dict[str, Any]:
         """Counts and bytes of one device, JSON-able."""
-        memory = self.executable.memory_analysis()
         counts = collections.Counter((found.op, results_text(found)) for found in self.collectives)
-        return {
-            "collectives": [{"op": op, "result": result, "count": count} for (op, result), count in counts.most_common()],
-            "num_aliased": self.num_aliased, "argument_bytes": memory.argument_size_in_bytes, "output_bytes": memory.output_size_in_bytes,
-            "aliased_bytes": memory.alias_size_in_bytes, "temporary_bytes": memory.temp_size_in_bytes,
-            "code_bytes": memory.generated_code_size_in_bytes,
-        }
+        return {"collectives": [{"op": op, "result": result, "count": count} for (op, result), count in counts.most_common()],
+                "num_aliased": self.num_aliased, **dataclasses.asdict(self.memory)}
 
 
-def compile_lowered(lowered: jax.stages.Lowered) -> CompiledProgram:
+@dataclasses.dataclass(frozen=True)
+class CompiledProgram(ProgramFacts):
+    """One compiled program.
+
+    Attributes:
+        executable: what the compiler gave; runs only where the devices exist.
+    """
+
+    executable: jax.stages.Compiled
+
+
+def compile_lowered(lowered: jax.stages.Lowered) -> ProgramFacts:
     """Run the compiler of the mesh's devices.
 
     Args:
@@ -78,13 +99,14 @@ def compile_lowered(lowered: jax.stages.Lowered) -> CompiledProgram:
     return compile_all([lowered])[0]
 
 
-def compile_all(lowered: Sequence[jax.stages.Lowered]) -> list[CompiledProgram]:
+def compile_all(lowered: Sequence[jax.stages.Lowered]) -> list[ProgramFacts]:
     """As :func:`compile_lowered` for several programs, side by side."""
     with _unstored(), concurrent.futures.ThreadPoolExecutor(len(lowered)) as pool:
-        return list(pool.map(_compile, lowered))
+        return list(pool.map(compile_program, lowered))
 
 
-def _compile(lowered: jax.stages.Lowered) -> CompiledProgram:
+def compile_program(lowered: jax.stages.Lowered) -> CompiledProgram:
+    """Compile one program: the one place where all of them do, so that tests can put stored facts here; for :func:`compile_all`."""
     try:
         executable = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
@@ -92,7 +114,11 @@ def _compile(lowered: jax.stages.Lowered) -> CompiledProgram:
             raise MemoryNeedError(f"the program needs {found[1]}iB of each device, which has {found[2]}iB; lower max_model_len or max_num_seqs, "
                                   "take a smaller dtype or model, or a mesh of more devices") from error
         raise
-    return CompiledProgram(executable=executable, text=executable.as_text())
+    text, memory = executable.as_text(), executable.memory_analysis()
+    return CompiledProgram(
+        executable=executable, instructions=hlo.read_instructions(text), num_aliased=hlo.num_aliased(text),
+        memory=ProgramMemory(memory.argument_size_in_bytes, memory.output_size_in_bytes, memory.alias_size_in_bytes, memory.temp_size_in_bytes,
+                             memory.generated_code_size_in_bytes))
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 
 from tpllm.aot.hlo import Instruction, replica_groups
-from tpllm.aot.report import CompiledProgram, results_text
+from tpllm.aot.report import ProgramFacts, results_text
 from tpllm.plan.devices import limits_of, wiring
 
 SENT = {"all-reduce": lambda n: 2 * (n - 1) / n, "all-gather": lambda n: (n - 1) / n, "all-to-all": lambda n: (n - 1) / n,
@@ -45,7 +45,7 @@ class Exchange:
         return dataclasses.asdict(self)
 
 
-def exchanges_of(program: CompiledProgram, mesh_devices: Sequence[jax.Device], all_devices: Sequence[jax.Device]) -> list[Exchange]:
+def exchanges_of(program: ProgramFacts, mesh_devices: Sequence[jax.Device], all_devices: Sequence[jax.Device]) -> list[Exchange]:
     """A program's collectives, those of most bytes first.
 
     Args:

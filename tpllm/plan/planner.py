@@ -10,7 +10,7 @@ from rich.filesize import decimal
 
 from sharding_rules import mesh_text
 from sharding_rules.axes import BATCH
-from tpllm.aot.report import CompiledProgram, compile_all
+from tpllm.aot.report import ProgramFacts, compile_all
 from tpllm.aot.step_programs import abstract_slots, lower_decode, lower_prefill
 from tpllm.engine.sampling_params import MAX_STOP_TOKEN_IDS
 from tpllm.errors import MemoryNeedError
@@ -32,7 +32,7 @@ class Compiled:
     """Both programs of a setup."""
 
     setup: Setup
-    programs: dict[str, CompiledProgram]
+    programs: dict[str, ProgramFacts]
     seconds: float
 
     @property
@@ -152,8 +152,8 @@ def _compile(setup: Setup, num_seqs: int) -> tuple[Compiled | None, str | None]:
     except MemoryNeedError as error:
         return None, str(error)
     for name, program in programs.items():
-        memory = program.executable.memory_analysis()
-        needed = memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+        memory = program.memory
+        needed = memory.argument_bytes + memory.temporary_bytes + memory.output_bytes - memory.aliased_bytes
         if needed > room and setup.config.partition.platform != "tpu":  # a TPU's compiler refuses itself, and counts the chip's own memory too
             return None, f"{name} needs {decimal(needed)} of each device, programs can have {decimal(room)} of it"
     return Compiled(setup, programs, time.perf_counter() - start), None
@@ -168,7 +168,7 @@ def _subject(setup: Setup) -> dict[str, Any]:
             "page_size": setup.shapes.page_size, "jax": jax.__version__, "kv_repeat": config.kv_repeat}
 
 
-def _program(setup: Setup, program: CompiledProgram) -> dict[str, Any]:
+def _program(setup: Setup, program: ProgramFacts) -> dict[str, Any]:
     exchanges = exchanges_of(program, list(setup.config.partition.mesh.devices.flat), setup.devices)
     return {"temporary_bytes": program.temporary_bytes, "num_aliased": program.num_aliased, "exchange_s": total_seconds(exchanges),
             "exchanged_bytes": sum(one.num_bytes * one.count for one in exchanges), "collectives": [one.entry() for one in exchanges]}

@@ -26,8 +26,7 @@ def test_each_family_says_how_large_experts_are_and_how_they_are_weighed():
 
 @pytest.mark.parametrize(("family", "fields", "message"), [
     ("mixtral", {"num_experts_per_tok": 9}, "num_experts_per_tok is 9; it may be 8 at most"),
-    ("qwen2moe", {"mlp_only_layers": 1}, "mlp_only_layers is 1; it must be a list of layers"),
-    ("qwen2moe", {"use_sliding_window": True}, "use_sliding_window is true and layer_types is missing")])
+    ("qwen2moe", {"mlp_only_layers": 1}, "mlp_only_layers is 1; it must be a list of layers")])
 def test_what_cannot_be_run_is_refused_with_the_field_named(family, fields, message):
     with pytest.raises(ConfigError, match=message):
         read(family, **fields)

@@ -3,8 +3,8 @@ from typing import Any
 
 import numpy as np
 
-from tpllm.checkpoint.gguf.header import GgufFile, short
-from tpllm.errors import CheckpointError
+from tpllm.checkpoint.gguf.header import GgufFile
+from tpllm.errors import CheckpointError, short
 
 MAX_COUNT, MAX_NUMBER = 2**31, float(np.finfo(np.float32).max)
 

@@ -11,19 +11,21 @@ pytestmark = pytest.mark.oracle
 transformers = pytest.importorskip("transformers", reason="needs transformers: pip install -e .[oracle]")
 
 NUM_MIXED = 300
-LINEAR, YARN = {"rope_type": "linear", "factor": 2.0}, {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512, "rope_theta": 77.0}
+LINEAR = {"rope_type": "linear", "factor": 2.0}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512, "rope_theta": 77.0}
 TINY = {"num_hidden_layers": [3], "num_attention_heads": [8], "hidden_size": [64], "num_key_value_heads": [None, 2, 8]}
 """Sizes that fit one another, so that the other fields decide."""
 VALUES = {
     "head_dim": [None, 16], "hidden_act": ["relu", "gelu"], "hidden_activation": ["relu"], "max_position_embeddings": [99, 4096],
-    "rms_norm_eps": [1e-3, 1], "norm_epsilon": [1e-3], "tie_word_embeddings": [True, False], "rope_theta": [50.0, 1000], "rope_local_base_freq": [60.0],
-    "rope_parameters": [None, {}, LINEAR, YARN], "rope_scaling": [None, {}, LINEAR, YARN, {"type": "linear", "factor": 3.0}],
+    "rms_norm_eps": [1e-3, 1], "norm_epsilon": [1e-3], "tie_word_embeddings": [True, False], "rope_theta": [50.0, 1000],
+    "rope_local_base_freq": [60.0], "rope_parameters": [None, {}, LINEAR, YARN],
+    "rope_scaling": [None, {}, LINEAR, YARN, {"type": "linear", "factor": 3.0}],
     "original_max_position_embeddings": [256], "attention_bias": [True, False], "mlp_bias": [True, False], "qkv_bias": [True, False],
     "use_bias": [True, False], "sliding_window": [None, 9], "use_sliding_window": [True, False], "max_window_layers": [0, 1, 2, 28],
-    "layer_types": [None, ["full_attention", "sliding_attention", "full_attention"]], "sliding_window_pattern": [2], "no_rope_layers": [None, [0, 1, 1]],
-    "no_rope_layer_interval": [2], "attn_logit_softcapping": [None, 5.0], "final_logit_softcapping": [None, 6.0], "query_pre_attn_scalar": [11],
-    "embedding_multiplier": [2, 3.0], "attention_multiplier": [0.5], "residual_multiplier": [0.25], "logits_scaling": [4.0], "swiglu_limit": [3.0],
-    "swiglu_alpha": [1.5], "num_experts": [4], "num_local_experts": [5], "num_experts_per_tok": [1, 3], "moe_intermediate_size": [24],
+    "layer_types": [None, ["full_attention", "sliding_attention", "full_attention"]], "sliding_window_pattern": [2],
+    "no_rope_layers": [None, [0, 1, 1]], "no_rope_layer_interval": [2], "attn_logit_softcapping": [None, 5.0],
+    "final_logit_softcapping": [None, 6.0], "query_pre_attn_scalar": [11], "embedding_multiplier": [2, 3.0], "attention_multiplier": [0.5], "residual_multiplier": [0.25], "logits_scaling": [4.0],
+    "swiglu_limit": [3.0], "swiglu_alpha": [1.5], "num_experts": [4], "num_local_experts": [5], "num_experts_per_tok": [1, 3], "moe_intermediate_size": [24],
     "shared_expert_intermediate_size": [40], "norm_topk_prob": [True, False], "decoder_sparse_step": [1, 2], "mlp_only_layers": [None, [1]],
     "use_bidirectional_attention": [False],
 }

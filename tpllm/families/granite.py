@@ -11,7 +11,8 @@ DEFAULTS = {**LLAMA_DEFAULTS, "embedding_multiplier": 1.0, "attention_multiplier
 def read_config(hf):
     has_bias = flag(hf, "attention_bias")
     return decoder_config(hf, has_qkv_bias=has_bias, has_output_bias=has_bias, has_mlp_bias=flag(hf, "mlp_bias"),
-                          embedding_multiplier=positive_number(hf, "embedding_multiplier"), attention_scale=positive_number(hf, "attention_multiplier"),
+                          embedding_multiplier=positive_number(hf, "embedding_multiplier"),
+                          attention_scale=positive_number(hf, "attention_multiplier"),
                           residual_multiplier=positive_number(hf, "residual_multiplier"), logit_scale=1 / positive_number(hf, "logits_scaling"))
 
 

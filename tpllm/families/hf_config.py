@@ -84,8 +84,8 @@ def windows_if_used(hf: Mapping[str, Any], *, slides: Callable[[int], bool]) -> 
 
 
 def window_everywhere(hf: Mapping[str, Any]) -> tuple[int | None, ...]:
-    """One window in all layers, or none. Such models have no ``layer_types`` and ``max_window_layers``: what a file says there is checked and, as in
-    transformers, not used."""
+    """One window in all layers, or none. Such models have no ``layer_types`` and ``max_window_layers``: what a file says there is checked and,
+    as in transformers, not used."""
     everywhere = [SLIDING] * num_hidden_layers(hf)
     kinds = layer_types({"layer_types": None, **hf}, slides=lambda _: True)
     if hf.get("max_window_layers") is not None:
@@ -109,7 +109,8 @@ def expert_features(hf: Mapping[str, Any], *, num_experts: str, expert_size: str
         num_experts, expert_size: the fields that hold them.
     """
     total = positive(hf, num_experts, largest=MOST_EXPERTS)
-    return {"num_experts": total, "num_experts_per_token": positive(hf, "num_experts_per_tok", largest=total), "expert_size": positive(hf, expert_size)}
+    used = positive(hf, "num_experts_per_tok", largest=total)
+    return {"num_experts": total, "num_experts_per_token": used, "expert_size": positive(hf, expert_size)}
 
 
 def sparse_layers(hf: Mapping[str, Any]) -> tuple[bool, ...]:

@@ -6,8 +6,8 @@ from tpllm.families.qwen3_moe import DEFAULTS as QWEN3_MOE_DEFAULTS
 from tpllm.families.qwen3_moe import WEIGHT_NAMES as EXPERT_NAMES
 
 DEFAULTS = {
-    **QWEN3_MOE_DEFAULTS, "intermediate_size": 5632, "num_attention_heads": 16, "num_key_value_heads": 16, "num_experts": 60, "num_experts_per_tok": 4,
-    "moe_intermediate_size": 1408, "shared_expert_intermediate_size": 5632, "qkv_bias": True,
+    **QWEN3_MOE_DEFAULTS, "intermediate_size": 5632, "num_attention_heads": 16, "num_key_value_heads": 16, "num_experts": 60,
+    "num_experts_per_tok": 4, "moe_intermediate_size": 1408, "shared_expert_intermediate_size": 5632, "qkv_bias": True,
 }
 WEIGHT_NAMES = {
     **EXPERT_NAMES,

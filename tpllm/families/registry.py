@@ -49,7 +49,7 @@ def find_family(hf: Mapping[str, Any]) -> Family:
         known = ", ".join(name for family in FAMILIES for name in family.architectures)
         raise ConfigError(f"config.json: unknown architecture {given}; known: {known}")
     if by_type is not None and by_type is not found:
-        log.warning("config.json: architectures says %s and model_type %s; it is read as %s, as transformers does", found.name, by_type.name, by_type.name)
+        log.warning("config.json: architectures says %s and model_type %s; it is read as the latter, as transformers does", found.name, by_type.name)
         return by_type
     return found
 

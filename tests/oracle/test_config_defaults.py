@@ -24,8 +24,9 @@ VALUES = {
     "use_bias": [True, False], "sliding_window": [None, 9], "use_sliding_window": [True, False], "max_window_layers": [0, 1, 2, 28],
     "layer_types": [None, ["full_attention", "sliding_attention", "full_attention"]], "sliding_window_pattern": [2],
     "no_rope_layers": [None, [0, 1, 1]], "no_rope_layer_interval": [2], "attn_logit_softcapping": [None, 5.0],
-    "final_logit_softcapping": [None, 6.0], "query_pre_attn_scalar": [11], "embedding_multiplier": [2, 3.0], "attention_multiplier": [0.5], "residual_multiplier": [0.25], "logits_scaling": [4.0],
-    "swiglu_limit": [3.0], "swiglu_alpha": [1.5], "num_experts": [4], "num_local_experts": [5], "num_experts_per_tok": [1, 3], "moe_intermediate_size": [24],
+    "final_logit_softcapping": [None, 6.0], "query_pre_attn_scalar": [11], "embedding_multiplier": [2, 3.0],
+    "attention_multiplier": [0.5], "residual_multiplier": [0.25], "logits_scaling": [4.0], "swiglu_limit": [3.0], "swiglu_alpha": [1.5],
+    "num_experts": [4], "num_local_experts": [5], "num_experts_per_tok": [1, 3], "moe_intermediate_size": [24],
     "shared_expert_intermediate_size": [40], "norm_topk_prob": [True, False], "decoder_sparse_step": [1, 2], "mlp_only_layers": [None, [1]],
     "use_bidirectional_attention": [False],
 }

@@ -33,16 +33,15 @@ class JobError(TpllmError):
     """A batch job that cannot be started or resumed."""
 
 
-MAX_SHOWN = 500
-"""Characters of a value in a message."""
+MAX_SHOWN = 200
 
 
-def short(value: object) -> str:
-    """``repr`` of something from a user or a file, which may be of any size and depth, for a message of one line."""
-    if isinstance(value, str | bytes | tuple | list) and len(value) > MAX_SHOWN:
-        value = value[:MAX_SHOWN]
+def short(value: object, *, most: int = MAX_SHOWN) -> str:
+    """``repr`` of something from a user or a file, which may be of any size and depth, in ``most`` characters of one line."""
+    if isinstance(value, str | bytes | tuple | list) and len(value) > most:
+        value = value[:most]
     try:
         text = repr(value)
     except (RecursionError, ValueError):  # nested too deeply, or a number of more digits than Python writes
         text = f"a {type(value).__name__}"
-    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
+    return text if len(text) <= most else f"{text[:most]}..."

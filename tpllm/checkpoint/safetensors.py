@@ -170,8 +170,8 @@ def _parse(path: Path, raw: bytes) -> dict[str, Any]:
     if raw[:1] != b"{":
         raise CheckpointError(f"{path}: its header starts with {raw[:1]!r}, not '{{': not a safetensors file, or damaged")
     table = parse_json(path, raw)
-    metadata = table.get("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+    metadata = table.get("__metadata__")
+    if metadata is not None and not (isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values())):
         raise CheckpointError(f"{path}: __metadata__ must map names to text")
     return table
 

@@ -9,6 +9,8 @@ from typing import Any
 from tpllm.errors import ConfigError, short
 
 LARGEST = 2**31 - 1
+DIGITS = 500
+"""Of a number in a message."""
 
 
 def positive(hf: Mapping[str, Any], name: str, *, largest: int = LARGEST) -> int:
@@ -19,7 +21,7 @@ def positive(hf: Mapping[str, Any], name: str, *, largest: int = LARGEST) -> int
     if type(value) is not int or value < 1:
         raise _refused(name, value, "a whole number of at least 1")
     if value > largest:
-        raise ConfigError(f"config.json: {name} is {short(value)}; it may be {largest} at most")
+        raise ConfigError(f"config.json: {name} is {short(value, most=DIGITS)}; it may be {largest} at most")
     return value
 
 
@@ -64,4 +66,4 @@ def whole(value: Any) -> Any:
 
 def _refused(name: str, value: Any, wanted: str) -> ConfigError:
     hint = ", without quotes" if isinstance(value, str) else ""
-    return ConfigError(f"config.json: {name} is {short(value)}; it must be {wanted}{hint}")
+    return ConfigError(f"config.json: {name} is {short(value, most=DIGITS)}; it must be {wanted}{hint}")

@@ -108,7 +108,8 @@ def test_a_bias_that_one_layer_lacks_or_that_is_there_under_another_name_is_miss
 
 @pytest.mark.parametrize(("hf_config", "dtype"), [
     ({"dtype": "float16"}, "float16"), ({"torch_dtype": "float32"}, "float32"), ({"dtype": "torch.float16"}, "float16"),
-    ({"dtype": "half"}, "float16"), ({}, "bfloat16"), ({"dtype": None, "torch_dtype": None}, "bfloat16"), ({"dtype": None, "torch_dtype": "float32"}, "float32")])
+    ({"dtype": "half"}, "float16"), ({}, "bfloat16"),
+    ({"dtype": None, "torch_dtype": None}, "bfloat16"), ({"dtype": None, "torch_dtype": "float32"}, "float32")])
 def test_the_dtype_is_that_of_config_json_or_else_of_the_weights(tmp_path, hf_config, dtype, said):
     tensors = open_checkpoint(write(tmp_path / "bf16", tensors_of(HF_CONFIG, "BF16"))).tensors
     assert stored_dtype(hf_config, tensors) == dtype

@@ -13,6 +13,7 @@ from tpllm.checkpoint.gguf.names import gguf_weight_names
 from tpllm.checkpoint.gguf.weights import GgufFormat
 from tpllm.checkpoint.index import read_index
 from tpllm.checkpoint.safetensors import Header, TensorEntry, sample_digest
+from tpllm.checkpoint.settle import settle_head, with_prefix
 from tpllm.checkpoint.source import GGUF, find_folder, only_gguf, read_json, read_small
 from tpllm.checkpoint.store import MANIFEST, StoreFormat
 from tpllm.checkpoint.stored import WeightFormat
@@ -37,7 +38,7 @@ class Checkpoint:
         revision: the hub commit, or None for a folder.
         hf_config: config.json, or what it would be.
         family: what it is to the loader.
-        config: the model, not yet fitted to a mesh.
+        config: the model, not yet fitted to a mesh; whether it has a head of its own, the weights say.
         generation_config: generation_config.json, or empty.
         tensors: name -> file, dtype, shape and place of every tensor.
         headers: file name -> header of every file of weights.
@@ -90,6 +91,8 @@ def open_checkpoint(model: str | Path, *, revision: str | None = None) -> Checkp
     if (folder / MANIFEST).exists():
         return _open_store(folder, commit, hf_config, family, config)
     tensors, headers = read_index(folder)
+    tensors = with_prefix(folder, tensors, family)
+    family, config = settle_head(folder, tensors, family, config)
     weights = find_format(hf_config, tensors)
     return Checkpoint(folder=folder, revision=commit, hf_config=hf_config, family=family, config=config,
                       generation_config=_generation_config(folder), tensors=tensors, headers=headers, weights=weights)

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from tpllm.errors import CheckpointError
+from tpllm.errors import CheckpointError, short
 
 MAX_HEADER_BYTES = 100_000_000
 MAX_DIMS = 64
@@ -154,7 +154,7 @@ def parse_json(path: Path, raw: bytes) -> dict[str, Any]:
         table: dict[str, Any] = {}
         for key, value in pairs:
             if key in table:
-                raise ValueError(f"{_short(key)} is there twice")
+                raise ValueError(f"{short(key)} is there twice")
             table[key] = value
         return table
     try:
@@ -170,35 +170,29 @@ def _parse(path: Path, raw: bytes) -> dict[str, Any]:
     if raw[:1] != b"{":
         raise CheckpointError(f"{path}: its header starts with {raw[:1]!r}, not '{{': not a safetensors file, or damaged")
     table = parse_json(path, raw)
-    metadata = table.get("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+    metadata = table.get("__metadata__")
+    if metadata is not None and not (isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values())):
         raise CheckpointError(f"{path}: __metadata__ must map names to text")
     return table
 
 
 def _entry(path: Path, name: str, value: Any, base: int) -> TensorEntry:
     """One line of the table, its size checked against shape and dtype."""
-    where = f"{path}: tensor {_short(name)}"
+    where = f"{path}: tensor {short(name)}"
     if not isinstance(value, dict) or not {"dtype", "shape", "data_offsets"} <= value.keys():
         raise CheckpointError(f"{where}: needs dtype, shape and data_offsets")
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
     if not isinstance(dtype, str) or dtype not in BITS:
-        raise CheckpointError(f"{where}: unknown dtype {_short(dtype)}; known: {', '.join(BITS)}")
+        raise CheckpointError(f"{where}: unknown dtype {short(dtype)}; known: {', '.join(BITS)}")
     if not _is_sizes(shape) or len(shape) > MAX_DIMS:
-        raise CheckpointError(f"{where}: shape {_short(shape)} is not a list of at most {MAX_DIMS} whole numbers")
+        raise CheckpointError(f"{where}: shape {short(shape)} is not a list of at most {MAX_DIMS} whole numbers")
     if not _is_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise CheckpointError(f"{where}: data_offsets {_short(offsets)} are not [begin, end] with begin <= end")
+        raise CheckpointError(f"{where}: data_offsets {short(offsets)} are not [begin, end] with begin <= end")
     expected_bits, actual = math.prod(shape) * BITS[dtype], offsets[1] - offsets[0]
     if expected_bits != actual * 8:
-        raise CheckpointError(f"{where}: {dtype} of shape {_short(shape)} takes {_short(-(-expected_bits // 8))} bytes, "
+        raise CheckpointError(f"{where}: {dtype} of shape {short(shape)} takes {short(-(-expected_bits // 8))} bytes, "
                               f"its data_offsets {offsets} hold {actual}")
     return TensorEntry(name, path, dtype, tuple(shape), base + offsets[0], base + offsets[1])
-
-
-def _short(value: Any) -> str:
-    """``repr`` of something from a file, which may be of any length."""
-    text = repr(value)
-    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 def _is_sizes(values: Any) -> bool:
@@ -211,9 +205,9 @@ def _check_tiling(path: Path, entries: list[TensorEntry], *, first: int, size: i
     for entry in sorted(entries, key=lambda entry: (entry.start, entry.stop)):
         if entry.start != position:
             what = "overlaps the tensor before it" if entry.start < position else "leaves a gap before it"
-            raise CheckpointError(f"{path}: tensor {_short(entry.name)} {what}: it must begin at byte {position}, it begins at {entry.start}")
+            raise CheckpointError(f"{path}: tensor {short(entry.name)} {what}: it must begin at byte {position}, it begins at {entry.start}")
         if entry.stop > size:
-            raise CheckpointError(f"{path} is truncated: tensor {_short(entry.name)} needs {entry.num_bytes} bytes up to byte {entry.stop}, "
+            raise CheckpointError(f"{path} is truncated: tensor {short(entry.name)} needs {entry.num_bytes} bytes up to byte {entry.stop}, "
                                   f"{max(size - entry.start, 0)} are there (the file has {size}). {_AGAIN}")
         position = entry.stop
     if position != size:

@@ -109,8 +109,10 @@ def _compare(key: str, old: Any, new: Any, found: list[tuple[str, Any, Any]]) ->
     if isinstance(old, Mapping) and isinstance(new, Mapping):
         for inner in sorted({*old, *new}):
             _compare(f"{key}.{inner}", old.get(inner, ABSENT), new.get(inner, ABSENT), found)
-    elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new) and all(isinstance(item, Mapping) for item in old + new):
-        for number, (former, present) in enumerate(zip(old, new, strict=True)):
+    elif isinstance(old, list) and isinstance(new, list) and all(isinstance(item, Mapping) for item in old + new):
+        if len(old) != len(new):
+            found.append((f"the number of {key}", len(old), len(new)))
+        for number, (former, present) in enumerate(zip(old, new, strict=False)):
             _compare(f"{key}.{number}", former, present, found)
     elif old != new:
         found.append((key, old, new))

@@ -141,7 +141,7 @@ class _Run:
             self._changes = self._refuse_changes(self._section)
         with stop.held():
             self._parts = Parts(self._summary.num_rows, self._job.rows_per_part, self._job.own_shard)
-            self._ledger = Ledger(self._folder, self._journal, self._parts)
+            self._ledger = Ledger(self._folder, self._journal, self._parts, check_input=self._source.check_unchanged)
             self._num_before = self._ledger.num_done
             if not self._parts.numbers:
                 self._complete_idle_shard()

@@ -1,5 +1,6 @@
 """Which rows are finished: each is journalled, and a part is committed when its last row is."""
 import threading
+from collections.abc import Callable
 
 from tpllm.jobs.outputs.folder import OutputFolder
 from tpllm.jobs.outputs.journal import FinishedRow, Journal
@@ -9,20 +10,21 @@ from tpllm.jobs.shard import Parts
 class Ledger:
     """The finished rows of a job, in its journal and its committed parts.
 
-    A row is recorded once, in any order. A part is committed in this order: its journal is synced, its errors file and then its own file are
+    A row is recorded once, in any order. A part is committed in this order: its rows' input is looked at, its journal is synced, its errors file and then its own file are
     put in place, its journal is removed. A process that dies between any two of these leaves a folder from which the rest follows.
 
     Args:
         folder: the output.
         journal: of the parts that are not committed.
         parts: that the folder has in the end.
+        check_input: called with the rows of a part before it is committed; raises where their input is not what it was.
 
     Attributes:
         num_done: finished rows, of this run and earlier ones.
     """
 
-    def __init__(self, folder: OutputFolder, journal: Journal, parts: Parts):
-        self._folder, self._journal, self._parts = folder, journal, parts
+    def __init__(self, folder: OutputFolder, journal: Journal, parts: Parts, *, check_input: Callable[[range], None] = lambda rows: None):
+        self._folder, self._journal, self._parts, self._check_input = folder, journal, parts, check_input
         self._lock = threading.RLock()
         self._missing: dict[int, int] = {}
         self._known = {part: journal.rows(part) for part in journal.parts if part not in folder.committed}
@@ -62,6 +64,7 @@ class Ledger:
                 self._commit(part)
 
     def _commit(self, part: int) -> None:
+        self._check_input(self._parts.rows(part))
         self._journal.sync()
         self._folder.commit(part, lambda: self._journal.read(part))
         self._journal.discard(part)

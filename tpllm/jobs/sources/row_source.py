@@ -1,7 +1,9 @@
 """The rows of a job's input, whatever files they lie in: scanned once, then read as often as needed."""
 import array
+import bisect
 import hashlib
 import importlib.util
+import itertools
 from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Protocol
 
@@ -37,6 +39,7 @@ class RowSource:
 
     def __init__(self, kind: str, files: Sequence[FileRows]):
         self.kind, self.files = kind, files
+        self._firsts: list[int] = []
 
     def scan(self, *, infer_columns: bool = False) -> InputSummary:
         """Hash the files, count their rows and check their custom ids, in memory of 8 bytes a row.
@@ -56,6 +59,7 @@ class RowSource:
         summaries: list[FileSummary] = []
         for file in self.files:
             summaries.append(file.scan(len(digests), note))
+        self._firsts = list(itertools.accumulate((summary.num_rows for summary in summaries), initial=0))
         self._refuse_twins(digests)
         return InputSummary(len(digests), tuple(summaries), columns.result() if columns else None)
 
@@ -68,6 +72,16 @@ class RowSource:
         first = 0
         for file in self.files:
             first = yield from file.rows(first, is_wanted)
+            file.file.check_unchanged()
+
+    def check_unchanged(self, rows: range) -> None:
+        """Make sure that the files in which some rows lie are still those that were scanned, as far as their sizes and times tell; that the rows
+        which were read are the scanned ones is made sure of as they are read.
+
+        Raises:
+            JobError: one of them is not.
+        """
+        for file in self.files[bisect.bisect_right(self._firsts, rows.start) - 1:bisect.bisect_left(self._firsts, rows.stop)] if rows else ():
             file.file.check_unchanged()
 
     def _refuse_twins(self, digests: array.array) -> None:

@@ -37,7 +37,8 @@ def jsonl(word: str, num_rows: int = NUM_ROWS) -> bytes:
 
 def parquet(word: str, num_rows: int = NUM_ROWS) -> bytes:
     sink = pa.BufferOutputStream()
-    pq.write_table(pa.table({"prompt": [f"{word} {i:03}" for i in range(num_rows)]}), sink, row_group_size=4, compression="none", use_dictionary=False)
+    table = pa.table({"prompt": [f"{word} {i:03}" for i in range(num_rows)]})
+    pq.write_table(table, sink, row_group_size=4, compression="none", use_dictionary=False)
     return sink.getvalue().to_pybytes()
 
 
@@ -117,8 +118,8 @@ def test_a_file_that_changed_after_the_scan_ends_the_job_before_its_first_row(tm
     for change in (move_over, write_over, write_over_unseen):
         path.write_bytes(make("old"))
         job = JobConfig(model="fake", input=name, output=f"out-{next(numbers)}", rows_per_part=3)
-        with pytest.raises(JobError, match=rf"the input {name} changed while the job ran: it had \d+ bytes of SHA-256 [0-9a-f]{{12}}\.\.\. when it was "
-                                           "scanned; what is written belongs to the old content: restore it to go on, or give the new content another"):
+        with pytest.raises(JobError, match=rf"the input {name} changed while the job ran: it had \d+ bytes of SHA-256 [0-9a-f]{{12}}\.\.\. when it "
+                                           "was scanned; what is written belongs to the old content: restore it to go on, or give the new content"):
             run_job(job, make_llm=meddling(lambda change=change: change(path, make("NEW")), after=0))
         assert written_rows(pathlib.Path(job.output)) == []
 

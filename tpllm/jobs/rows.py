@@ -9,6 +9,7 @@ from tpllm.engine.prompts import Prompt
 from tpllm.engine.sampling_params import SamplingParams
 from tpllm.errors import JobError, SamplingError
 from tpllm.jobs.config import SAMPLING_KEYS, check_keys
+from tpllm.jobs.json_line import is_deeper
 from tpllm.jobs.openai_rows import PROMPT_KEYS, is_batch_row, read_batch_row
 from tpllm.jobs.sources.raw_row import RawRow
 from tpllm.openai_api import ApiError, ApiRequest
@@ -88,7 +89,7 @@ def read_row(raw: RawRow) -> Row:
         raise RowError(f"not JSON: {error}") from None
     if not isinstance(fields, dict):
         raise RowError(f'the row is {_short(fields)}; it must be an object such as {{"prompt": "..."}}')
-    if raw.data.count(b"[") + raw.data.count(b"{") > MAX_DEPTH and _is_deeper(fields, MAX_DEPTH):
+    if raw.data.count(b"[") + raw.data.count(b"{") > MAX_DEPTH and is_deeper(fields, MAX_DEPTH):
         raise RowError(f"the row is nested too deeply: over {MAX_DEPTH} lists and objects in each other")
     custom_id = fields.get("custom_id")
     return Row(raw, fields, custom_id if isinstance(custom_id, str) else str(raw.index))
@@ -179,16 +180,6 @@ def _finite(text: str) -> float:
     if value in (float("inf"), float("-inf")):
         raise ValueError(f"{text} is beyond the range of a 64-bit float")
     return value
-
-
-def _is_deeper(value: object, depth: int) -> bool:
-    """Whether there are more than ``depth`` lists and objects in each other."""
-    level = [value]
-    for _ in range(depth + 1):
-        level = [item for one in level if isinstance(one, dict | list) for item in (one.values() if isinstance(one, dict) else one)]
-        if not level:
-            return False
-    return True
 
 
 def _short(value: object) -> str:

@@ -16,10 +16,11 @@ from tpllm.jobs.config import JOB_KEYS, JobConfig, check_keys
 from tpllm.jobs.manifest import job_section, model_section, refuse_changes
 from tpllm.jobs.openai_rows import system_fingerprint
 from tpllm.jobs.outputs.durable import Disk
-from tpllm.jobs.outputs.folder import OutputFolder, opened_output
+from tpllm.jobs.outputs.folder import OutputFolder, opened_output, with_parts
 from tpllm.jobs.outputs.formats import needs_columns, open_part_format, refuse_batch_row, resolve_output_format
 from tpllm.jobs.outputs.journal import Journal, opened_journal
 from tpllm.jobs.outputs.ledger import Ledger
+from tpllm.jobs.outputs.part_records import PARTS, records_of
 from tpllm.jobs.outputs.remote import output_place
 from tpllm.jobs.progress import Progress
 from tpllm.jobs.records import Records
@@ -141,6 +142,7 @@ class _Run:
             self._changes = self._refuse_changes(self._section)
         with stop.held():
             self._parts = Parts(self._summary.num_rows, self._job.rows_per_part, self._job.own_shard)
+            self._folder.check_parts(self._parts)
             self._ledger = Ledger(self._folder, self._journal, self._parts, check_input=self._source.check_unchanged)
             self._num_before = self._ledger.num_done
             if not self._parts.numbers:
@@ -230,6 +232,7 @@ class _Run:
             log.warning("the environment differs from the one the job was begun in: %s", ", ".join(key for key, _, _ in self._changes))
             manifest["environment_changes"] = [*self._old.get("environment_changes", ()),
                                                {"num_rows_done": self._ledger.num_done, "changes": self._changes}]
+            manifest = with_parts(manifest, records_of(self._old)) if PARTS in self._old else manifest
         self._folder.write_manifest(manifest)
 
     def _refuse_changes(self, section: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:

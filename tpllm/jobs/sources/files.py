@@ -83,8 +83,8 @@ class InputFile:
             while stored.read(BUFFER_BYTES):  # what a decompressor leaves unread after its last stream
                 pass
         if self._decompress and not digest.num_bytes:
-            raise JobError(f"cannot read the input {self.name}: it has 0 bytes, and a compressed file of no rows has some: it was cut or not written; "
-                           "write it again, or leave it out")
+            raise JobError(f"cannot read the input {self.name}: it has 0 bytes, and a compressed file of no rows has some: it was cut or not "
+                           "written; write it again, or leave it out")
         self._digest = digest
 
     @contextlib.contextmanager
@@ -136,8 +136,8 @@ class InputFile:
         if self._filesystem is None:
             status = os.stat(self._path)
             if not stat.S_ISREG(status.st_mode) and not stat.S_ISDIR(status.st_mode):
-                raise JobError(f"cannot read the input {self.name}: it is a pipe or a device, which can be read once, and a job reads its input twice; "
-                               "write it to a file first")
+                raise JobError(f"cannot read the input {self.name}: it is a pipe or a device, which can be read once, and a job reads its input "
+                               "twice; write it to a file first")
             return _local_stamp(status)
         self._filesystem.invalidate_cache()
         info = self._filesystem.info(self._path)

@@ -50,7 +50,7 @@ class JsonlRows:
 
 
 def _contents(lines: BinaryIO, name: str) -> Iterator[tuple[int, bytes]]:
-    """The lines that are not blank, each with its number from 1. A file that was put together of several may have a byte order mark at any of them."""
+    """The lines that are not blank, each with its number from 1. A file made of several may have a byte order mark at any of them."""
     for number, data in enumerate(iter(lambda: lines.readline(MAX_LINE_BYTES + 1), b""), 1):
         if len(data) > MAX_LINE_BYTES:
             raise JobError(f"cannot read the input {name}: line {number} is longer than {MAX_LINE_BYTES >> 20} MiB; write one JSON object a line")

@@ -1,7 +1,7 @@
 """A file whose bytes are those that the first pass saw: hashed in blocks there, and compared block by block whenever it is read again.
 
-So whatever becomes of a file while a job runs (replaced, written in place with its size and times kept, cut, appended to), a row is made of the content
-that the manifest tells of, or of nothing. It holds for any storage and for what is compressed too, because it looks at the bytes as they are stored.
+So whatever becomes of a file while a job runs (replaced, written in place with its size and times kept, cut, appended to), a row is made of the
+content that the manifest tells of, or of nothing. It holds for any storage and for what is compressed too, because it looks at stored bytes.
 """
 import hashlib
 import io

@@ -194,7 +194,8 @@ def refuse_what_is_no_folder(path: pathlib.Path) -> None:
             return
         if os.path.lexists(above):
             kind = f"a link to {os.readlink(above)}, where no folder is" if above.is_symlink() else "a file"
-            raise JobError(f"cannot write to the output folder {path}: Not a directory: {above} is {kind}; move it away, or give this job another output")
+            raise JobError(f"cannot write to the output folder {path}: Not a directory: {above} is {kind}; move it away, or give this job "
+                           "another output")
 
 
 @contextlib.contextmanager

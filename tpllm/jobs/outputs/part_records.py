@@ -157,7 +157,7 @@ def damage_of(files: PartFiles, record: PartRecord | None, num_rows: int, *, has
         return f"{shown} should hold {num_rows} whole rows and hold {found_rows}, the last one perhaps torn"
     wanted_bytes = sum(file.num_bytes for file in record.values())
     by_file = {path.name: (num_rows_of(path), path.stat().st_size) for path in files.paths}
-    if by_file != {name: (file.num_rows, file.num_bytes) for name, file in record.items()} or found_rows != num_rows:
+    if by_file != {name: (file.num_rows, file.num_bytes) for name, file in record.items()} or found_rows != num_rows or not is_whole:
         missing = [name for name in record if name not in by_file]
         return (f"{shown} should hold {num_rows} whole rows in {wanted_bytes} bytes and hold {found_rows} in {found_bytes}"
                 + (f", for {missing[0]} is missing" if missing else ""))

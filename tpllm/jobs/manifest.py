@@ -10,7 +10,7 @@ from tpllm.jobs.json_line import is_deeper
 from tpllm.jobs.shard import WHOLE, Parts, parse_shard
 from tpllm.jobs.sources.raw_row import InputSummary
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 ABSENT = "(absent)"
 MAX_DEPTH = 40
 MAX_ROWS = 2**53

@@ -12,6 +12,7 @@ from tpllm.errors import JobError
 from tpllm.jobs.config import JobConfig
 from tpllm.jobs.dry_run.row_counts import RowCounting, RowCounts
 from tpllm.jobs.dry_run.speed import Speed, measure_speed
+from tpllm.jobs.engine_options import check_engine_options
 from tpllm.jobs.manifest import job_section, model_section, refuse_changes
 from tpllm.jobs.outputs.folder import MANIFEST, read_manifest, refuse_damage, refuse_what_is_no_folder
 from tpllm.jobs.outputs.formats import needs_columns, open_part_format, resolve_output_format
@@ -20,7 +21,7 @@ from tpllm.jobs.outputs.lock import writer_of
 from tpllm.jobs.outputs.part_files import part_files
 from tpllm.jobs.outputs.part_records import read_records
 from tpllm.jobs.outputs.remote import output_place
-from tpllm.jobs.runner import check_engine_options, llm_class
+from tpllm.jobs.runner import llm_class
 from tpllm.jobs.shard import Parts
 from tpllm.jobs.shard_folders import refuse_mixture
 from tpllm.jobs.sources.row_source import open_source
@@ -90,7 +91,7 @@ def dry_run(job: JobConfig, *, make_llm: Callable[..., Any] | None = None, max_t
         TpllmError: a model that cannot be loaded.
     """
     make_llm = make_llm or llm_class()
-    check_engine_options(job, make_llm)
+    job = check_engine_options(job, make_llm)
     refuse_mixture(job)
     source = open_source(job.input)
     job = dataclasses.replace(job, output_format=resolve_output_format(job.output_format, source))

@@ -7,7 +7,6 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pyarrow import types
 
 from tpllm.errors import JobError
 from tpllm.jobs.json_line import to_line
@@ -43,11 +42,11 @@ class ParquetRows:
         with self._opened() as parquet:
             if _layout(parquet) != (self.schema, self._groups):
                 self.file.refuse_change()
-        has_ids = "custom_id" in self.schema.names and _is_text(self.schema.field("custom_id").type)
+        has_ids = "custom_id" in self.schema.names
         for start, batch in self.batches():
             with reading(self.file.name):
                 batch.validate(full=True)
-                ids = batch.column("custom_id").to_pylist() if has_ids else itertools.repeat(None, batch.num_rows)
+                ids = json_values("custom_id", batch.column("custom_id")) if has_ids else itertools.repeat(None, batch.num_rows)
             for number, custom_id in enumerate(ids, start):
                 data = b"{}" if custom_id is None else to_line({"custom_id": custom_id})
                 note(RawRow(first + number, data, self.file.name, file_row=number))
@@ -162,12 +161,6 @@ def _layout(parquet: pq.ParquetFile) -> tuple[pa.Schema, list[tuple[int, int]]]:
 
 def _batch_rows(num_rows: int, num_bytes: int) -> int:
     return max(1, min(MAX_BATCH_ROWS, BATCH_BYTES * num_rows // max(num_bytes, 1)))
-
-
-def _is_text(kind: pa.DataType) -> bool:
-    if types.is_dictionary(kind):
-        return _is_text(kind.value_type)
-    return types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)
 
 
 def _check_columns(schema: pa.Schema, name: str) -> None:

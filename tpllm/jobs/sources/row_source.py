@@ -14,7 +14,7 @@ from tpllm.jobs.sources.column_types import ColumnTypes
 from tpllm.jobs.sources.files import PARQUET, InputFile
 from tpllm.jobs.sources.find import find_files
 from tpllm.jobs.sources.jsonl import JsonlRows
-from tpllm.jobs.sources.raw_row import FileSummary, InputSummary, RawRow, custom_id_of
+from tpllm.jobs.sources.raw_row import FileSummary, InputSummary, RawRow, custom_id_of, custom_id_text
 
 
 class FileRows(Protocol):
@@ -53,7 +53,7 @@ class RowSource:
         digests, columns = array.array("Q"), ColumnTypes() if infer_columns else None
 
         def note(row: RawRow) -> None:
-            digests.append(_digest(custom_id_of(row.data, row.index)))
+            digests.append(_digest(custom_id_text(custom_id_of(row.data, row.index))))
             if columns is not None:
                 columns.add(row)
         summaries: list[FileSummary] = []
@@ -91,7 +91,7 @@ class RowSource:
         first_rows: dict[str, RawRow] = {}
         for row in self.rows(lambda index: digests[index] in suspects) if suspects else ():
             custom_id = custom_id_of(row.data, row.index)
-            if (twin := first_rows.setdefault(custom_id, row)) is not row:
+            if (twin := first_rows.setdefault(custom_id_text(custom_id), row)) is not row:
                 raise JobError(f"custom_id {custom_id!r} is on {twin} and on {row}; each must be unique (a row without one has its row number, "
                                "from 0, as its custom_id)")
 

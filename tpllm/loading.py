@@ -98,7 +98,8 @@ def open_model(model: str, mesh: str | Mapping[str, int] | Mesh = "auto", *, rul
     policy = parse_policy(quantization)
     checkpoint = open_checkpoint(model, revision=revision)
     config = fit_to_mesh(checkpoint.config, choose_mesh(mesh, checkpoint.config), DATA_TENSOR if rules is None else rules)
-    tokenizer = Tokenizer.from_folder(checkpoint.folder) if checkpoint.gguf is None else tokenizer_from_gguf(checkpoint.gguf)
+    with checkpoint.reads.recording():
+        tokenizer = Tokenizer.from_folder(checkpoint.folder) if checkpoint.gguf is None else tokenizer_from_gguf(checkpoint.gguf)
     chosen = choose_dtype(dtype, checkpoint.hf_config, config.partition, packed=packed, tensors=checkpoint.tensors)
     return OpenedModel(checkpoint, config, tokenizer, chosen, policy)
 

@@ -9,7 +9,7 @@ import json
 import math
 import os
 import stat
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ BITS = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "BOOL": 8, "U8": 8, "I8": 8, "F8_E4
         "F8_E5M2FNUZ": 8, "U16": 16, "I16": 16, "F16": 16, "BF16": 16, "U32": 32, "I32": 32, "F32": 32, "C64": 64, "U64": 64, "I64": 64,
         "F64": 64}
 NUM_SAMPLES, SAMPLE_BYTES = 16, 4096
+MAX_TENSOR_SAMPLES, WHOLE_BYTES, CHUNK_BYTES = 256, 64 << 20, 1 << 20
 _AGAIN = "Download or copy it again"
 
 
@@ -132,13 +133,29 @@ def read_into(fd: int, path: Path, buffer: memoryview, *, start: int) -> None:
 
 
 def sample_digest(header: Header) -> str:
-    """SHA-256 of a few evenly spaced blocks of the file: tells weights of one shape apart without reading them all."""
+    """SHA-256 of what :func:`digest_of_samples` reads of a file; ``header`` may be of another format."""
+    return digest_of_samples(header.path, sorted((tensor.start, tensor.stop) for tensor in header.tensors.values()))
+
+
+def digest_of_samples(path: Path, spans: Sequence[tuple[int, int]] = ()) -> str:
+    """SHA-256 of a file of weights: of all of it up to 64 MiB; of a larger one of 16 evenly spaced blocks of 4 KiB, and of one in the middle of each
+    tensor, of at most 256 of them. So it tells weights of one shape apart, also where some tensors only are others, without reading them all.
+
+    Args:
+        path: the file.
+        spans: first byte and end of each of its tensors, as far as they are known.
+    """
     digest = hashlib.sha256()
-    fd = open_regular(header.path)
+    fd = open_regular(path)
     try:
-        for index in range(NUM_SAMPLES):
-            start = max(header.size - SAMPLE_BYTES, 0) * index // (NUM_SAMPLES - 1)
-            digest.update(read_exactly(fd, header.path, start=start, num_bytes=min(SAMPLE_BYTES, header.size)))
+        size = os.fstat(fd).st_size
+        starts, num_bytes = list(range(0, size, CHUNK_BYTES)), CHUNK_BYTES
+        if size > WHOLE_BYTES:
+            starts = [(size - SAMPLE_BYTES) * index // (NUM_SAMPLES - 1) for index in range(NUM_SAMPLES)]
+            starts += [(start + stop) // 2 for start, stop in spans[::max(1, -(-len(spans) // MAX_TENSOR_SAMPLES))]]
+            num_bytes = SAMPLE_BYTES
+        for start in starts:
+            digest.update(read_exactly(fd, path, start=start, num_bytes=min(num_bytes, size - start)))
     finally:
         os.close(fd)
     return digest.hexdigest()

@@ -2,9 +2,6 @@
 
 The facade is imported on first use, so that ``import tpllm`` costs nothing.
 """
-import importlib
-from typing import TYPE_CHECKING
-
 __version__ = "0.1.0"
 
 _WHERE = {
@@ -14,6 +11,7 @@ _WHERE = {
 }
 __all__ = ["LLM", "AsyncLLM", "CompletionOutput", "RequestOutput", "SamplingParams", "__version__", "forward", "init_cache", "load_model"]
 
+TYPE_CHECKING = False  # typing and importlib take longer than all else here, and the command line has to begin at once
 if TYPE_CHECKING:
     from tpllm.async_llm import AsyncLLM
     from tpllm.engine.outputs import CompletionOutput, RequestOutput
@@ -27,6 +25,7 @@ if TYPE_CHECKING:
 def __getattr__(name: str):
     if name not in _WHERE:
         raise AttributeError(f"module 'tpllm' has no attribute {name!r}")
+    import importlib
     return getattr(importlib.import_module(_WHERE[name]), name)
 
 

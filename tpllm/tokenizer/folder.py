@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import tokenizers
 
 from tpllm.checkpoint.reads import read_noted_text
-from tpllm.errors import TokenizerError
+from tpllm.errors import CheckpointError, TokenizerError
 
 SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 SPECIAL_LISTS = ("additional_special_tokens", "extra_special_tokens")
@@ -105,6 +105,8 @@ def _read_json(path: pathlib.Path) -> dict:
         return {}
     try:
         value = json.loads(read_noted_text(path))
+    except CheckpointError:
+        raise
     except ValueError as error:
         raise TokenizerError(f"{path} is not JSON ({error}); fetch the file again") from error
     if not isinstance(value, dict):

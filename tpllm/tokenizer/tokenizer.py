@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import tokenizers
 
 from tpllm.checkpoint.reads import read_noted
-from tpllm.errors import PromptError, TokenizerError
+from tpllm.errors import CheckpointError, PromptError, TokenizerError
 from tpllm.tokenizer.chat_template import ChatTemplate, choose_template
 from tpllm.tokenizer.decoder_stages import Stage, decoder_specs, make_stages
 from tpllm.tokenizer.detokenizer import run_stages
@@ -63,6 +63,8 @@ class Tokenizer:
         folder = read_folder(path)
         try:
             backend = tokenizers.Tokenizer.from_buffer(read_noted(path / "tokenizer.json"))
+        except CheckpointError:
+            raise
         except Exception as error:  # the library raises nothing narrower
             raise TokenizerError(f"{path / 'tokenizer.json'} cannot be read ({error}); "
                                  "fetch the file again, or update the tokenizers package") from error

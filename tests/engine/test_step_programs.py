@@ -40,3 +40,16 @@ def test_cache_and_slots_are_updated_in_place():
     before = pointers()
     llm.generate(random_prompts(40, 9, 20), SamplingParams(max_tokens=12))
     assert pointers() == before
+
+
+def test_the_second_engine_of_a_process_compiles_nothing_unless_it_is_told_to_compute_otherwise(monkeypatch):
+    prompts, params = random_prompts(3, 40), SamplingParams(seed=1, max_tokens=4)
+    first = make_llm()
+    expected = first.generate(prompts, params)
+    second = make_llm()
+    assert [output.outputs for output in second.generate(prompts, params)] == [output.outputs for output in expected]
+    assert second._engine.runner.guard.num_compiles == 0
+    monkeypatch.setenv("TPLLM_KERNELS", "0")
+    third = make_llm()
+    third.generate(prompts, params)
+    assert third._engine.runner.guard.num_compiles > 0

@@ -11,11 +11,11 @@ is_at_once = False
 """Whether signals end the process at once."""
 
 
-def main() -> int:
-    """Run the command line of this process; returns its exit code."""
+def main(**options) -> int:
+    """Run the command line of this process; ``options`` are those of :func:`tpllm.cli.main.main`. Returns the exit code."""
     end_at_once()
     from tpllm.cli.main import main as run
-    code = run()
+    code = run(**options)
     for number in SIGNALS:  # the work is done, whatever comes while the interpreter closes down
         signal.signal(number, lambda *_: os._exit(code))
     return code

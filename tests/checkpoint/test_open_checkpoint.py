@@ -176,7 +176,10 @@ def test_a_revision_of_a_folder_is_refused(make_checkpoint):
 
 
 @pytest.mark.parametrize(("text", "message"), [(None, "holds no config.json"), ("{", "config.json: not valid JSON"), ("[1]", "must be an object"),
-                                               ("\xff", "config.json: not valid JSON"), ('{"a": 1, "a": 2}', "'a' is there twice")])
+                                               ("\xff", "config.json: not valid JSON"), ('{"a": 1, "a": 2}', "'a' is there twice"),
+                                               ('{"a":' * 101 + "1" + "}" * 101, "more than 100 deep"), ('{"a":' + "[" * 10**5, "not valid JSON"),
+                                               ('{"a":' + "[" * 10**5 + "]" * 10**5 + "}", "not valid JSON|more than 100"),
+                                               ('{"a":' + "9" * 5000 + "}", "not valid JSON")])
 def test_a_bad_config_is_refused(make_checkpoint, text, message):
     folder, _ = make_checkpoint()
     if text is None:

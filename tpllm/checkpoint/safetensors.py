@@ -16,7 +16,7 @@ from typing import Any
 from tpllm.errors import CheckpointError, short
 
 MAX_HEADER_BYTES = 100_000_000
-MAX_DIMS = 64
+MAX_DIMS, MAX_DEPTH = 64, 100
 BITS = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8,
         "F8_E5M2FNUZ": 8, "U16": 16, "I16": 16, "F16": 16, "BF16": 16, "U32": 32, "I32": 32, "F32": 32, "C64": 64, "U64": 64, "I64": 64,
         "F64": 64}
@@ -162,7 +162,7 @@ def digest_of_samples(path: Path, spans: Sequence[tuple[int, int]] = ()) -> str:
 
 
 def parse_json(path: Path, raw: bytes) -> dict[str, Any]:
-    """A JSON object without repeated keys.
+    """A JSON object without repeated keys, nested no more than :data:`MAX_DEPTH` deep.
 
     Raises:
         CheckpointError: anything else.
@@ -180,7 +180,19 @@ def parse_json(path: Path, raw: bytes) -> dict[str, Any]:
         raise CheckpointError(f"{path}: not valid JSON ({error}). {_AGAIN}") from None
     if not isinstance(table, dict):
         raise CheckpointError(f"{path}: its JSON is a {type(table).__name__}; it must be an object. {_AGAIN}")
+    if _is_deeper(table, MAX_DEPTH):
+        raise CheckpointError(f"{path}: its JSON has lists and objects in each other, more than {MAX_DEPTH} deep, the limit. {_AGAIN}")
     return table
+
+
+def _is_deeper(table: dict[str, Any], depth: int) -> bool:
+    """Whether containers lie in each other more than ``depth`` deep: Python's own functions on values fail where they do."""
+    level: list[Any] = [table]
+    for _ in range(depth):
+        level = [item for holder in level for item in (holder.values() if isinstance(holder, dict) else holder) if isinstance(item, dict | list)]
+        if not level:
+            return False
+    return True
 
 
 def _parse(path: Path, raw: bytes) -> dict[str, Any]:

@@ -144,11 +144,15 @@ class Sequence:
         return self._add_text(self.detokenizer.push([token])) if self.detokenizer is not None else None
 
     def finish(self, reason: str, *, stop_reason: int | str | None = None, error: str | None = None) -> None:
-        """End the completion, and the request with its last one."""
+        """End the completion with what its last tokens still give of text, and the request with its last completion."""
         if self.detokenizer is not None and not isinstance(stop_reason, str):
             stop = self._add_text(self.detokenizer.finish())
             if stop is not None and reason == "length":
                 reason, stop_reason = "stop", stop
+        self.end(reason, stop_reason=stop_reason, error=error)
+
+    def end(self, reason: str, *, stop_reason: int | str | None = None, error: str | None = None) -> None:
+        """The like, with the text as it is: this cannot fail."""
         self.completion.finish_reason, self.completion.stop_reason, self.completion.error = reason, stop_reason, error
         output = self.request.output
         if all(sequence.is_finished for sequence in self.request.sequences):

@@ -189,16 +189,16 @@ class _Stream:
         self.request_id = request_id
         self.request: Request | None = None
         self._loop, self._latest, self._has_more = loop, None, asyncio.Event()
-        self._taken = (0, False)
+        self._num_seen = 0
 
     @property
     def has_news(self) -> bool:
         """Whether its request has got further than :meth:`take_news` has seen."""
-        return self.request is not None and self._progress() != self._taken
+        return self.request is not None and self.request.num_changes > self._num_seen
 
     def take_news(self) -> RequestOutput:
         """A copy of its request's output; where that fails, an output that says so, the last one."""
-        self._taken = self._progress()
+        self._num_seen = self.request.num_changes
         try:
             return output_so_far(self.request)
         except Exception as error:
@@ -218,10 +218,6 @@ class _Stream:
         await self._has_more.wait()
         self._has_more.clear()
         return self._latest
-
-    def _progress(self) -> tuple[int, bool]:
-        output = self.request.output
-        return sum(len(completion.token_ids) for completion in output.outputs), output.finished
 
     def _set(self, output: RequestOutput) -> None:
         self._latest = output

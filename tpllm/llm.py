@@ -43,6 +43,8 @@ class LLM:
     they show: ``Out`` and ``_`` keep what a cell ends with, ``sys.last_traceback`` what an error passed through, and a half-read
     ``generate_iter`` or ``stream`` its LLM. ``close()`` frees the memory whoever holds the object.
 
+    Threads may share one: each call's rows are computed beside those of the others, step by step.
+
     Args:
         model: a folder in Hugging Face layout, a hub id, or ``"demo"``.
         mesh: ``"auto"`` (every local device on the tensor axis, as far as the heads allow), ``"tp=4"``, ``"dp=2,tp=4"``, a mapping, or a

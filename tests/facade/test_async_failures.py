@@ -23,20 +23,25 @@ def expected():
     return make_llm().generate(PROMPT, GREEDY)[0].outputs[0].token_ids
 
 
-@pytest.fixture
-def served(expected):
-    """An AsyncLLM that must serve at the end of the test as it did before."""
+@pytest.fixture(scope="module")
+def survivor():
+    """One AsyncLLM for whatever these tests do to it."""
     llm = AsyncLLM(make_llm())
     yield llm
+    llm.close()
+    assert not llm._thread.is_alive()
+
+
+@pytest.fixture
+def served(survivor, expected):
+    """It serves after the test as it did before."""
+    yield survivor
 
     async def serve():
-        return await asyncio.wait_for(last(llm.generate(PROMPT, GREEDY)), 60), await asyncio.wait_for(llm.metrics(), 60)
+        return await asyncio.wait_for(last(survivor.generate(PROMPT, GREEDY)), 60), await asyncio.wait_for(survivor.metrics(), 60)
     output, metrics = asyncio.run(serve())
     assert output.outputs[0].token_ids == expected
     assert (metrics.num_running, metrics.num_pages_used) == (0, 0)
-    assert llm._thread.is_alive()
-    llm.close()
-    assert not llm._thread.is_alive()
 
 
 def in_a_loop_that_closes(coroutine, *, is_cancelled: bool = False) -> None:
@@ -56,9 +61,9 @@ def test_an_event_loop_that_is_closed_ends_its_requests_and_no_others(served):
         iterator = served.generate(PROMPT, LONG)
         await anext(iterator)
         return iterator
-    kept = []
+    num_aborted = asyncio.run(served.metrics()).num_ended.get("abort", 0)
     loop = asyncio.new_event_loop()
-    kept.append(loop.run_until_complete(begin()))
+    iterator = loop.run_until_complete(begin())
     loop.close()
     for _ in range(3):
         in_a_loop_that_closes(served.metrics())
@@ -69,7 +74,8 @@ def test_an_event_loop_that_is_closed_ends_its_requests_and_no_others(served):
             await asyncio.sleep(0.01)
         return await served.metrics()
     metrics = asyncio.run(asyncio.wait_for(wait_until_idle(), 60))
-    assert metrics.num_ended.get("abort") == 1, "nobody reads it any more"
+    assert metrics.num_ended["abort"] == num_aborted + 1, "nobody reads it any more"
+    assert iterator.ag_frame is not None
 
 
 def test_a_question_that_nobody_waits_for_any_more_harms_nothing(served, caplog):

@@ -98,9 +98,10 @@ class _Growing:
 
     def take_new(self) -> CompletionDelta | None:
         """What has not been given out yet; None where it has not grown."""
-        completion, end = self._sequence.completion, self._sequence.num_certain_chars
+        completion = self._sequence.completion
         if len(completion.token_ids) == self._num_tokens and not self._sequence.is_finished:
             return None
+        end = self._sequence.num_certain_chars
         delta = CompletionDelta(completion.index, completion.text[self._num_chars:end], completion.token_ids[self._num_tokens:],
                                 completion.finish_reason)
         self._num_tokens, self._num_chars = len(completion.token_ids), end

@@ -85,6 +85,7 @@ class Engine:
             return found
 
     def _step(self, is_watched: bool) -> list[Request]:
+        """Plan, dispatch, read, commit."""
         with self._change():
             start = time.monotonic()
             plan = self.scheduler.plan(self._pace.steps_at_once(is_watched), self._pace.token_budget(is_watched))

@@ -24,7 +24,6 @@ class HeldSignals:
         self._came: list[int] = []
         self._former: dict[int, Callable[..., Any]] = {}
         self._is_held = False
-        self._note = self._take  # one object, to be known again
 
     def __enter__(self) -> "HeldSignals":
         if threading.get_ident() == threading.main_thread().ident:
@@ -33,7 +32,7 @@ class HeldSignals:
                     handler = signal.getsignal(number)
                     if callable(handler):
                         self._former[number] = handler
-                        signal.signal(number, self._note)
+                        signal.signal(number, self._take)
                 self._is_held = True
             except BaseException:  # a handler raised that is not replaced yet
                 self._put_back()
@@ -63,8 +62,8 @@ class HeldSignals:
                 self.deliver()
 
     def _put_back(self) -> None:
-        for number, handler in self._former.items():
-            if signal.getsignal(number) is self._note:  # else whoever was called meanwhile has chosen another
+        for number, handler in reversed(self._former.items()):
+            if signal.getsignal(number) == self._take:  # else whoever was called meanwhile has chosen another
                 signal.signal(number, handler)
 
     def _take(self, number: int, frame) -> None:

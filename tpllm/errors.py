@@ -1,4 +1,4 @@
-"""The errors users meet. Each is a ``ValueError`` whose message names the value, the limit and the fix."""
+"""The errors users meet. Each is a ``ValueError`` whose message names the value, the limit and the fix; and how values stand in messages."""
 
 
 class TpllmError(ValueError):
@@ -31,3 +31,18 @@ class PromptError(TpllmError):
 
 class JobError(TpllmError):
     """A batch job that cannot be started or resumed."""
+
+
+MAX_SHOWN = 500
+"""Characters of a value in a message."""
+
+
+def short(value: object) -> str:
+    """``repr`` of something from a user or a file, which may be of any size and depth, for a message of one line."""
+    if isinstance(value, str | bytes | tuple | list) and len(value) > MAX_SHOWN:
+        value = value[:MAX_SHOWN]
+    try:
+        text = repr(value)
+    except (RecursionError, ValueError):  # nested too deeply, or a number of more digits than Python writes
+        text = f"a {type(value).__name__}"
+    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."

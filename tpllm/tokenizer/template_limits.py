@@ -83,13 +83,16 @@ class Budget(Clock):
         self.check_time()
         if isinstance(value, str):
             self.allow(len(value))
-            self._num_made += sys.getsizeof(value)
-        elif isinstance(value, Mapping | list | tuple):
+            return self._count(value, sys.getsizeof(value))
+        if isinstance(value, Mapping | list | tuple):
             self.allow(self.weigh(value)[0])
             self.allow_items(len(value))
-            self._num_made += sys.getsizeof(value)  # what is in them was counted when it was made
-        else:
-            self.allow_int(value)
+            return self._count(value, sys.getsizeof(value))  # what is in them was counted when it was made
+        self.allow_int(value)
+        return value
+
+    def _count(self, value, num_bytes: int):
+        self._num_made += num_bytes
         if self._num_made > MAX_MADE:
             raise TemplateLimitError(f"makes values of over {MAX_MADE // 1_000_000} MB together")
         return value
@@ -100,7 +103,7 @@ class Budget(Clock):
         self.allow(left_weight + right_weight)
         made = left + right
         self._known[id(made)] = (made, left_weight + right_weight - CELL, has_left or has_right)
-        return self.take(made)
+        return self._count(made, sys.getsizeof(made) + KNOWN)
 
     def allow(self, size: float) -> None:
         """Stop before, or after, a value of this size is made."""

@@ -22,7 +22,8 @@ from tpllm.ops import kernels_of, uses_native
 from tpllm.quant.policy import AS_STORED, Policy, Quantization, parse_policy
 from tpllm.quant.storage import Storage
 from tpllm.tokenizer import Tokenizer
-from tpllm.tokenizer.gguf import tokenizer_from_gguf
+from tpllm.tokenizer.generation_defaults import GenerationDefaults
+from tpllm.tokenizer.gguf import defaults_from_gguf, tokenizer_from_gguf
 
 log = logging.getLogger("tpllm")
 
@@ -37,14 +38,16 @@ class OpenedModel:
     Attributes:
         checkpoint: its files.
         config: fitted to the mesh.
-        tokenizer: its tokenizer.
+        tokenizer: its tokenizer; None where it was not to be read.
+        generation: what its files say of generating, with a tokenizer and without one.
         dtype: of activations, and of weights that are not quantized.
         policy: how matrices are quantized while they are loaded.
     """
 
     checkpoint: Checkpoint
     config: ModelConfig
-    tokenizer: Tokenizer
+    tokenizer: Tokenizer | None
+    generation: GenerationDefaults
     dtype: np.dtype
     policy: Policy = AS_STORED
 
@@ -85,14 +88,19 @@ def load_model(model: str, mesh: str | Mapping[str, int] | Mesh = "auto", *, rul
 
 
 def open_model(model: str, mesh: str | Mapping[str, int] | Mesh = "auto", *, rules: Rules | None = None, dtype: str = "auto",
-               quantization: Quantization = None, packed: bool = True, revision: str | None = None) -> OpenedModel:
-    """As :func:`load_model`, up to the weights."""
+               quantization: Quantization = None, packed: bool = True, revision: str | None = None, skips_tokenizer: bool = False) -> OpenedModel:
+    """As :func:`load_model`, up to the weights; its tokenizer's files need not be there where they are skipped."""
     enable_compile_cache()
     policy = parse_policy(quantization)
     checkpoint = open_checkpoint(model, revision=revision)
     config = fit_to_mesh(checkpoint.config, choose_mesh(mesh, checkpoint.config), DATA_TENSOR if rules is None else rules)
-    tokenizer = Tokenizer.from_folder(checkpoint.folder) if checkpoint.gguf is None else tokenizer_from_gguf(checkpoint.gguf)
-    return OpenedModel(checkpoint, config, tokenizer, choose_dtype(dtype, checkpoint.hf_config, config.partition, packed=packed), policy)
+    tokenizer = None
+    if not skips_tokenizer:
+        tokenizer = Tokenizer.from_folder(checkpoint.folder) if checkpoint.gguf is None else tokenizer_from_gguf(checkpoint.gguf)
+        generation = tokenizer.generation
+    else:
+        generation = GenerationDefaults.from_folder(checkpoint.folder) if checkpoint.gguf is None else defaults_from_gguf(checkpoint.gguf)
+    return OpenedModel(checkpoint, config, tokenizer, generation, choose_dtype(dtype, checkpoint.hf_config, config.partition, packed=packed), policy)
 
 
 def load_weights(opened: OpenedModel, *, cache_bytes_per_device: int = 0, packed: bool = True) -> DecoderParams:

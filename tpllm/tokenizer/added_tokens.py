@@ -21,26 +21,25 @@ def add_missing_tokens(library: tokenizers.Tokenizer, folder: TokenizerFolder) -
 
 
 def _add_numbered(library: tokenizers.Tokenizer, folder: TokenizerFolder) -> None:
-    added = {token.content for token in library.get_added_tokens_decoder().values()}
-    left_out = []
+    left_out, added = [], library.get_added_tokens_decoder()
     for token_id, token in folder.numbered_tokens().items():
         known = library.token_to_id(token.content)
         if known != token_id and (known is not None or token_id != library.get_vocab_size(with_added_tokens=True)):
             left_out.append(f"{token.content} ({token_id})")
-        elif token.content not in added:
+        elif token_id not in added or (folder.lists_added and repr(added[token_id]) != repr(token)):  # its flags go before tokenizer.json's
             (library.add_special_tokens if token.special else library.add_tokens)([token])
-            added.add(token.content)
     if left_out:
         log.warning("%s: %d added tokens have ids that are another token's or leave a gap; they are left out: %s", folder.path, len(left_out),
                     ", ".join(left_out[:5]))
 
 
 def _add_named(library: tokenizers.Tokenizer, folder: TokenizerFolder) -> None:
-    """Tokens that a file calls special are special."""
+    """Tokens with a name are special; so are the others that a file calls special, unless they are tokens already."""
     added = {token.content: token for token in library.get_added_tokens_decoder().values()}
-    ignored = {text for name, text in folder.special_names().items() if name in folder.ignored_names}
+    names = folder.special_names()
+    ignored = {text for name, text in names.items() if name in folder.ignored_names}
     for text, token in folder.special_tokens().items():
-        if text in added and added[text].special:
+        if text in added and (added[text].special or text not in names.values()):
             continue
         if text in added:  # its flags stay, it only becomes special
             old = added[text]

@@ -11,19 +11,19 @@ from tpllm.errors import TokenizerError, TpllmError, short
 from tpllm.tokenizer.folder import TokenizerFolder
 from tpllm.tokenizer.tokenizer_json import read_tokenizer_json
 
+FIX = "fetch the tokenizer's files again, or update the tokenizers package"
 OTHERS = (TpllmError, KeyboardInterrupt, SystemExit, GeneratorExit)
 
 
 @contextlib.contextmanager
-def border(doing: str) -> Iterator[None]:
-    """Whatever fails inside becomes a :class:`TokenizerError` that says what was done; a user's interrupt stays one."""
+def border(failing: str, *, fix: str = FIX) -> Iterator[None]:
+    """Whatever fails inside becomes a :class:`TokenizerError` that says what failed and what to do; a user's interrupt stays one."""
     try:
         yield
     except OTHERS:
         raise
     except BaseException as error:  # a panic is one
-        raise TokenizerError(f"{doing} ({type(error).__name__}: {short(str(error))}); fetch the tokenizer's files again, or update the tokenizers "
-                             "package") from error
+        raise TokenizerError(f"{failing} ({type(error).__name__}: {short(str(error))}); {fix}") from error
 
 
 class Backend:

@@ -10,7 +10,7 @@ from tpllm.checkpoint.source import read_small
 from tpllm.errors import CheckpointError, TokenizerError, short
 
 SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-SPECIAL_LISTS = ("additional_special_tokens", "extra_special_tokens")
+OLDER_EXTRAS, EXTRAS = "additional_special_tokens", "extra_special_tokens"
 DEFAULT_TEMPLATE = "default"
 MAX_ID = 2**31 - 1
 """Of a token: ids are 32-bit numbers on devices."""
@@ -23,11 +23,14 @@ class TokenizerFolder:
     Attributes:
         path: the folder.
         settings: tokenizer_config.json and special_tokens_map.json. Where tokenizer_config.json lists its added tokens (``added_tokens_decoder``) it
-            goes before the other, else the other before it, as in transformers.
+            goes before the other, else the other before it, as in transformers. Special tokens without a name are ``extra_special_tokens``.
         config: config.json.
         generation_config: generation_config.json.
         templates: chat templates by name; the one without a name is ``"default"``.
-        added_ids: added_tokens.json: texts and their ids, which count where tokenizer_config.json does not list the added tokens.
+        lists_added: whether tokenizer_config.json lists its added tokens.
+        added_ids: added_tokens.json: texts and their ids, which count where it does not.
+        own_names: names of special tokens beside the usual ones and those that end in ``_token``.
+        late_texts: special tokens that are not special if added_tokens.json holds them: transformers reads too late that they are.
         ignored_names: names that only special_tokens_map.json has, beside a tokenizer_config.json that lists the added tokens.
     """
 
@@ -36,7 +39,10 @@ class TokenizerFolder:
     config: Mapping
     generation_config: Mapping
     templates: Mapping[str, str]
+    lists_added: bool = False
     added_ids: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    own_names: tuple[str, ...] = ()
+    late_texts: frozenset[str] = frozenset()
     ignored_names: frozenset[str] = frozenset()
 
     def flag(self, name: str) -> bool | None:
@@ -53,20 +59,12 @@ class TokenizerFolder:
     def special_names(self) -> dict[str, str]:
         """Texts of the tokens that have a name (``bos_token``, ...), for chat templates and for ids."""
         own = [name for name in self.settings if isinstance(self.settings[name], str) and name.endswith("_token")]
-        named = {name: _text_of(self.settings.get(name)) for name in (*SPECIAL_NAMES, *own)}
-        for key in SPECIAL_LISTS:
-            if isinstance(self.settings.get(key), Mapping):
-                named |= {name: _text_of(value) for name, value in self.settings[key].items()}
+        named = {name: _text_of(self.settings.get(name)) for name in (*SPECIAL_NAMES, *own, *self.own_names)}
         return {name: text for name, text in named.items() if text}
 
     def special_tokens(self) -> dict[str, tokenizers.AddedToken]:
         """Every token that tokenizer_config.json or special_tokens_map.json call special, by its text."""
-        values = [self.settings.get(name, text) for name, text in self.special_names().items()]
-        for key in SPECIAL_LISTS:
-            many = self.settings.get(key) or []
-            if not isinstance(many, Mapping | list):
-                raise TokenizerError(f"{self.path / 'tokenizer_config.json'}: {key} is {short(many)}; it must be a list of tokens")
-            values += many.values() if isinstance(many, Mapping) else many
+        values = [*(self.settings[name] for name in self.special_names()), *(self.settings.get(EXTRAS) or [])]
         return {_text_of(value): self._added_token(value) for value in values if _text_of(value)}
 
     def numbered_tokens(self) -> dict[int, tokenizers.AddedToken]:
@@ -75,9 +73,9 @@ class TokenizerFolder:
         Raises:
             TokenizerError: an id or a token that is none.
         """
-        if "added_tokens_decoder" not in self.settings:
-            special = self.special_tokens()
-            return {token_id: special.get(text) or tokenizers.AddedToken(self._checked_text(text), normalized=True, special=False)
+        if not self.lists_added:
+            special = {_text_of(self.settings.get(name)) for name in SPECIAL_NAMES} | {_text_of(value) for value in self.settings.get(EXTRAS, ())}
+            return {token_id: self._added_token({"content": text}, is_special=text in special - self.late_texts)
                     for text, token_id in sorted(self.added_ids.items(), key=lambda item: item[1])}
         numbered, where = self.settings["added_tokens_decoder"] or {}, f"{self.path / 'tokenizer_config.json'}: added_tokens_decoder"
         if not isinstance(numbered, Mapping):
@@ -126,9 +124,34 @@ def read_folder(path: pathlib.Path) -> TokenizerFolder:
         if not text or not _is_id(token_id):
             raise TokenizerError(f"{path / 'added_tokens.json'}: the id of {short(text)} is {short(token_id)}; it must map texts to ids "
                                  f"from 0 to {MAX_ID}")
-    return TokenizerFolder(path=path, settings={**mapped, **own} if has_list else {**own, **mapped}, config=read_object(path, "config.json"),
+    named, listed, late = _extras(path, own, {} if has_list else mapped)
+    late += [own[name] for name in SPECIAL_NAMES if isinstance(own.get(name), Mapping) and name not in mapped]
+    settings = {**({**mapped, **own} if has_list else {**own, **mapped}), **named, EXTRAS: listed}
+    return TokenizerFolder(path=path, settings=settings, config=read_object(path, "config.json"),
                            generation_config=read_object(path, "generation_config.json"), templates=_read_templates(path, own.get("chat_template")),
-                           added_ids=added_ids, ignored_names=frozenset(mapped.keys() - own.keys()) if has_list else frozenset())
+                           lists_added=has_list, added_ids=added_ids, own_names=tuple(named), late_texts=frozenset(map(_text_of, late)),
+                           ignored_names=frozenset(mapped.keys() - own.keys()) if has_list else frozenset())
+
+
+def _extras(path: pathlib.Path, own: Mapping, mapped: Mapping) -> tuple[dict, list, list]:
+    """Special tokens beside those of fixed names: (with names of their own, a list, what of it was found last).
+
+    Both files may have each under two keys and in two forms, of which transformers takes the first of tokenizer_config.json's and the other file's
+    newer key, else what is left.
+    """
+    first = own.get(EXTRAS) or own.get(OLDER_EXTRAS) or (own[EXTRAS] if EXTRAS in own else None)
+    rest = mapped.get(OLDER_EXTRAS) or (own.get(OLDER_EXTRAS) if own.get(EXTRAS) else None)
+    named: dict = {}
+    listed: list | None = None
+    for many in (first, mapped.get(EXTRAS)):
+        if isinstance(many, Mapping):
+            named |= many
+        elif isinstance(many, list):
+            listed = [*(listed or []), *many]
+        elif many is not None:
+            raise TokenizerError(f"{path / 'tokenizer_config.json'}: {EXTRAS} is {short(many)}; it must be a list of tokens")
+    late = list(rest) if listed is None and isinstance(rest, list) else []
+    return named, list(late) if listed is None else listed, late
 
 
 def read_object(folder: pathlib.Path, name: str) -> dict:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import pathlib
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import tokenizers
 
@@ -19,7 +20,7 @@ from tpllm.tokenizer.chat_template import ChatTemplate, choose_template
 from tpllm.tokenizer.decoder_stages import Stage, decoder_specs, make_stages
 from tpllm.tokenizer.detokenizer import run_stages
 from tpllm.tokenizer.folder import TokenizerFolder, read_folder
-from tpllm.tokenizer.generation_defaults import default_sampling, ending_ids
+from tpllm.tokenizer.generation_defaults import GenerationDefaults, default_sampling, ending_ids
 from tpllm.tokenizer.messages import checked_messages, checked_text, plain_value, traced_messages, traced_value
 from tpllm.tokenizer.special_text import encode_guarded
 from tpllm.tokenizer.traced_text import TracedText
@@ -33,27 +34,27 @@ class Tokenizer:
     Attributes:
         bos_token_id: id of the beginning-of-sequence token, None where the tokenizer has none.
         pad_token_id: id of the padding token, or None.
-        eos_token_ids: every id that ends a text: the tokenizer's, and generation_config.json's or, where that has none, config.json's.
+        generation: which ids end a text: the tokenizer's, and generation_config.json's or, where that has none, config.json's; and sampling
+            values that generation_config.json sets; ``do_sample`` is not read (as in vLLM).
         special_ids: ids of every special token.
         vocab_size: one more than the largest id.
         splits_special: whether tokenizer_config.json says that special-token text in a prompt is no special token (``split_special_tokens``).
-        default_sampling: sampling values that generation_config.json sets, named as in ``SamplingParams``; ``do_sample`` is not read (as in vLLM).
     """
 
     def __init__(self, library: tokenizers.Tokenizer, folder: TokenizerFolder):
         self._backend, self._folder = Backend(library), folder
         library.no_truncation()  # some tokenizer.json keep the settings of a training run, which would cut or pad prompts
         library.no_padding()
-        add_missing_tokens(library, folder)
         with border(f"{folder.path}: its vocabulary cannot be read"):
-            added, vocabulary = library.get_added_tokens_decoder(), library.get_vocab(with_added_tokens=True)
-        named = {self._backend.token_id(text) for text in folder.special_tokens()} - {None}
-        self.special_ids = frozenset(token_id for token_id, token in added.items() if token.special or token_id in named)
-        self.vocab_size = 1 + max(vocabulary.values(), default=-1)
+            special = {token_id for token_id, token in library.get_added_tokens_decoder().items() if token.special}
+            add_missing_tokens(library, folder)
+            special |= {token_id for token_id, token in library.get_added_tokens_decoder().items() if token.special}
+            self.vocab_size = 1 + max(library.get_vocab(with_added_tokens=True).values(), default=-1)
+        self.special_ids = frozenset(special)
         self.bos_token_id, self.pad_token_id, self._unk_id = (self._named_id(name) for name in ("bos_token", "pad_token", "unk_token"))
         eos = self._named_id("eos_token") if "eos_token" in folder.special_names() else None
-        self.eos_token_ids = frozenset(ending_ids(folder.path, folder.config, folder.generation_config)) | ({eos} - {None})
-        self.default_sampling = default_sampling(folder.path, folder.generation_config)
+        self.generation = GenerationDefaults(ending_ids(folder.path, folder.config, folder.generation_config) | ({eos} - {None}),
+                                             default_sampling(folder.path, folder.generation_config))
         self._adds_bos, self.splits_special = folder.flag("add_bos_token") is True, folder.flag("split_special_tokens") is True
         self._decoder_specs = decoder_specs(library.decoder)
 
@@ -66,6 +67,16 @@ class Tokenizer:
         """
         folder = read_folder(pathlib.Path(path))
         return cls(Backend.from_folder(folder).library, folder)
+
+    @property
+    def eos_token_ids(self) -> frozenset[int]:
+        """Every id that ends a text."""
+        return self.generation.eos_token_ids
+
+    @property
+    def default_sampling(self) -> Mapping[str, Any]:
+        """Sampling values that the model's files recommend, named as in ``SamplingParams``."""
+        return self.generation.sampling
 
     def encode(self, text: str, *, add_special_tokens: bool = True, parse_special: bool = False) -> list[int]:
         """Ids of a prompt.

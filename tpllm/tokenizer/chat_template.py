@@ -28,22 +28,23 @@ class ChatTemplate:
 
     def __init__(self, source: str, label: str, *, is_for_tools: bool = False):
         self.source, self.label, self.is_for_tools = source, label, is_for_tools
-        self._has_left_tools_out = False
+        self._has_told_of_tools = False
 
     def render(self, messages: list[dict], context: Mapping) -> TracedText:
         """The prompt's text, which knows what of it stood in a :class:`TracedText` of the messages or the context.
 
         Args:
             messages: their parts are passed on as a list where the template loops over them, else joined by newlines.
-            context: the template's own variables. ``tools`` are left out, with a word in the log, where it reads none.
+            context: the template's own variables. Where it does not read ``tools``, they change nothing, as in transformers; the log says so once.
 
         Raises:
             TokenizerError: the template is wrong, refuses the messages (it holds the template's own message), or comes to a limit of
             :mod:`tpllm.tokenizer.template_limits`.
         """
         template, reads_parts, takes_tools = self._compiled
-        if context.get("tools") and not takes_tools:
-            self._leave_tools_out()
+        if context.get("tools") and not takes_tools and not self._has_told_of_tools:
+            self._has_told_of_tools = True
+            log.warning("the %s does not read tools: prompts are made without them", self.label)
         if not reads_parts:
             messages = [joined_parts(message) for message in messages]
         try:
@@ -62,11 +63,6 @@ class ChatTemplate:
         if len(text) > MAX_BYTES or (not text.isascii() and len(text.encode("utf-8", "surrogatepass")) > MAX_BYTES):
             raise TokenizerError(f"the {self.label} makes a prompt of over {MAX_BYTES // 1_000_000} MB; shorten the messages")
         return text
-
-    def _leave_tools_out(self) -> None:
-        if not self._has_left_tools_out:
-            log.warning("the %s reads no tools: they are left out of its prompts, as in transformers; tell of them in a message", self.label)
-        self._has_left_tools_out = True
 
     @property
     def _compiled(self) -> tuple[jinja2.Template, bool, bool]:

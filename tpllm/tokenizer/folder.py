@@ -30,7 +30,8 @@ class TokenizerFolder:
         lists_added: whether tokenizer_config.json lists its added tokens.
         added_ids: added_tokens.json: texts and their ids, which count where it does not.
         own_names: names of special tokens beside the usual ones and those that end in ``_token``.
-        late_texts: special tokens that are not special if added_tokens.json holds them: transformers reads too late that they are.
+        special_texts: texts of added_tokens.json that are special tokens. Some that the other files call special are missing: transformers reads
+            too late that they are.
         ignored_names: names that only special_tokens_map.json has, beside a tokenizer_config.json that lists the added tokens.
     """
 
@@ -42,7 +43,7 @@ class TokenizerFolder:
     lists_added: bool = False
     added_ids: Mapping[str, int] = dataclasses.field(default_factory=dict)
     own_names: tuple[str, ...] = ()
-    late_texts: frozenset[str] = frozenset()
+    special_texts: frozenset[str] = frozenset()
     ignored_names: frozenset[str] = frozenset()
 
     def flag(self, name: str) -> bool | None:
@@ -74,8 +75,7 @@ class TokenizerFolder:
             TokenizerError: an id or a token that is none.
         """
         if not self.lists_added:
-            special = {_text_of(self.settings.get(name)) for name in SPECIAL_NAMES} | {_text_of(value) for value in self.settings.get(EXTRAS, ())}
-            return {token_id: self._added_token({"content": text}, is_special=text in special - self.late_texts)
+            return {token_id: self._added_token({"content": text}, is_special=text in self.special_texts)
                     for text, token_id in sorted(self.added_ids.items(), key=lambda item: item[1])}
         numbered, where = self.settings["added_tokens_decoder"] or {}, f"{self.path / 'tokenizer_config.json'}: added_tokens_decoder"
         if not isinstance(numbered, Mapping):
@@ -124,17 +124,18 @@ def read_folder(path: pathlib.Path) -> TokenizerFolder:
         if not text or not _is_id(token_id):
             raise TokenizerError(f"{path / 'added_tokens.json'}: the id of {short(text)} is {short(token_id)}; it must map texts to ids "
                                  f"from 0 to {MAX_ID}")
-    named, listed, late = _extras(path, own, {} if has_list else mapped)
-    late += [own[name] for name in SPECIAL_NAMES if isinstance(own.get(name), Mapping) and name not in mapped]
+    named, listed, is_late = _extras(path, own, {} if has_list else mapped)
     settings = {**({**mapped, **own} if has_list else {**own, **mapped}), **named, EXTRAS: listed}
+    early = [settings.get(name) for name in SPECIAL_NAMES if name in mapped or not isinstance(own.get(name), Mapping)]
     return TokenizerFolder(path=path, settings=settings, config=read_object(path, "config.json"),
                            generation_config=read_object(path, "generation_config.json"), templates=_read_templates(path, own.get("chat_template")),
-                           lists_added=has_list, added_ids=added_ids, own_names=tuple(named), late_texts=frozenset(map(_text_of, late)),
+                           lists_added=has_list, added_ids=added_ids, own_names=tuple(named),
+                           special_texts=frozenset(map(_text_of, early if is_late else [*early, *listed])),
                            ignored_names=frozenset(mapped.keys() - own.keys()) if has_list else frozenset())
 
 
-def _extras(path: pathlib.Path, own: Mapping, mapped: Mapping) -> tuple[dict, list, list]:
-    """Special tokens beside those of fixed names: (with names of their own, a list, what of it was found last).
+def _extras(path: pathlib.Path, own: Mapping, mapped: Mapping) -> tuple[dict, list, bool]:
+    """Special tokens beside those of fixed names: (with names of their own, a list, whether it was found last).
 
     Both files may have each under two keys and in two forms, of which transformers takes the first of tokenizer_config.json's and the other file's
     newer key, else what is left.
@@ -150,8 +151,9 @@ def _extras(path: pathlib.Path, own: Mapping, mapped: Mapping) -> tuple[dict, li
             listed = [*(listed or []), *many]
         elif many is not None:
             raise TokenizerError(f"{path / 'tokenizer_config.json'}: {EXTRAS} is {short(many)}; it must be a list of tokens")
-    late = list(rest) if listed is None and isinstance(rest, list) else []
-    return named, list(late) if listed is None else listed, late
+    if listed is not None:
+        return named, listed, False
+    return named, rest if isinstance(rest, list) else [], True
 
 
 def read_object(folder: pathlib.Path, name: str) -> dict:

@@ -17,7 +17,7 @@ from tpllm.errors import PromptError, short
 from tpllm.tokenizer.added_tokens import add_missing_tokens
 from tpllm.tokenizer.backend import Backend, border
 from tpllm.tokenizer.chat_template import ChatTemplate, choose_template
-from tpllm.tokenizer.decoder_stages import Stage, decoder_specs, make_stages
+from tpllm.tokenizer.decoder_stages import Stage, clean_up_stages, decoder_specs, make_stages
 from tpllm.tokenizer.detokenizer import run_stages
 from tpllm.tokenizer.folder import TokenizerFolder, read_folder
 from tpllm.tokenizer.generation_defaults import GenerationDefaults, default_sampling, ending_ids
@@ -25,6 +25,8 @@ from tpllm.tokenizer.messages import checked_messages, checked_text, plain_value
 from tpllm.tokenizer.special_text import encode_guarded
 from tpllm.tokenizer.traced_text import TracedText
 
+ANYWAY = "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output"
+"""As transformers calls the setting without which it cleans up no BPE vocabulary's texts."""
 _ANCHOR = "a"  # a piece before a token whose text is wanted as it stands within a sentence
 
 
@@ -56,7 +58,11 @@ class Tokenizer:
         self.generation = GenerationDefaults(ending_ids(folder.path, folder.config, folder.generation_config) | ({eos} - {None}),
                                              default_sampling(folder.path, folder.generation_config))
         self._adds_bos, self.splits_special = folder.flag("add_bos_token") is True, folder.flag("split_special_tokens") is True
-        self._decoder_specs = decoder_specs(library.decoder)
+        cleans_up, is_bpe = folder.flag("clean_up_tokenization_spaces") is True, type(library.model).__name__ == "BPE"
+        self._cleans_up = cleans_up and (not is_bpe or folder.flag(ANYWAY) is True)
+        with border(f"{folder.path}: its decoder cannot be read"):
+            self._decoder_specs = decoder_specs(library.decoder)
+            self.make_decoder_stages()
 
     @classmethod
     def from_folder(cls, path: pathlib.Path) -> Tokenizer:
@@ -132,7 +138,8 @@ class Tokenizer:
         """Text of ids; ids outside the vocabulary have none, broken UTF-8 becomes U+FFFD."""
         skipped = self.special_ids if skip_special_tokens else frozenset()
         ids = [int(token_id) for token_id in token_ids]
-        return self._backend.decode([i for i in ids if i not in skipped and 0 <= i < self.vocab_size])
+        text = self._backend.decode([i for i in ids if i not in skipped and 0 <= i < self.vocab_size])
+        return run_stages(clean_up_stages(), [text], is_last=True) if self._cleans_up else text
 
     def piece(self, token_id: int) -> str | None:
         """A token as the vocabulary writes it, None for an id outside of it."""
@@ -147,7 +154,7 @@ class Tokenizer:
 
     def make_decoder_stages(self) -> list[Stage]:
         """Fresh stages that turn pieces into text, for one text."""
-        return make_stages(self._decoder_specs)
+        return [*make_stages(self._decoder_specs), *(clean_up_stages() if self._cleans_up else [])]
 
     def _named_id(self, name: str) -> int | None:
         """Id of a named special token; config.json is asked only where no file names the tokenizer's tokens."""

@@ -28,6 +28,12 @@ def serve(function, **options):
     return asyncio.run(main())
 
 
+@pytest.fixture
+def token_by_token(monkeypatch):
+    """Programs of one decode step, so that a request of many tokens is not at its end before anybody could have looked at it."""
+    monkeypatch.setattr("tpllm.engine.pace.MAX_STEPS", 1)
+
+
 def test_requests_that_come_and_go_get_the_tokens_they_get_alone():
     prompts = random_prompts(*[5, 40, 17, 3, 60] * 4)
     params = [SamplingParams(seed=index, max_tokens=4 + index, n=1 + index % 2) for index in range(20)]
@@ -44,6 +50,7 @@ def test_requests_that_come_and_go_get_the_tokens_they_get_alone():
     assert all(output.finished for output in outputs)
 
 
+@pytest.mark.usefixtures("token_by_token")
 def test_outputs_grow_and_earlier_ones_do_not_change():
     async def ask(llm):
         return [output async for output in llm.generate(random_prompts(5)[0], dataclasses.replace(GREEDY, max_tokens=60))]
@@ -52,12 +59,6 @@ def test_outputs_grow_and_earlier_ones_do_not_change():
     assert len(tokens) > 2
     assert all(len(shorter) < len(longer) and longer[:len(shorter)] == shorter for shorter, longer in itertools.pairwise(tokens))
     assert [output.finished for output in outputs] == [False] * (len(outputs) - 1) + [True]
-
-
-@pytest.fixture
-def token_by_token(monkeypatch):
-    """Programs of one decode step, so that a request of many tokens is not at its end before anybody could have looked at it."""
-    monkeypatch.setattr("tpllm.engine.pace.MAX_STEPS", 1)
 
 
 @pytest.mark.usefixtures("token_by_token")

@@ -51,7 +51,7 @@ def test_versions_are_compared_as_numbers_and_pre_releases_are_none_that_was_tri
 @pytest.mark.parametrize(("refusal", "version", "message"), [
     (versions.python_refusal, "3.10.13", r"this is Python 3\.10\.13, and tpllm needs Python >=3\.11,<3\.14: make an env.*install tpllm there"),
     (versions.python_refusal, "3.14.0", r"this is Python 3\.14\.0, and tpllm needs Python >=3\.11,<3\.14: make an environment.*"),
-    (versions.jax_refusal, "0.9.2", r"this is jax 0\.9\.2, and tpllm needs jax >=0\.10,.*: pip install 'jax>=0\.10,.*'"),
+    (versions.jax_refusal, "0.9.2", r"this is jax 0\.9\.2, and tpllm needs jax >=0\.10\.2,.*: pip install 'jax>=0\.10\.2,.*'"),
     (versions.jax_refusal, "99.0", r"this is jax 99\.0, and tpllm needs jax .*"),
     (versions.jax_refusal, None, r"jax is not installed here, and tpllm needs jax >=0\.10.*pip install.*")])
 def test_another_version_is_refused_in_one_line_with_the_range_and_the_fix(refusal, version, message):

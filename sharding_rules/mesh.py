@@ -32,7 +32,9 @@ def parse_mesh(text: str | Mapping[str, int]) -> dict[str, int]:
             raise MeshError(f"mesh {text!r}: axis {axis!r} is given twice")
         try:
             sizes[axis] = int(size)
-        except (TypeError, ValueError):
+            if isinstance(size, bool) or (isinstance(size, float) and size != sizes[axis]):
+                raise ValueError
+        except (TypeError, ValueError, OverflowError):
             raise MeshError(f"mesh {text!r}: the size of {axis!r} is {size!r}; give a whole number, as in 'tp=4'") from None
         if sizes[axis] < 1:
             raise MeshError(f"mesh {text!r}: the size of {axis!r} is {sizes[axis]}; the least is 1")

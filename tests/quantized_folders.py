@@ -222,6 +222,25 @@ def _compressed_float4(form: str, group: int, *, has_global: bool) -> Kind:
     return Kind(compressed_config(form, weights), functools.partial(pack_float4, group=group, has_global=has_global))
 
 
+def pack_mxfp8(weight_NK: np.ndarray) -> Packed:
+    """E4M3 with a power of two for 32 inputs."""
+    exponents = np.ceil(np.log2(np.abs(weight_NK.reshape(len(weight_NK), -1, 32)).max(-1) / np.float32(448))).astype(int) + 127
+    spread = np.repeat(2.0 ** (exponents - 127), 32, axis=1).astype(np.float32)
+    codes = (weight_NK / spread).astype(E4M3)
+    return {"weight": codes, "weight_scale": exponents.astype(np.uint8)}, codes.astype(np.float32) * spread
+
+
+def _auto_round(pack: Callable[[np.ndarray], Packed], packing: str | None, **config) -> Kind:
+    """AutoRound's own config; where its packing has no ``g_idx``, there is none."""
+    def packed(weight_NK: np.ndarray) -> Packed:
+        parts, weight = pack(weight_NK)
+        return {name: value for name, value in parts.items() if name != "g_idx" or packing == "auto_round:gptqmodel"}, weight
+    override, packs = config.pop("override", {}), {"packing_format": packing} if packing else {}
+    described = {"quant_method": "auto-round", "bits": 4, "group_size": 32, "sym": True, "data_type": "int", "autoround_version": "0.9.0",
+                 "block_name_to_quantize": "model.layers", **packs, **config}
+    return Kind(described, packed, override=override)
+
+
 def _mixed() -> Kind:
     """Down projections of 8 bits, all others of 4."""
     config = dict(_compressed(4, 32).config)
@@ -271,4 +290,22 @@ KINDS: dict[str, Kind] = {
     "compressed-fp8-block": _compressed_float8("block", (128, 128), block_structure=[128, 128]),
     "compressed-nvfp4": _compressed_float4("nvfp4-pack-quantized", 16, has_global=True),
     "compressed-mxfp4": _compressed_float4("mxfp4-pack-quantized", 32, has_global=False),
+    "auto-round-auto_gptq": _auto_round(pack_gptq, "auto_round:auto_gptq"),
+    "auto-round-gptq-asym": _auto_round(functools.partial(pack_gptq, bits=2, is_symmetric=False), "auto_round:gptq", bits=2, sym=False),
+    "auto-round-without-packing": _auto_round(functools.partial(pack_gptq, group=-1), None, group_size=-1),
+    "auto-round-own-packing": _auto_round(functools.partial(pack_gptq, bits=8, is_symmetric=False, is_v2=True), "auto_round", bits=8, sym=False),
+    "auto-round-gptqmodel": _auto_round(functools.partial(pack_gptq, bits=3, is_symmetric=False, is_v2=True), "auto_round:gptqmodel", bits=3),
+    "auto-round-auto_awq": _auto_round(pack_awq, "auto_round:auto_awq", sym=False),
+    "auto-round-mixed": _auto_round(
+        pack_gptq, "auto_round:auto_gptq", override={"down_proj": _EIGHT}, extra_config={
+            "model.layers.0.mlp.down_proj": {"bits": 8, "group_size": 64, "data_type": None},
+            r".*layers\.1.*down_proj.*": {"bits": 8, "group_size": 64}, "lm_head": {"bits": 16}}),
+    "auto-round-mxfp4": _auto_round(functools.partial(pack_float4, group=32, has_global=False), "auto_round:llm_compressor", data_type="mx_fp",
+                                    act_bits=4, override={"down_proj": pack_mxfp8}, extra_config={".*down_proj.*": {"bits": 8}}),
+    "auto-round-nvfp4": _auto_round(functools.partial(pack_float4, group=16, has_global=True), "auto_round:llm_compressor", data_type="nv_fp",
+                                    group_size=16, act_bits=4),
+    "auto-round-fp8-static": _auto_round(functools.partial(pack_float8, block=(1, 0), part="weight_scale", scale_dtype=BF16), "auto_round:fp8_static",
+                                         data_type="fp", bits=8, group_size=-1, act_bits=8),
+    "auto-round-fp8-block": _auto_round(functools.partial(pack_float8, block=(128, 128), part="weight_scale_inv", scale_dtype=BF16), None,
+                                        data_type="fp", bits=8, group_size=[128, 128]),
 }

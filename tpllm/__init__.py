@@ -3,13 +3,10 @@
 The facade is imported on first use, so that ``import tpllm`` costs nothing. Only the versions of Python and jax are
 looked at, before anything that another one could break.
 """
-import importlib
-
 from tpllm import versions
 
 versions.check()
 
-TYPE_CHECKING = False  # what type checkers take for true, as in typing, whose import takes longer than all of this
 __version__ = "0.1.0"
 
 _WHERE = {
@@ -19,6 +16,7 @@ _WHERE = {
 }
 __all__ = ["LLM", "AsyncLLM", "CompletionOutput", "RequestOutput", "SamplingParams", "__version__", "forward", "init_cache", "load_model"]
 
+TYPE_CHECKING = False  # typing and importlib take longer than all else here, and the command line has to begin at once
 if TYPE_CHECKING:
     from tpllm.async_llm import AsyncLLM
     from tpllm.engine.outputs import CompletionOutput, RequestOutput
@@ -32,6 +30,7 @@ if TYPE_CHECKING:
 def __getattr__(name: str):
     if name not in _WHERE:
         raise AttributeError(f"module 'tpllm' has no attribute {name!r}")
+    import importlib
     return getattr(importlib.import_module(_WHERE[name]), name)
 
 

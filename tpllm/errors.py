@@ -1,4 +1,4 @@
-"""The errors users meet. Each is a ``ValueError`` whose message names the value, the limit and the fix."""
+"""The errors users meet. Each is a ``ValueError`` whose message names the value, the limit and the fix; and how values stand in messages."""
 
 
 class TpllmError(ValueError):
@@ -35,3 +35,17 @@ class PromptError(TpllmError):
 
 class JobError(TpllmError):
     """A batch job that cannot be started or resumed."""
+
+
+MAX_SHOWN = 200
+
+
+def short(value: object, *, most: int = MAX_SHOWN) -> str:
+    """``repr`` of something from a user or a file, which may be of any size and depth, in ``most`` characters of one line."""
+    if isinstance(value, str | bytes | tuple | list) and len(value) > most:
+        value = value[:most]
+    try:
+        text = repr(value)
+    except (RecursionError, ValueError):  # nested too deeply, or a number of more digits than Python writes
+        text = f"a {type(value).__name__}"
+    return text if len(text) <= most else f"{text[:most]}..."

@@ -1,8 +1,10 @@
 """From the name of a model to its configuration, parameters and tokenizer on a mesh."""
+import collections
 import dataclasses
 import functools
 import logging
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -13,8 +15,9 @@ from jax.sharding import Mesh
 from sharding_rules import DATA_TENSOR, Partition, Rules, make_mesh, parse_mesh
 from tpllm.checkpoint import Checkpoint, check_memory, find_entries, load_params, needed_bytes, open_checkpoint, stored_schemes
 from tpllm.checkpoint.entries import Source
+from tpllm.checkpoint.safetensors import TensorEntry
 from tpllm.environment import enable_compile_cache
-from tpllm.errors import ConfigError
+from tpllm.errors import ConfigError, short
 from tpllm.model.config import ModelConfig
 from tpllm.model.params import DecoderParams
 from tpllm.model.partition import fit_to_mesh, largest_tensor_axis
@@ -27,6 +30,10 @@ from tpllm.tokenizer.gguf import tokenizer_from_gguf
 log = logging.getLogger("tpllm")
 
 DTYPES = ("float32", "bfloat16", "float16")
+ALIASES = {"float": "float32", "half": "float16", "double": "float64"}
+"""Of torch."""
+COMPUTED_IN = {"F64": "float32", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+"""By the dtype of a tensor."""
 SMALL_CACHES = {"int8": np.dtype(np.int8), "fp8": np.dtype(ml_dtypes.float8_e4m3fn)}
 
 
@@ -91,8 +98,10 @@ def open_model(model: str, mesh: str | Mapping[str, int] | Mesh = "auto", *, rul
     policy = parse_policy(quantization)
     checkpoint = open_checkpoint(model, revision=revision)
     config = fit_to_mesh(checkpoint.config, choose_mesh(mesh, checkpoint.config), DATA_TENSOR if rules is None else rules)
-    tokenizer = Tokenizer.from_folder(checkpoint.folder) if checkpoint.gguf is None else tokenizer_from_gguf(checkpoint.gguf)
-    return OpenedModel(checkpoint, config, tokenizer, choose_dtype(dtype, checkpoint.hf_config, config.partition, packed=packed), policy)
+    with checkpoint.reads.recording():
+        tokenizer = Tokenizer.from_folder(checkpoint.folder) if checkpoint.gguf is None else tokenizer_from_gguf(checkpoint.gguf)
+    chosen = choose_dtype(dtype, checkpoint.hf_config, config.partition, packed=packed, tensors=checkpoint.tensors)
+    return OpenedModel(checkpoint, config, tokenizer, chosen, policy)
 
 
 def load_weights(opened: OpenedModel, *, cache_bytes_per_device: int = 0, packed: bool = True) -> DecoderParams:
@@ -121,17 +130,31 @@ def choose_mesh(mesh: str | Mapping[str, int] | Mesh, config: ModelConfig) -> Me
     return make_mesh({"tp": tp})
 
 
-def choose_dtype(dtype: str, hf_config: Mapping[str, Any], partition: Partition, *, packed: bool = True) -> np.dtype:
-    """The dtype of weights and activations. ``"auto"`` is the checkpoint's own, and float32 on a CPU where the weights are not packed for native
-    kernels: XLA reads 16-bit ones there at a twentieth of the memory's speed."""
+def choose_dtype(dtype: str, hf_config: Mapping[str, Any], partition: Partition, *, packed: bool = True,
+                 tensors: Mapping[str, TensorEntry] = MappingProxyType({})) -> np.dtype:
+    """The dtype of weights and activations. ``"auto"`` is the checkpoint's own (:func:`stored_dtype`), and float32 on a CPU where the weights are not
+    packed for native kernels: XLA reads 16-bit ones there at a twentieth of the memory's speed."""
     if dtype == "auto":
-        dtype = "float32" if partition.platform == "cpu" and not (packed and uses_native(partition)) else stored_dtype(hf_config)
+        dtype = "float32" if partition.platform == "cpu" and not (packed and uses_native(partition)) else stored_dtype(hf_config, tensors)
     return _known_dtype("dtype", dtype)
 
 
-def stored_dtype(hf_config: Mapping[str, Any]) -> str:
-    """What config.json calls the dtype of the weights; bfloat16 where it says nothing."""
-    return str(hf_config.get("dtype") or hf_config.get("torch_dtype") or "bfloat16")
+def stored_dtype(hf_config: Mapping[str, Any], tensors: Mapping[str, TensorEntry] = MappingProxyType({})) -> str:
+    """A dtype to compute in: the one that config.json gives the weights; else, and where that is none to compute in, the one that most values of
+    the weights have, float32 for float64. It is bfloat16 where neither says one."""
+    named = hf_config.get("dtype") or hf_config.get("torch_dtype")
+    name = ALIASES.get(named.removeprefix("torch."), named.removeprefix("torch.")) if isinstance(named, str) else None
+    if name in DTYPES:
+        return name
+    sizes = collections.Counter()
+    for entry in tensors.values():
+        if entry.dtype in COMPUTED_IN:
+            sizes[COMPUTED_IN[entry.dtype]] += entry.num_bytes
+    found = "float32" if name == "float64" else sizes.most_common(1)[0][0] if sizes else "bfloat16"
+    if named:
+        log.warning("config.json: dtype is %s, which is not computed in; the model is computed in %s (dtype=... takes another of %s)", short(named),
+                    found, ", ".join(DTYPES))
+    return found
 
 
 def choose_cache_dtype(kv_cache_dtype: str, weight_dtype: np.dtype) -> np.dtype:

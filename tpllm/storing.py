@@ -12,7 +12,7 @@ from tpllm.checkpoint.new_folder import new_folder
 from tpllm.checkpoint.save import copied_files, unquantized_config
 from tpllm.checkpoint.store import write_store
 from tpllm.errors import ConfigError
-from tpllm.loading import DTYPES, load_weights, open_model, stored_dtype
+from tpllm.loading import load_weights, open_model, stored_dtype
 from tpllm.quant.policy import Quantization
 
 
@@ -39,8 +39,7 @@ def save_store(model: str, out: str | Path, *, quantization: Quantization = None
     if checkpoint.gguf is not None:
         raise ConfigError(f"{checkpoint.folder} is a GGUF file, whose tokenizer has no files to take along; store the checkpoint it was made of")
     if dtype == "auto":
-        stored = stored_dtype(checkpoint.hf_config)
-        opened = dataclasses.replace(opened, dtype=jax.numpy.dtype(stored if stored in DTYPES else "bfloat16"))
+        opened = dataclasses.replace(opened, dtype=jax.numpy.dtype(stored_dtype(checkpoint.hf_config, checkpoint.tensors)))
     params = load_weights(opened, packed=False)
     source = {**checkpoint.fingerprint(), "quantization": dict(quantization) if isinstance(quantization, Mapping) else quantization}
     config = unquantized_config(checkpoint) | {"dtype": str(opened.dtype)}

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from tpllm.checkpoint.entries import find_entries
 from tpllm.checkpoint.folder import open_checkpoint
 from tpllm.errors import CheckpointError, ConfigError
 
@@ -60,12 +61,26 @@ def test_a_tensor_that_two_files_hold_is_refused_without_an_index(make_checkpoin
         open_checkpoint(folder)
 
 
-def test_a_weight_map_that_names_a_tensor_its_file_lacks_is_refused(make_checkpoint):
-    folder, _ = make_checkpoint(num_shards=2)
+def test_a_weight_map_may_name_what_nothing_needs_and_put_a_tensor_into_the_wrong_file(make_checkpoint):
+    folder, tensors = make_checkpoint(num_shards=2)
     weight_map = json.loads((folder / INDEX).read_text())["weight_map"]
-    edit_json(folder / INDEX, weight_map={**weight_map, "ghost": "model-00001-of-00002.safetensors"})
-    with pytest.raises(CheckpointError, match=r"puts tensor 'ghost' in 'model-00001-of-00002.safetensors', which does not hold it"):
-        open_checkpoint(folder)
+    first, second = sorted(set(weight_map.values()))
+    moved, forgotten = (name for name, file in list(weight_map.items())[:4] if file == second)
+    weight_map[moved] = first
+    del weight_map[forgotten]
+    edit_json(folder / INDEX, weight_map={**weight_map, "ghost": first, "lm_head.bias": second})
+    checkpoint = open_checkpoint(folder)
+    assert checkpoint.tensors.keys() == tensors.keys()
+    assert checkpoint.tensors[moved].path.name == second
+
+
+def test_a_tensor_that_only_the_weight_map_has_is_missing_where_it_is_needed(make_checkpoint):
+    folder, tensors = make_checkpoint(num_shards=2)
+    save_file({name: tensors[name] for name in tensors if name != "model.norm.weight"}, folder / "model-00001-of-00002.safetensors")
+    save_file({"model.other": np.zeros(2, np.float32)}, folder / "model-00002-of-00002.safetensors")
+    checkpoint = open_checkpoint(folder)
+    with pytest.raises(CheckpointError, match=r"'model.norm.weight' of shape \(24,\) is missing; download"):
+        find_entries(checkpoint, checkpoint.config)
 
 
 @pytest.mark.parametrize("weight_map", [None, [], {}, {"a": 3}, "text"])
@@ -161,7 +176,10 @@ def test_a_revision_of_a_folder_is_refused(make_checkpoint):
 
 
 @pytest.mark.parametrize(("text", "message"), [(None, "holds no config.json"), ("{", "config.json: not valid JSON"), ("[1]", "must be an object"),
-                                               ("\xff", "config.json: not valid JSON"), ('{"a": 1, "a": 2}', "'a' is there twice")])
+                                               ("\xff", "config.json: not valid JSON"), ('{"a": 1, "a": 2}', "'a' is there twice"),
+                                               ('{"a":' * 101 + "1" + "}" * 101, "more than 100 deep"), ('{"a":' + "[" * 10**5, "not valid JSON"),
+                                               ('{"a":' + "[" * 10**5 + "]" * 10**5 + "}", "not valid JSON|more than 100"),
+                                               ('{"a":' + "9" * 5000 + "}", "not valid JSON")])
 def test_a_bad_config_is_refused(make_checkpoint, text, message):
     folder, _ = make_checkpoint()
     if text is None:

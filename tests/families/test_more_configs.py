@@ -122,7 +122,7 @@ def test_what_a_family_leaves_out_of_its_file_has_the_defaults_of_transformers()
     assert (gemma2.head_dim, gemma2.attention_softcap, gemma2.logit_softcap, gemma2.layer_windows) == (256, 50.0, 30.0, (4096, None))
     starcoder2 = read({"architectures": ["Starcoder2ForCausalLM"], **sizes})
     assert (starcoder2.num_kv_heads, starcoder2.norm, starcoder2.has_gated_mlp, starcoder2.has_mlp_bias) == (2, "layer", False, True)
-    assert read({"architectures": ["GemmaForCausalLM"], **sizes, "hidden_act": "gelu"}).activation == "gelu_tanh"
+    assert read({"architectures": ["GemmaForCausalLM"], **sizes, "num_key_value_heads": 4, "hidden_act": "gelu"}).activation == "gelu_tanh"
 
 
 @pytest.mark.parametrize(("family", "fields", "message"), [

@@ -1,13 +1,14 @@
 """A job file says exactly one thing, or is refused with the key, its line, and what to write instead."""
 import dataclasses
 import json
+from collections.abc import Mapping
 
 import pytest
 
 from tpllm.engine.sampling_params import SamplingParams
 from tpllm.errors import JobError, SamplingError
 from tpllm.jobs.config import JobConfig, load_job
-from tpllm.jobs.runner import check_engine_options
+from tpllm.jobs.runner import check_engine_options, llm_class
 
 JOB = "model: demo\ninput: in.jsonl\noutput: out\n"
 
@@ -65,6 +66,9 @@ def test_the_command_line_sets_any_key(load, words, key, value):
     (JOB + "rows_per_part: 0\n", r"rows_per_part is 0; it must be from 1"),
     (JOB + "rows_per_part: many\n", r"rows_per_part is 'many'; it must be a whole number"),
     (JOB + "rows_per_part: true\n", r"rows_per_part is True; it must be a whole number"),
+    (JOB + "rows_per_part: 4.5\n", r"rows_per_part is 4.5; it must be a whole number"),
+    (JOB + "seed: '7'\n", r"seed is '7'; it must be a whole number"),
+    (JOB + "seed: .inf\n", r"seed is inf; it must be a whole number"),
     (JOB + "seed: 18446744073709551616\n", r"64 bits"),
     (JOB + "engine: 3\n", r"engine is 3; it must be a mapping"),
     (JOB + "mesh: 3\n", r"mesh is 3; it must be text such as"),
@@ -113,6 +117,48 @@ def test_a_missing_job_file_is_named(tmp_path):
 def test_a_job_cannot_give_up_that_its_rows_do_not_depend_on_their_batch(load):
     with pytest.raises(JobError, match=r"engine\.batch_invariant cannot be set in a job.*leave it out"):
         check_engine_options(load(JOB + "engine: {batch_invariant: false}\n"), lambda model, *, batch_invariant=True: None)
+
+
+def test_whole_floats_are_whole_numbers_wherever_one_is_asked_for(load):
+    job = load(JOB + "seed: 1e3\nrows_per_part: 4.0\nsampling: {max_tokens: 3.0, top_k: 5e1, temperature: 1.0, stop_token_ids: [2.0], logit_bias: "
+               "{5.0: 1.5}}\n", "--sampling.n", "2.0")
+    assert (job.seed, job.rows_per_part) == (1000, 4)
+    assert job.sampling == {"max_tokens": 3, "top_k": 50, "temperature": 1.0, "stop_token_ids": [2], "logit_bias": {5: 1.5}, "n": 2}
+    whole = [job.seed, job.rows_per_part, *(job.sampling[key] for key in ("max_tokens", "top_k", "n")), *job.sampling["stop_token_ids"]]
+    assert {type(value) for value in [*whole, *job.sampling["logit_bias"]]} == {int}
+    assert type(job.sampling["temperature"]) is float
+    with pytest.raises(SamplingError, match=r"max_tokens is 3.5; it must be a whole number"):
+        load(JOB + "sampling: {max_tokens: 3.5}\n")
+
+
+def make_typed(model, *, max_num_seqs: int | None = None, memory_share: float | None = None, enable_prefix_caching: bool = True,
+               preemption: str = "auto", quantization: str | Mapping[str, str | None] | None = None, page_size: int | None = None):
+    raise AssertionError
+
+
+@pytest.mark.parametrize(("engine", "message"), [
+    ("enable_prefix_caching: 'false'", r"engine.enable_prefix_caching is 'false'; it must be true or false"),
+    ("enable_prefix_caching: 0", r"engine.enable_prefix_caching is 0; it must be true or false"),
+    ("max_num_seqs: true", r"engine.max_num_seqs is True; it must be a whole number, or left out"),
+    ("max_num_seqs: '4'", r"engine.max_num_seqs is '4'; it must be a whole number"),
+    ("max_num_seqs: 4.5", r"engine.max_num_seqs is 4.5; it must be a whole number"),
+    ("memory_share: yes", r"engine.memory_share is True; it must be a number"),
+    ("memory_share: '0.5'", r"engine.memory_share is '0.5'; it must be a number"),
+    ("preemption: no", r"engine.preemption is False; it must be text"),
+    ("quantization: 4", r"engine.quantization is 4; it must be text or a mapping, or left out"),
+])
+def test_an_engine_value_of_another_type_is_refused_and_never_taken_for_true_or_one(load, engine, message):
+    with pytest.raises(JobError, match=message):
+        check_engine_options(load(JOB + f"engine: {{{engine}}}\n"), make_typed)
+
+
+def test_engine_values_of_the_right_types_are_taken(load):
+    text = "engine: {max_num_seqs: 4.0, memory_share: 1, enable_prefix_caching: no, page_size: null, quantization: {a: b}}\n"
+    job = check_engine_options(load(JOB + text), make_typed)
+    assert job.engine == {"max_num_seqs": 4, "memory_share": 1, "enable_prefix_caching": False, "page_size": None, "quantization": {"a": "b"}}
+    assert type(job.engine["max_num_seqs"]) is int
+    with pytest.raises(JobError, match=r"engine.enable_prefix_caching is 'no'"):
+        check_engine_options(load(JOB + "engine: {enable_prefix_caching: 'no', max_num_seqs: 2}\n"), llm_class())
 
 
 def test_engine_keys_are_those_of_the_constructor(load):

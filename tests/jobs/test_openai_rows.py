@@ -92,7 +92,7 @@ def test_plain_rows_and_batch_rows_may_be_in_one_file(run_text):
 
 @pytest.mark.parametrize(("row", "param", "code", "message"), [
     ({**ROW, "custom_id": None}, "custom_id", "missing_required_parameter", "custom_id is missing"),
-    ({**ROW, "custom_id": 5}, "custom_id", "missing_required_parameter", "custom_id"),
+    ({**ROW, "custom_id": True}, "custom_id", "missing_required_parameter", "custom_id"),
     ({**ROW, "method": "GET"}, "method", "unsupported_value", 'method is "GET"; it must be "POST"'),
     ({**ROW, "method": None}, "method", "missing_required_parameter", "method is missing"),
     ({**ROW, "url": "/v1/embeddings"}, "url", "unsupported_value", '"/v1/embeddings"; it must be /v1/completions or /v1/chat/completions'),
@@ -234,3 +234,26 @@ def test_the_demo_model_answers_a_batch_file(tmp_path):
     assert choice["logprobs"]["token_logprobs"][0] is None
     assert all(value <= 0 for value in choice["logprobs"]["token_logprobs"][1:])
     assert len(choice["logprobs"]["tokens"]) == rows["echo"]["response"]["body"]["usage"]["total_tokens"]
+
+
+def test_a_number_as_custom_id_becomes_text_in_openais_form_where_it_is_always_text(make_job):
+    rows = [{**ROW, "custom_id": custom_id} for custom_id in (7, 2.5, 8.0)] + [{**ROW, "custom_id": 9, "body": {"prompt": "x", "stream": True}}]
+    job = make_job(to_jsonl(rows))
+    run_job(job, make_llm=FakeLLM)
+    assert [row["custom_id"] for row in all_rows_of(job)] == ["7", "2.5", "8"]
+    assert [row["custom_id"] for row in all_errors(pathlib.Path(job.output))] == ["9"]
+
+
+@pytest.mark.parametrize("body", [
+    {"response_format": {"type": "text", "json_schema": None}}, {"response_format": {"type": "text"}}, {"max_tokens": 3.0}, {"top_k": 50.0},
+    {"max_completion_tokens": 3.0}, {"logprobs": True, "top_logprobs": 2.0}, {"seed": 5.0}, {"n": 1.0}, {"stop_token_ids": [4.0]},
+    {"messages": [*USER, {"role": "assistant", "content": None, "refusal": "I cannot."}, *USER]},
+    {"messages": [*USER, {"role": "assistant", "content": None}, *USER]},
+    {"messages": [*USER, {"role": "assistant", "content": [{"type": "refusal", "refusal": "I cannot."}]}, *USER]},
+    {"messages": [*USER, {"role": "assistant", "content": "Yes.", "refusal": None, "tool_calls": None, "function_call": None, "audio": None}, *USER]},
+])
+def test_what_openais_own_clients_write_is_taken(make_job, body):
+    job = make_job(to_jsonl([batch_row("a", CHAT, {"messages": USER, **body})]))
+    run_job(job, make_llm=FakeLLM)
+    assert all_errors(pathlib.Path(job.output)) == []
+    assert len(all_rows_of(job)) == 1

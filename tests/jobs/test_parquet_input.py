@@ -219,6 +219,14 @@ def test_two_rows_of_one_custom_id_are_refused(write, kind):
         open_source("*.parquet").scan()
 
 
+def test_ids_of_any_type_are_told_apart(write):
+    """Numbers, and what becomes text on its way to a row, such as a date."""
+    for kind, values in ((pa.int64(), [7, 8, 7]), (pa.float64(), [7.0, 8.5, 7.0]), (pa.date32(), [1, 2, 1])):
+        write("a.parquet", {"custom_id": pa.array(values, kind), "prompt": ["x"] * 3})
+        with pytest.raises(JobError, match=r"custom_id .* is on row 0 \(a.parquet row 0\) and on row 2 \(a.parquet row 2\)"):
+            open_source("a.parquet").scan()
+
+
 def test_a_file_that_changes_while_the_job_runs_is_noticed_before_a_part_takes_in_the_change(write):
     write("a.parquet", numbers(9))
 

@@ -314,3 +314,30 @@ def test_the_part_files_of_a_folder_are_told_apart_whatever_their_format(tmp_pat
     (tmp_path / "part-00001.parquet").unlink()
     with pytest.raises(JobError, match=r"No such file"):
         num_rows_of(files[1].rows)
+
+
+@pytest.mark.parametrize(("ids", "kind", "wanted"), [
+    (pa.array([5, None, 7]), pa.int64(), [5, 1, 7]), (pa.array([5, 6, 7], pa.int32()), pa.int32(), [5, 6, 7]),
+    (pa.array([5, 6, None], pa.int8()), pa.int64(), [5, 6, 2]), (pa.array([2**63, 6, 7], pa.uint64()), pa.uint64(), [2**63, 6, 7]),
+    (pa.array([5.5, None, 7.0]), pa.float64(), [5.5, 1.0, 7.0]), (pa.array([5, 6, 5]).dictionary_encode().slice(0, 2), pa.int64(), [5, 6]),
+    (pa.array(["5", None, "x"]), pa.string(), ["5", "1", "x"]),
+])
+def test_custom_ids_that_are_numbers_keep_their_values_and_their_type(tmp_path, ids, kind, wanted):
+    columns = {"custom_id": ids, "prompt": ["a", "b", "c"][:len(ids)]}
+    run_job(parquet_job(tmp_path, columns), make_llm=FakeLLM)
+    found = read(tmp_path / "out")["custom_id"]
+    assert (found.type, found.to_pylist()) == (kind, wanted)
+    run_job(parquet_job(tmp_path, columns, output="lines", output_format="jsonl"), make_llm=FakeLLM)
+    assert [row["custom_id"] for row in all_rows(tmp_path / "lines")] == [
+        str(place) if given is None else given for place, given in enumerate(ids.to_pylist())]
+
+
+@pytest.mark.parametrize(("ids", "kind", "wanted"), [
+    ([5, 7], pa.int64(), [5, 7, 2]), ([5, 7.5], pa.float64(), [5.0, 7.5, 2.0]), ([5, "x"], pa.string(), ["5", "x", "2"]),
+    (["a", "x"], pa.string(), ["a", "x", "2"])])
+def test_custom_ids_of_a_jsonl_input_make_a_column_of_the_type_that_holds_them(make_job, ids, kind, wanted):
+    text = "".join(json.dumps({"custom_id": custom_id, "prompt": "a"}) + "\n" for custom_id in ids) + '{"prompt": "b"}\n'
+    job = make_job(text, output_format="parquet")
+    run_job(job, make_llm=FakeLLM)
+    found = read(job.output)["custom_id"]
+    assert (found.type, found.to_pylist()) == (kind, wanted)

@@ -28,7 +28,8 @@ BAD_LINES = [
     ('{"messages": []}', r"messages is \[\]; it must be a list"),
     ('{"messages": [{"content": "a"}]}', r"messages is"),
     ('{"messages": [{"role": "user", "content": "a"}], "template_kwargs": 1}', r"template_kwargs is 1; it must be an object"),
-    ('{"custom_id": 5, "prompt": "a"}', r"custom_id is 5; it must be text"),
+    ('{"custom_id": true, "prompt": "a"}', r"custom_id is true; it must be text or a number"),
+    ('{"custom_id": [5], "prompt": "a"}', r"custom_id is \[5\]; it must be text or a number"),
     ('{"prompt": "a", "sampling": 1}', r"sampling is 1; it must be an object"),
     ('{"prompt": "a", "sampling": {"temprature": 1}}', r"unknown key 'sampling.temprature'; did you mean 'sampling.temperature'"),
     ('{"prompt": "a", "sampling": {"temperature": -1}}', r"sampling: temperature is -1; it must be a finite number"),
@@ -121,8 +122,36 @@ def test_any_number_of_rows_makes_its_parts(run_text, num_rows, rows_per_part, n
 @pytest.mark.parametrize(("rows", "first", "second"), [
     (['{"custom_id": "a", "prompt": "x"}', GOOD, '{"custom_id": "a", "prompt": "y"}'], 0, 2),
     ([GOOD, GOOD, '{"custom_id": "1", "prompt": "y"}'], 1, 2),
+    (['{"custom_id": 7, "prompt": "x"}', '{"custom_id": "7", "prompt": "y"}'], 0, 1),
+    (['{"custom_id": 7, "prompt": "x"}', '{"custom_id": 7.0, "prompt": "y"}'], 0, 1),
+    ([GOOD, GOOD, '{"custom_id": 1, "prompt": "y"}'], 1, 2),
     (['{"custom_id": "é", "prompt": "x"}', '{"custom\\u005fid": "\\u00e9", "prompt": "y"}'], 0, 1),
 ])
+def test_a_custom_id_that_is_a_number_keeps_its_value_in_outputs_and_errors(run_text):
+    ids = [70, -3, 2.5, 1e300, 12345678901234567890, 0]
+    folder = run_text("".join(json.dumps({"custom_id": custom_id, "prompt": "a"}) + "\n" for custom_id in ids) + '{"custom_id": 8, "prompt": 5}\n'
+                      '{"prompt": "x"}\n')
+    found = [row["custom_id"] for row in all_rows(folder)]
+    assert found == [*ids, "7"]
+    assert [type(custom_id) for custom_id in found] == [int, int, float, float, int, int, str]
+    assert [error["custom_id"] for error in all_errors(folder)] == [8]
+
+
+def test_whole_floats_in_a_row_are_whole_numbers(make_job):
+    run_job(make_job('{"prompt": [1.0, 2], "sampling": {"max_tokens": 3.0, "top_k": 50.0, "seed": 7.0, "stop_token_ids": [9.0]}}\n'
+                     '{"prompt_token_ids": [4.0]}\n', sampling={"n": 2.0}), make_llm=Recorder)
+    assert [json.loads(prompt) for prompt in Recorder.params] == [{"prompt_token_ids": [1, 2]}, {"prompt_token_ids": [4]}]
+    params, second = Recorder.params.values()
+    assert (params.max_tokens, params.top_k, params.seed, params.stop_token_ids, params.n, second.n) == (3, 50, 7, (9,), 2, 2)
+    assert {type(value) for value in (params.max_tokens, params.top_k, params.seed, params.n, *params.stop_token_ids)} == {int}
+
+
+@pytest.mark.parametrize("line", ['{"prompt": [1.5]}', '{"prompt": "a", "sampling": {"max_tokens": 3.5}}', '{"prompt": "a", "sampling": {"top_k": "5"}}',
+                                  '{"prompt": "a", "sampling": {"n": true}}'])
+def test_what_is_no_whole_number_is_still_refused(run_text, line):
+    assert "must be" in all_errors(run_text(line))[0]["error"]
+
+
 def test_two_rows_of_one_custom_id_are_refused_before_anything_is_generated(make_job, rows, first, second):
     class NoLLM(FakeLLM):
         def __init__(self, *_, **__):

@@ -97,6 +97,12 @@ def test_rows_are_numbered_through_and_know_file_and_line(in_folder):
     assert [(raw.index, raw.file, raw.line) for raw in rows] == [(0, "a.jsonl", 1), (1, "a.jsonl", 3), (2, "b.jsonl", 3)]
 
 
+def test_a_byte_order_mark_at_any_line_is_no_part_of_a_row(in_folder):
+    in_folder("a.jsonl", "\ufeff" + row("0") + "\ufeff" + row("1") + "\ufeff\n" + "\ufeff\ufeff " + row("2") + row("\ufeff3"))
+    in_folder("b.jsonl.gz", gzip.compress(("\ufeff" + row("4")).encode()) + gzip.compress(("\ufeff" + row("5")).encode()))
+    assert prompts(["a.jsonl", "b.jsonl.gz"]) == ["0", "1", "2", "\ufeff3", "4", "5"]
+
+
 def test_unwanted_rows_are_left_out_and_the_others_keep_their_numbers(in_folder):
     in_folder("a.jsonl", row("0") + row("1"))
     in_folder("b.jsonl", row("2") + row("3"))

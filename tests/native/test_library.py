@@ -1,5 +1,6 @@
 """The library itself: that it is there, what turns it off, its instruction sets and threads, and that no mistake ends the process."""
 import functools
+import hashlib
 import logging
 import os
 import pathlib
@@ -90,6 +91,57 @@ def test_a_missing_library_is_warned_of_once_and_xla_computes(monkeypatch, caplo
     np.testing.assert_array_equal(normed, rms_norm_reference(jnp.arange(6.0).reshape(1, 1, 6), jnp.ones(6), eps=1e-5))
     assert [record.levelname for record in caplog.records] == ["WARNING"]
     assert "compiler" in caplog.text
+
+
+DAMAGE = {
+    "zero bytes": lambda whole: b"", "text": lambda whole: b"not a library\n", "cut in half": lambda whole: whole[:len(whole) // 2],
+    "cut after its header": lambda whole: whole[:4096], "one bit": lambda whole: whole[:len(whole) // 3] + b"\xff" + whole[len(whole) // 3 + 1:],
+    "zeros from the middle on": lambda whole: whole[:len(whole) // 2] + bytes(len(whole) - len(whole) // 2), "longer": lambda whole: whole + b"\0"}
+
+
+def test_a_damaged_library_is_never_opened_and_warned_of_once(native_library, monkeypatch, caplog, tmp_path):
+    monkeypatch.delenv("TPLLM_NATIVE", raising=False)
+    whole, record = library.PATH.read_bytes(), library.PATH.with_name("_kernels.so.sha256").read_text()
+    monkeypatch.setattr(library.ctypes, "CDLL", lambda path: pytest.fail("it was opened"))
+    records = dict.fromkeys(DAMAGE, record) | {"no checksum": None, "another checksum": record[:-2] + "x\n", "no numbers": "", "binary": "\0\1"}
+    for case, text in records.items():
+        path = tmp_path / case / "_kernels.so"
+        path.parent.mkdir()
+        path.write_bytes(DAMAGE.get(case, lambda whole: whole)(whole))
+        if text is not None:
+            path.with_name("_kernels.so.sha256").write_text(text)
+        monkeypatch.setattr(library, "PATH", path)
+        monkeypatch.setattr(library, "load_library", functools.cache(library.load_library.__wrapped__))
+        caplog.clear()
+        with caplog.at_level(logging.INFO, logger="tpllm"):
+            assert not library.is_available()
+            assert library.instruction_set() is None
+        (line,) = caplog.records
+        assert (line.levelname, str(path) in line.getMessage(), "XLA computes everything" in line.getMessage()) == ("WARNING", True, True), case
+    (tmp_path / "folder.so").mkdir()
+    assert "is no file" in library.find_fault(_with_record(tmp_path / "folder.so", record))
+    assert library.find_fault(_with_record(_written(tmp_path / "intact.so", whole), record)) is None
+
+
+def test_a_whole_file_that_cannot_be_opened_is_warned_of_too(monkeypatch, caplog, tmp_path):
+    monkeypatch.delenv("TPLLM_NATIVE", raising=False)
+    text = b"a whole file, and no library"
+    path = _with_record(_written(tmp_path / "_kernels.so", text), f"{len(text)} {hashlib.sha256(text).hexdigest()}\n")
+    monkeypatch.setattr(library, "PATH", path)
+    monkeypatch.setattr(library, "load_library", functools.cache(library.load_library.__wrapped__))
+    with caplog.at_level(logging.INFO, logger="tpllm"):
+        assert not library.is_available()
+    assert "cannot be opened" in caplog.text
+
+
+def _written(path, data):
+    path.write_bytes(data)
+    return path
+
+
+def _with_record(path, text):
+    path.with_name(path.name + ".sha256").write_text(text)
+    return path
 
 
 @functools.cache

@@ -14,7 +14,8 @@ def test_a_mesh_is_written_as_text_or_as_a_mapping(text, sizes):
 @pytest.mark.parametrize(("text", "message"), [
     ("xp=4", "unknown axis 'xp'; known: dp, ep, tp"), ("", "unknown axis ''"), ("4", "unknown axis '4'"),
     ("tp=2,tp=4", "axis 'tp' is given twice"), ("tp=", "the size of 'tp' is ''"), ("tp=two", "the size of 'tp' is 'two'; give a whole number"),
-    ("tp=0", "the size of 'tp' is 0; the least is 1"), ("tp=-2", "the size of 'tp' is -2"), ({"tp": None}, "the size of 'tp' is None")])
+    ("tp=0", "the size of 'tp' is 0; the least is 1"), ("tp=-2", "the size of 'tp' is -2"), ({"tp": None}, "the size of 'tp' is None"),
+    ({"tp": True}, "the size of 'tp' is True; give a whole number"), ({"tp": 2.5}, "the size of 'tp' is 2.5"), ({"tp": float("inf")}, "is inf")])
 def test_a_malformed_mesh_is_refused_with_its_value(text, message):
     with pytest.raises(MeshError, match=message):
         parse_mesh(text)

@@ -180,3 +180,23 @@ def test_named_templates_without_a_default_are_refused_with_their_names(tmp_path
         tokenizer.encode_chat(USER)
 
 
+
+
+@pytest.mark.parametrize(("message", "said"), [
+    ({"role": "assistant", "content": None}, ""), ({"role": "assistant"}, ""), ({"role": "assistant", "content": None, "tool_calls": []}, ""),
+    ({"role": "assistant", "content": None, "refusal": "I cannot."}, "I cannot."),
+    ({"role": "assistant", "content": "Yes.", "refusal": None}, "Yes."),
+    ({"role": "assistant", "content": [{"type": "refusal", "refusal": "I cannot."}]}, "I cannot."),
+    ({"role": "assistant", "content": [{"type": "text", "text": "Well."}, {"type": "refusal", "refusal": "No."}], "refusal": None},
+     [{"type": "text", "text": "Well."}, {"type": "text", "text": "No."}]),
+])
+def test_an_assistant_that_said_nothing_or_refused_is_a_message_all_the_same(kinds, message, said):
+    wanted = [*USER, {"role": "assistant", "content": said}, *USER]
+    for kind in KINDS:
+        assert kinds[kind].encode_chat([*USER, message, *USER]) == kinds[kind].encode_chat(wanted), kind
+
+
+@pytest.mark.parametrize("message", [{"role": "assistant", "refusal": 3}, {"role": "assistant", "content": [{"type": "refusal"}]}])
+def test_a_refusal_that_is_no_text_is_refused(kinds, message):
+    with pytest.raises(PromptError, match=r"\['refusal'\] is a (int|NoneType); it must be a text"):
+        kinds["chatml"].encode_chat([*USER, message])

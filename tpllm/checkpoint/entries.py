@@ -2,6 +2,7 @@
 import dataclasses
 import logging
 import math
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -10,7 +11,9 @@ import numpy as np
 from sharding_rules.axes import KV_HEADS
 from tpllm.checkpoint.columns import every_nth, plain_rows
 from tpllm.checkpoint.folder import Checkpoint
+from tpllm.checkpoint.formats.matrix import FileMatrix
 from tpllm.checkpoint.safetensors import BITS, TensorEntry
+from tpllm.checkpoint.settle import sizes_of_strangers
 from tpllm.checkpoint.stored import StoredMatrix
 from tpllm.errors import CheckpointError
 from tpllm.families.family import Columns
@@ -18,6 +21,7 @@ from tpllm.model.config import ModelConfig
 from tpllm.model.params import ParamSpec, named_leaves, param_specs
 from tpllm.quant.schemes import Scheme
 
+_LAYER = re.compile(r"^layers\.\d+\.")
 HARMLESS = ("rotary_emb.inv_freq",)
 NUM_NAMED = 5
 
@@ -116,11 +120,49 @@ def _repeated_rows(start: int, stop: int, config: ModelConfig) -> Iterator[tuple
 def find_entries(checkpoint: Checkpoint, config: ModelConfig) -> dict[str, Source]:
     """Parameter name -> its source, shapes checked against the model's own, without repeated heads and padding.
 
+    A bias that no layer of the file has is zero, with a warning; one that only some layers lack is missing.
+
     Raises:
         CheckpointError: a tensor that is missing or of another shape; it names the tensor and both shapes.
     """
-    logical = param_specs(dataclasses.replace(config, kv_repeat=1, padded_vocab_size=config.vocab_size))
-    return {name: _find(checkpoint, name, spec, config) for name, spec in named_leaves(logical)}
+    logical = named_leaves(param_specs(dataclasses.replace(config, kv_repeat=1, padded_vocab_size=config.vocab_size)))
+    absent = _absent_biases(checkpoint, logical)
+    return {name: _zeros(spec) if _LAYER.sub("", name) in absent else _find(checkpoint, name, spec, config) for name, spec in logical}
+
+
+def _absent_biases(checkpoint: Checkpoint, logical: list[tuple[str, ParamSpec]]) -> set[str]:
+    """Biases of which the checkpoint has none in any layer, by their names without the layer; said once in the log.
+
+    Not where it has a tensor of their size that nothing reads: that may be one under a damaged name.
+    """
+    found: dict[str, bool] = {}
+    biases = [(_LAYER.sub("", name), name, spec) for name, spec in logical if name.endswith("_bias")]
+    strangers = sizes_of_strangers(checkpoint.tensors, checkpoint.family) if biases else set()
+    for kind, name, spec in biases:
+        if not found.get(kind):
+            stored = checkpoint.family.checkpoint_names(name, spec.stack)
+            found[kind] = _num_values(spec) in strangers or any(_has(checkpoint, each, spec.shape) for each in stored)
+    absent = {kind for kind, is_there in found.items() if not is_there}
+    if absent:
+        log.warning("%s: config.json asks for biases that the file has in no layer (%s); they are zero, as in transformers", checkpoint.folder,
+                    ", ".join(sorted(absent)))
+    return absent
+
+
+def _has(checkpoint: Checkpoint, name: str, shape: tuple[int, ...]) -> bool:
+    return name in checkpoint.tensors or (checkpoint.weights is not None and checkpoint.weights.find(name, shape) is not None)
+
+
+def _num_values(spec: ParamSpec) -> int:
+    """Of a bias, without padding."""
+    return spec.shape[0] if spec.stack is None else spec.stack.rows * spec.stack.num
+
+
+def _zeros(spec: ParamSpec) -> Source:
+    """A bias that no file has."""
+    num_rows = _num_values(spec)
+    zeros = FileMatrix((), (num_rows,), None, 0.0, None, lambda reader: lambda first, last: np.zeros(last - first, np.float32), kind="zeros")
+    return Source((zeros,), 0, num_rows)
 
 
 def _find(checkpoint: Checkpoint, name: str, spec: ParamSpec, config: ModelConfig) -> Source:
@@ -150,7 +192,8 @@ def _find_any(checkpoint: Checkpoint, wanted: str, shape: tuple[int, ...], hint:
     tensor: Any = checkpoint.weights.find(wanted, shape) if checkpoint.weights is not None else None
     tensor = checkpoint.tensors.get(wanted) if tensor is None else tensor
     if tensor is None:
-        raise CheckpointError(f"{checkpoint.folder}: tensor {wanted!r} of shape {shape} is missing{hint}")
+        fix = hint or "; download or copy the checkpoint again"
+        raise CheckpointError(f"{checkpoint.folder}: tensor {wanted!r} of shape {shape} is missing{fix}")
     return tensor
 
 

@@ -1,6 +1,5 @@
 """Opening a checkpoint: everything about it but its weights' values."""
 import dataclasses
-import hashlib
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,18 +11,16 @@ from tpllm.checkpoint.gguf.header import GgufFile, open_gguf
 from tpllm.checkpoint.gguf.names import gguf_weight_names
 from tpllm.checkpoint.gguf.weights import GgufFormat
 from tpllm.checkpoint.index import read_index
-from tpllm.checkpoint.safetensors import Header, TensorEntry, sample_digest
-from tpllm.checkpoint.source import GGUF, find_folder, only_gguf, read_json, read_small
+from tpllm.checkpoint.reads import Reads
+from tpllm.checkpoint.safetensors import Header, TensorEntry, digest_of_samples, sample_digest
+from tpllm.checkpoint.settle import settle_head, with_prefix
+from tpllm.checkpoint.source import GGUF, find_folder, only_gguf, read_json
 from tpllm.checkpoint.store import MANIFEST, StoreFormat
 from tpllm.checkpoint.stored import WeightFormat
 from tpllm.errors import CheckpointError, ConfigError, TpllmError
 from tpllm.families.family import Family
 from tpllm.families.registry import find_family
 from tpllm.model.config import ModelConfig
-
-IDENTITY_FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-                  "added_tokens.json", "chat_template.jinja", "chat_template.json", MANIFEST)
-"""Small files that decide what a model answers."""
 
 log = logging.getLogger("tpllm")
 
@@ -37,12 +34,13 @@ class Checkpoint:
         revision: the hub commit, or None for a folder.
         hf_config: config.json, or what it would be.
         family: what it is to the loader.
-        config: the model, not yet fitted to a mesh.
+        config: the model, not yet fitted to a mesh; whether it has a head of its own, the weights say.
         generation_config: generation_config.json, or empty.
         tensors: name -> file, dtype, shape and place of every tensor.
         headers: file name -> header of every file of weights.
         weights: what is known of quantized weights, or None for a plain checkpoint.
         gguf: what is in the file, where it is GGUF.
+        reads: of the small files that this was made of, and that whoever reads on in the folder records there.
     """
 
     folder: Path
@@ -55,15 +53,19 @@ class Checkpoint:
     headers: Mapping[str, Header]
     weights: WeightFormat | None = None
     gguf: GgufFile | None = None
+    reads: Reads = dataclasses.field(default_factory=Reads, compare=False, repr=False)
 
     def fingerprint(self) -> dict[str, Any]:
-        """What tells this checkpoint from any other, as JSON: the revision, SHA-256 of the small files, and of each weight file its size and
-        the SHA-256 of its header and of 16 evenly spaced blocks of 4 KiB. It does not depend on where the folder lies or when it was written.
+        """What tells this checkpoint from any other, as JSON: the revision; the SHA-256 of every small file that was read so far, the tokenizer's too
+        where they were recorded in ``reads``; and of each weight file its size and the SHA-256 of its header and of what
+        :func:`~tpllm.checkpoint.safetensors.digest_of_samples` reads of it. It does not depend on where the folder lies or when it was written.
         """
-        small = {name: hashlib.sha256(read_small(self.folder, name)).hexdigest() for name in IDENTITY_FILES if (self.folder / name).exists()}
         weights = {name: {"size": header.size, "header_sha256": header.digest, "samples_sha256": sample_digest(header)}
                    for name, header in sorted(self.headers.items())}
-        return {"revision": self.revision, "files": small, "weights": weights}
+        if isinstance(self.weights, StoreFormat):
+            weights = {path.relative_to(self.folder).as_posix(): {"size": path.stat().st_size, "samples_sha256": digest_of_samples(path)}
+                       for path in self.weights.files()}
+        return {"revision": self.revision, "files": self.reads.below(self.folder), "weights": weights}
 
 
 def open_checkpoint(model: str | Path, *, revision: str | None = None) -> Checkpoint:
@@ -80,6 +82,12 @@ def open_checkpoint(model: str | Path, *, revision: str | None = None) -> Checkp
         ConfigError: an architecture that is not known, or a model that cannot be built.
     """
     folder, commit = find_folder(model, revision)
+    reads = Reads()
+    with reads.recording():
+        return dataclasses.replace(_open(folder, commit), reads=reads)
+
+
+def _open(folder: Path, commit: str | None) -> Checkpoint:
     gguf = folder if folder.suffix == GGUF else only_gguf(folder)
     if gguf is not None:
         return _open_gguf(gguf, commit)
@@ -90,6 +98,8 @@ def open_checkpoint(model: str | Path, *, revision: str | None = None) -> Checkp
     if (folder / MANIFEST).exists():
         return _open_store(folder, commit, hf_config, family, config)
     tensors, headers = read_index(folder)
+    tensors = with_prefix(folder, tensors, family)
+    family, config = settle_head(folder, tensors, family, config)
     weights = find_format(hf_config, tensors)
     return Checkpoint(folder=folder, revision=commit, hf_config=hf_config, family=family, config=config,
                       generation_config=_generation_config(folder), tensors=tensors, headers=headers, weights=weights)

@@ -1,14 +1,16 @@
 """Which tensor lies in which of a folder's safetensors files."""
+import logging
 import re
 from collections.abc import Mapping
 from pathlib import Path
 
 from tpllm.checkpoint.safetensors import Header, TensorEntry, read_header
 from tpllm.checkpoint.source import inside, read_json
-from tpllm.errors import CheckpointError
+from tpllm.errors import CheckpointError, short
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+log = logging.getLogger("tpllm")
 _SHARD = re.compile(r"(.+)-(\d+)-of-(\d+)\.safetensors")
 
 
@@ -16,7 +18,7 @@ def read_index(folder: Path) -> tuple[dict[str, TensorEntry], dict[str, Header]]
     """(tensor name -> entry, file name -> header) of ``model.safetensors``, else of the index, else of every safetensors file there is.
 
     Raises:
-        CheckpointError: no safetensors file, a missing or damaged one, an index that points elsewhere, or a tensor that is there twice.
+        CheckpointError: no safetensors file, a missing or damaged one, an index that points out of the folder, or a tensor that is there twice.
     """
     if (folder / INDEX).exists() and not (folder / SINGLE).exists():
         return _read_weight_map(folder)
@@ -26,8 +28,7 @@ def read_index(folder: Path) -> tuple[dict[str, TensorEntry], dict[str, Header]]
     for header in headers.values():
         for name, entry in header.tensors.items():
             if name in tensors:
-                raise CheckpointError(f"{folder}: tensor {name!r} is both in {tensors[name].path.name} and in {header.path.name}; "
-                                      f"remove the file that does not belong there, or add {INDEX}")
+                raise CheckpointError(_twice(folder, tensors[name], entry))
             tensors[name] = entry
     return tensors, headers
 
@@ -38,10 +39,29 @@ def _read_weight_map(folder: Path) -> tuple[dict[str, TensorEntry], dict[str, He
         raise CheckpointError(f"{where}: weight_map must map tensor names to file names")
     paths = {file: inside(folder, file) for file in sorted(set(weight_map.values()))}
     headers = {file: read_header(path) for file, path in paths.items()}
-    for name, file in weight_map.items():
-        if name not in headers[file].tensors:
-            raise CheckpointError(f"{where}: weight_map puts tensor {name!r} in {file!r}, which does not hold it; download both again")
-    return {name: headers[file].tensors[name] for name, file in weight_map.items()}, headers
+    return _indexed(folder, headers, weight_map), headers
+
+
+def _indexed(folder: Path, headers: Mapping[str, Header], weight_map: Mapping[str, str]) -> dict[str, TensorEntry]:
+    """Every tensor of the files that an index names: where the index puts it, else where it is. A name that no file holds is left out: whoever
+    needs that tensor misses it."""
+    tensors = {name: headers[file].tensors[name] for name, file in weight_map.items() if name in headers[file].tensors}
+    absent = [name for name in weight_map if name not in tensors]
+    if absent:
+        log.info("%s: weight_map names %d tensors that are not where it says, such as %s", folder / INDEX, len(absent), short(absent[0]))
+    for header in headers.values():
+        for name, entry in header.tensors.items():
+            if name in weight_map and name in tensors:
+                continue
+            if name in tensors:
+                raise CheckpointError(_twice(folder, tensors[name], entry))
+            tensors[name] = entry
+    return tensors
+
+
+def _twice(folder: Path, first: TensorEntry, second: TensorEntry) -> str:
+    return (f"{folder}: tensor {first.name!r} is both in {first.path.name} and in {second.path.name}; remove the file that does not belong there, "
+            f"or add {INDEX}")
 
 
 def _shards(folder: Path) -> list[str]:

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from tpllm.checkpoint.convert import STORED, converter
-from tpllm.checkpoint.safetensors import TensorEntry, open_regular, read_into
+from tpllm.checkpoint.safetensors import TensorEntry, open_regular, read_exactly, read_into
 from tpllm.errors import CheckpointError
 
 BLOCK_BYTES = 2**21
@@ -123,6 +123,28 @@ class TensorReader:
         except FloatingPointError:
             raise CheckpointError(f"{entry.path}: tensor {entry.name!r} ({entry.dtype}) holds values beyond the range of {dtype}; "
                                   "load it as bfloat16 or float32") from None
+
+
+def are_same_bytes(first: TensorEntry, second: TensorEntry) -> bool:
+    """Whether two tensors are one in dtype, shape and values; no more is read than up to where they differ.
+
+    Raises:
+        CheckpointError: a file that cannot be read.
+    """
+    if (first.dtype, first.shape) != (second.dtype, second.shape):
+        return False
+    with contextlib.ExitStack() as stack:
+        readers = []
+        for entry in (first, second):
+            fd = open_regular(entry.path)
+            stack.callback(os.close, fd)
+            readers.append((fd, entry))
+        for begin in range(0, first.num_bytes, BLOCK_BYTES):
+            size = min(BLOCK_BYTES, first.num_bytes - begin)
+            blocks = [read_exactly(fd, entry.path, start=entry.start + begin, num_bytes=size) for fd, entry in readers]
+            if blocks[0] != blocks[1]:
+                return False
+    return True
 
 
 def _num_columns(entry: TensorEntry) -> int:

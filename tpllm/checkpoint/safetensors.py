@@ -9,18 +9,19 @@ import json
 import math
 import os
 import stat
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tpllm.errors import CheckpointError
+from tpllm.errors import CheckpointError, short
 
 MAX_HEADER_BYTES = 100_000_000
-MAX_DIMS = 64
+MAX_DIMS, MAX_DEPTH = 64, 100
 BITS = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8,
         "F8_E5M2FNUZ": 8, "U16": 16, "I16": 16, "F16": 16, "BF16": 16, "U32": 32, "I32": 32, "F32": 32, "C64": 64, "U64": 64, "I64": 64,
         "F64": 64}
 NUM_SAMPLES, SAMPLE_BYTES = 16, 4096
+MAX_TENSOR_SAMPLES, WHOLE_BYTES, CHUNK_BYTES = 256, 64 << 20, 1 << 20
 _AGAIN = "Download or copy it again"
 
 
@@ -132,20 +133,36 @@ def read_into(fd: int, path: Path, buffer: memoryview, *, start: int) -> None:
 
 
 def sample_digest(header: Header) -> str:
-    """SHA-256 of a few evenly spaced blocks of the file: tells weights of one shape apart without reading them all."""
+    """SHA-256 of what :func:`digest_of_samples` reads of a file; ``header`` may be of another format."""
+    return digest_of_samples(header.path, sorted((tensor.start, tensor.stop) for tensor in header.tensors.values()))
+
+
+def digest_of_samples(path: Path, spans: Sequence[tuple[int, int]] = ()) -> str:
+    """SHA-256 of a file of weights: of all of it up to 64 MiB; of a larger one of 16 evenly spaced blocks of 4 KiB, and of one in the middle of each
+    tensor, of at most 256 of them. So it tells weights of one shape apart, also where some tensors only are others, without reading them all.
+
+    Args:
+        path: the file.
+        spans: first byte and end of each of its tensors, as far as they are known.
+    """
     digest = hashlib.sha256()
-    fd = open_regular(header.path)
+    fd = open_regular(path)
     try:
-        for index in range(NUM_SAMPLES):
-            start = max(header.size - SAMPLE_BYTES, 0) * index // (NUM_SAMPLES - 1)
-            digest.update(read_exactly(fd, header.path, start=start, num_bytes=min(SAMPLE_BYTES, header.size)))
+        size = os.fstat(fd).st_size
+        starts, num_bytes = list(range(0, size, CHUNK_BYTES)), CHUNK_BYTES
+        if size > WHOLE_BYTES:
+            starts = [(size - SAMPLE_BYTES) * index // (NUM_SAMPLES - 1) for index in range(NUM_SAMPLES)]
+            starts += [(start + stop) // 2 for start, stop in spans[::max(1, -(-len(spans) // MAX_TENSOR_SAMPLES))]]
+            num_bytes = SAMPLE_BYTES
+        for start in starts:
+            digest.update(read_exactly(fd, path, start=start, num_bytes=min(num_bytes, size - start)))
     finally:
         os.close(fd)
     return digest.hexdigest()
 
 
 def parse_json(path: Path, raw: bytes) -> dict[str, Any]:
-    """A JSON object without repeated keys.
+    """A JSON object without repeated keys, nested no more than :data:`MAX_DEPTH` deep.
 
     Raises:
         CheckpointError: anything else.
@@ -154,7 +171,7 @@ def parse_json(path: Path, raw: bytes) -> dict[str, Any]:
         table: dict[str, Any] = {}
         for key, value in pairs:
             if key in table:
-                raise ValueError(f"{_short(key)} is there twice")
+                raise ValueError(f"{short(key)} is there twice")
             table[key] = value
         return table
     try:
@@ -163,42 +180,48 @@ def parse_json(path: Path, raw: bytes) -> dict[str, Any]:
         raise CheckpointError(f"{path}: not valid JSON ({error}). {_AGAIN}") from None
     if not isinstance(table, dict):
         raise CheckpointError(f"{path}: its JSON is a {type(table).__name__}; it must be an object. {_AGAIN}")
+    if _is_deeper(table, MAX_DEPTH):
+        raise CheckpointError(f"{path}: its JSON has lists and objects in each other, more than {MAX_DEPTH} deep, the limit. {_AGAIN}")
     return table
+
+
+def _is_deeper(table: dict[str, Any], depth: int) -> bool:
+    """Whether containers lie in each other more than ``depth`` deep: Python's own functions on values fail where they do."""
+    level: list[Any] = [table]
+    for _ in range(depth):
+        level = [item for holder in level for item in (holder.values() if isinstance(holder, dict) else holder) if isinstance(item, dict | list)]
+        if not level:
+            return False
+    return True
 
 
 def _parse(path: Path, raw: bytes) -> dict[str, Any]:
     if raw[:1] != b"{":
         raise CheckpointError(f"{path}: its header starts with {raw[:1]!r}, not '{{': not a safetensors file, or damaged")
     table = parse_json(path, raw)
-    metadata = table.get("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+    metadata = table.get("__metadata__")
+    if metadata is not None and not (isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values())):
         raise CheckpointError(f"{path}: __metadata__ must map names to text")
     return table
 
 
 def _entry(path: Path, name: str, value: Any, base: int) -> TensorEntry:
     """One line of the table, its size checked against shape and dtype."""
-    where = f"{path}: tensor {_short(name)}"
+    where = f"{path}: tensor {short(name)}"
     if not isinstance(value, dict) or not {"dtype", "shape", "data_offsets"} <= value.keys():
         raise CheckpointError(f"{where}: needs dtype, shape and data_offsets")
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
     if not isinstance(dtype, str) or dtype not in BITS:
-        raise CheckpointError(f"{where}: unknown dtype {_short(dtype)}; known: {', '.join(BITS)}")
+        raise CheckpointError(f"{where}: unknown dtype {short(dtype)}; known: {', '.join(BITS)}")
     if not _is_sizes(shape) or len(shape) > MAX_DIMS:
-        raise CheckpointError(f"{where}: shape {_short(shape)} is not a list of at most {MAX_DIMS} whole numbers")
+        raise CheckpointError(f"{where}: shape {short(shape)} is not a list of at most {MAX_DIMS} whole numbers")
     if not _is_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise CheckpointError(f"{where}: data_offsets {_short(offsets)} are not [begin, end] with begin <= end")
+        raise CheckpointError(f"{where}: data_offsets {short(offsets)} are not [begin, end] with begin <= end")
     expected_bits, actual = math.prod(shape) * BITS[dtype], offsets[1] - offsets[0]
     if expected_bits != actual * 8:
-        raise CheckpointError(f"{where}: {dtype} of shape {_short(shape)} takes {_short(-(-expected_bits // 8))} bytes, "
+        raise CheckpointError(f"{where}: {dtype} of shape {short(shape)} takes {short(-(-expected_bits // 8))} bytes, "
                               f"its data_offsets {offsets} hold {actual}")
     return TensorEntry(name, path, dtype, tuple(shape), base + offsets[0], base + offsets[1])
-
-
-def _short(value: Any) -> str:
-    """``repr`` of something from a file, which may be of any length."""
-    text = repr(value)
-    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 def _is_sizes(values: Any) -> bool:
@@ -211,9 +234,9 @@ def _check_tiling(path: Path, entries: list[TensorEntry], *, first: int, size: i
     for entry in sorted(entries, key=lambda entry: (entry.start, entry.stop)):
         if entry.start != position:
             what = "overlaps the tensor before it" if entry.start < position else "leaves a gap before it"
-            raise CheckpointError(f"{path}: tensor {_short(entry.name)} {what}: it must begin at byte {position}, it begins at {entry.start}")
+            raise CheckpointError(f"{path}: tensor {short(entry.name)} {what}: it must begin at byte {position}, it begins at {entry.start}")
         if entry.stop > size:
-            raise CheckpointError(f"{path} is truncated: tensor {_short(entry.name)} needs {entry.num_bytes} bytes up to byte {entry.stop}, "
+            raise CheckpointError(f"{path} is truncated: tensor {short(entry.name)} needs {entry.num_bytes} bytes up to byte {entry.stop}, "
                                   f"{max(size - entry.start, 0)} are there (the file has {size}). {_AGAIN}")
         position = entry.stop
     if position != size:

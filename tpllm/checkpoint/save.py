@@ -108,8 +108,9 @@ def quantize_checkpoint(model: str | Path, out: str | Path, quantization: Quanti
 
 
 def unquantized_config(checkpoint: Checkpoint) -> dict[str, Any]:
-    """config.json without what it says of quantized weights."""
-    return {key: value for key, value in checkpoint.hf_config.items() if key not in ("quantization_config", "compression_config")}
+    """config.json without what it says of quantized weights, and with what the weights say of the head."""
+    kept = {key: value for key, value in checkpoint.hf_config.items() if key not in ("quantization_config", "compression_config")}
+    return kept | {"tie_word_embeddings": checkpoint.config.ties_embeddings}
 
 
 def copied_files(folder: Path) -> list[Path]:

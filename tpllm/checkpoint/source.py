@@ -8,6 +8,7 @@ import re
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from tpllm.checkpoint.reads import note_read
 from tpllm.checkpoint.safetensors import open_regular, parse_json, read_exactly
 from tpllm.errors import CheckpointError
 
@@ -141,6 +142,8 @@ def read_small(folder: Path, relative: str) -> bytes:
         raise CheckpointError(f"{folder / relative} has {size} bytes; the limit for a file of text is {MAX_JSON_BYTES}")
     fd = open_regular(path)
     try:
-        return read_exactly(fd, path, start=0, num_bytes=size)
+        data = read_exactly(fd, path, start=0, num_bytes=size)
     finally:
         os.close(fd)
+    note_read(folder / relative, data)
+    return data

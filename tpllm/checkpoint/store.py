@@ -112,6 +112,10 @@ class StoreFormat:
                                   "Write the store again")
         self._parameters: dict[str, Any] = manifest["parameters"]
 
+    def files(self) -> list[Path]:
+        """The files that hold the weights, in order."""
+        return sorted(path for path in (self._folder / WEIGHTS).rglob("*") if path.is_file())
+
     def find(self, weight: str, shape: tuple[int, ...]) -> FileMatrix | None:
         """See :meth:`tpllm.checkpoint.stored.WeightFormat.find`."""
         if weight not in self._parameters:

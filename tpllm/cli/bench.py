@@ -4,6 +4,7 @@ import importlib
 from collections.abc import Callable
 from typing import Any
 
+from tpllm.cli.entry import raise_interrupts
 from tpllm.cli.help_text import HelpFormatter, Parser
 
 BENCHES = {"latency": "time to first token, decode and prefill speed, load time, peak memory",
@@ -37,4 +38,5 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, *, make_llm: Callable[..., Any] | None) -> int:
     """Run the command; returns the exit code."""
+    raise_interrupts()
     return args.run_bench(args) or 0

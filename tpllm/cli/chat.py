@@ -11,9 +11,10 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from tpllm.cli.entry import raise_interrupts
 from tpllm.cli.model_options import add_model_options, add_sampling_options, load_llm, sampling_of
 from tpllm.engine.sampling_params import SamplingParams
-from tpllm.errors import ConfigError, PromptError, TokenizerError
+from tpllm.errors import ConfigError, PromptError, TokenizerError, short
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,6 +31,7 @@ def run(args: argparse.Namespace, *, make_llm: Callable[..., Any] | None) -> int
     with contextlib.closing(load_llm(args, make_llm)) as llm:
         chat = Chat(llm, SamplingParams(**{**llm.default_sampling, **sampling}), template_kwargs=template_kwargs, system=args.system)
         _edit_lines()
+        raise_interrupts()
         for line in _lines():
             if line == "/exit":
                 break
@@ -107,8 +109,8 @@ def _edit_lines() -> None:
 def _template_kwargs(text: str | None) -> dict[str, Any]:
     try:
         value = {} if text is None else json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         value = None
     if not isinstance(value, dict):
-        raise ConfigError(f"--template-kwargs is {text!r}; give a JSON object, as in '{{\"enable_thinking\": false}}'")
+        raise ConfigError(f"--template-kwargs is {short(text)}; give a JSON object, as in '{{\"enable_thinking\": false}}'")
     return value

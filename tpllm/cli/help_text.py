@@ -9,7 +9,7 @@ from typing import NoReturn
 MAX_WIDTH = 110
 OPTION_WIDTH = 28  # columns of the left side; longer options get a line of their own
 ENTRY = re.compile(r"^    (?P<name>\w+): (?P<text>.*(?:\n     .*)*)", re.M)
-EXIT_USER_ERROR = 2
+EXIT_NO_OUTPUT, EXIT_USER_ERROR = 1, 2
 
 
 class Parser(argparse.ArgumentParser):

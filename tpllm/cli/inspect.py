@@ -56,7 +56,7 @@ def inspect_model(model: str, *, mesh: str = "auto", dtype: str = "auto", quanti
     from tpllm.quant.storage import Storage
     checkpoint = open_checkpoint(model, revision=revision)
     config = fit_to_mesh(checkpoint.config, choose_mesh(mesh, checkpoint.config), DATA_TENSOR)
-    weight_dtype = choose_dtype(dtype, checkpoint.hf_config, config.partition)
+    weight_dtype = choose_dtype(dtype, checkpoint.hf_config, config.partition, tensors=checkpoint.tensors)
     entries = find_entries(checkpoint, config)
     storage = Storage(weight_dtype, parse_policy(quantization), is_packed=uses_native(config.partition), stored=stored_schemes(entries, config),
                       kernels_of=kernels_of(config.partition))

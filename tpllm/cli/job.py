@@ -16,7 +16,12 @@ if TYPE_CHECKING:
 
 STATUS_TEXT = """Show how far a job is: rows, parts, and whether a process runs it. It may be asked at any time, also while the job runs.
 
-The exit code is 0 whether or not the job is complete, and 2 where there is no job; --json has "is_complete" for scripts."""
+Rows and bytes of every part are compared with what the manifest tells of it, and with --verify its content. A part that is not what was
+committed does not count, and is named.
+
+The exit code is 0 whether or not the job is complete, and 2 where there is no job; --json has "is_complete" for scripts. With --verify it is 1
+where a part, a journal or the manifest is damaged."""
+EXIT_DAMAGED = 1
 MERGE_TEXT = """Put the shards of a job together, into the folder that the job without shards would have made.
 
 Everything is checked first: that the shards are of one job, all there, complete and not running. The shards' folders stay as they are; their
@@ -30,7 +35,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     commands = parser.add_subparsers(title="commands", metavar="NAME", required=True)
     status = commands.add_parser("status", help="show how far a job is", description=STATUS_TEXT, formatter_class=HelpFormatter, allow_abbrev=False)
     status.add_argument("output", metavar="OUTPUT", help="the job's output folder")
-    status.add_argument("--tokens", action="store_true", help="also count prompt and completion tokens; reads every finished row")
+    status.add_argument("--tokens", action="store_true", help="also count prompt and completion tokens; parses every finished row")
+    status.add_argument("--verify", action="store_true", help="also compare the content of every part with the hash that the manifest has of it")
     status.add_argument("--json", action="store_true", help="print JSON")
     status.set_defaults(run_job_command=_status)
     merge = commands.add_parser("merge", help="put the shards of a job together", description=MERGE_TEXT, formatter_class=HelpFormatter,
@@ -49,10 +55,12 @@ def run(args: argparse.Namespace, *, make_llm: Callable[..., Any] | None) -> int
 
 def _status(args: argparse.Namespace) -> int:
     from tpllm.jobs.status import job_status
-    status = job_status(args.output, counts_tokens=args.tokens)
+    status = job_status(args.output, counts_tokens=args.tokens, verifies=args.verify)
+    folders = ([status.whole] if status.whole else []) + status.shards
+    exit_code = EXIT_DAMAGED if args.verify and any(folder.problems for folder in folders) else 0
     if args.json:
         print(json.dumps(status.as_json(), indent=1))
-        return 0
+        return exit_code
     rows = [_row(_name(folder), folder) for folder in status.shards]
     rows += [(f"shard {shard}", "", "", "", "", "not begun") for shard in status.missing]
     rows.append(_row("together" if rows and status.whole is None else "job", status.together))
@@ -64,12 +72,14 @@ def _status(args: argparse.Namespace) -> int:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
     if args.tokens:
         print(f"tokens: {status.together.prompt_tokens} in prompts, {status.together.completion_tokens} in completions")
-    for folder in ([status.whole] if status.whole else []) + status.shards:
+    for folder in folders:
         for problem in folder.problems:
             print(f"{folder.folder}: {problem}")
+    if args.verify and exit_code == 0:
+        print(f"verified: {status.together.num_committed} parts are what was committed")
     if status.whole is None and status.together.is_complete:
         print(f"every shard is complete; put them together with: tpllm job merge {args.output}")
-    return 0
+    return exit_code
 
 
 def _name(folder: "FolderStatus") -> str:

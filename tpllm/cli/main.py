@@ -1,14 +1,14 @@
 """``tpllm``: the command line. Each subcommand imports what it needs when it runs, so that ``--help`` is instant."""
 import importlib
 import logging
-import os
 import signal
 import sys
 from collections.abc import Callable, Container, Sequence
 from typing import Any
 
 from tpllm import __version__
-from tpllm.cli.help_text import EXIT_USER_ERROR, HelpFormatter, Parser
+from tpllm.cli.help_text import EXIT_NO_OUTPUT, EXIT_USER_ERROR, HelpFormatter, Parser
+from tpllm.cli.streams import OutputFailed, guarded_streams
 
 COMMANDS = {
     "run": "run a batch job: a file of prompts in, completions out",
@@ -40,8 +40,21 @@ def main(argv: Sequence[str] | None = None, *, make_llm: Callable[..., Any] | No
         make_llm: makes the engine; :class:`tpllm.LLM` by default.
 
     Returns:
-        The exit code: 0, 2 for an error of the user's, 128 + n when stopped by signal n.
+        The exit code: 0, 1 where the result cannot be written to standard output, 2 for an error of the user's, 128 + n when stopped by signal n,
+        and so 141 (SIGPIPE) where whoever read the output has gone.
     """
+    try:
+        with guarded_streams():
+            return _run(argv, make_llm)
+    except BrokenPipeError:
+        return 128 + signal.SIGPIPE
+    except OutputFailed as error:
+        with guarded_streams():
+            print(f"tpllm: error: cannot write to standard output: {error.strerror}", file=sys.stderr)
+        return EXIT_NO_OUTPUT
+
+
+def _run(argv: Sequence[str] | None, make_llm: Callable[..., Any] | None) -> int:
     options, words = _global_options().parse_known_args(sys.argv[1:] if argv is None else argv)
     name = words[0] if words and words[0] in COMMANDS else None
     _log_to_stderr(is_verbose=options.verbose)
@@ -52,9 +65,6 @@ def main(argv: Sequence[str] | None = None, *, make_llm: Callable[..., Any] | No
         return args.run_command(args, make_llm=make_llm)
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
-    except BrokenPipeError:  # the reader of our output has gone; nothing more can be said to it
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 128 + signal.SIGPIPE
     except ValueError as error:
         if type(error).__module__.partition(".")[0] not in OWN_PACKAGES:
             raise
@@ -105,4 +115,5 @@ def _log_to_stderr(*, is_verbose: bool) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from tpllm.cli.entry import main as begin
+    sys.exit(begin())

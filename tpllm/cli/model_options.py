@@ -46,10 +46,12 @@ def sampling_of(args: argparse.Namespace) -> dict[str, Any]:
     Raises:
         SamplingError: a value out of its range.
     """
+    from tpllm.engine.whole_numbers import whole_sampling
     from tpllm.jobs.yaml_file import parse_value
 
     given = {name: getattr(args, name) for name in FIELDS if getattr(args, name) is not None}
     sampling = {name: parse_value(value, "--" + name.replace("_", "-")) if isinstance(value, str) else value for name, value in given.items()}
+    sampling = whole_sampling(sampling)
     SamplingParams(**sampling)
     return sampling
 

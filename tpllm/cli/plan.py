@@ -12,6 +12,8 @@ import json
 from collections.abc import Callable
 from typing import Any
 
+from tpllm.cli.entry import raise_interrupts
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
@@ -39,6 +41,7 @@ def run(args: argparse.Namespace, *, make_llm: Callable[..., Any] | None) -> int
     from tpllm.plan.picture import html_page
     from tpllm.plan.table import print_plan
     prepare_environment()
+    raise_interrupts()
     files = [path for path in (args.json, args.html) if path not in (None, "-")]
     for path in files:
         check_writable(path)

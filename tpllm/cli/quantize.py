@@ -8,6 +8,8 @@ import argparse
 from collections.abc import Callable
 from typing import Any
 
+from tpllm.cli.entry import raise_interrupts
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
@@ -35,9 +37,11 @@ def run(args: argparse.Namespace, *, make_llm: Callable[..., Any] | None) -> int
     """Run the command; returns the exit code."""
     if args.format == "orbax":
         from tpllm.storing import save_store
+        raise_interrupts()
         folder = save_store(args.model, args.out, quantization=args.scheme, mesh=args.mesh, revision=args.revision)
     else:
         from tpllm.checkpoint.save import quantize_checkpoint
+        raise_interrupts()
         folder = quantize_checkpoint(args.model, args.out, args.scheme, revision=args.revision, max_shard_bytes=args.max_shard_size)
     print(f"{folder}: {sum(path.stat().st_size for path in folder.rglob('*') if path.is_file()):,} bytes")
     return 0

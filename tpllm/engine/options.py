@@ -1,5 +1,6 @@
 """What a user may set of an engine, and the engine that comes of it."""
 import dataclasses
+import logging
 from typing import Literal
 
 from tpllm.engine.cache_size import check_cache_size, choose_num_pages
@@ -7,13 +8,15 @@ from tpllm.engine.engine import Engine
 from tpllm.engine.runner import Runner
 from tpllm.engine.scheduler import Scheduler
 from tpllm.engine.shapes import EngineShapes, choose_shapes
-from tpllm.errors import ConfigError
+from tpllm.errors import ConfigError, short
 from tpllm.model.config import ModelConfig
 from tpllm.model.params import DecoderParams
 from tpllm.tokenizer import Tokenizer
 
 PREEMPTIONS = ("auto", "recompute", "swap")
 ROPES_OF_PROMPT_LEN = ("dynamic", "longrope")
+
+log = logging.getLogger("tpllm")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,6 +56,14 @@ class EngineOptions:
         return self.preemption == "swap" or (self.preemption == "auto" and not is_exact)
 
 
+def drawable(eos_ids: frozenset[int], vocab_size: int) -> frozenset[int]:
+    """Of the ids that end a text those that the model can draw; the others are named in the log."""
+    beyond = sorted(token_id for token_id in eos_ids if token_id >= vocab_size)
+    if beyond:
+        log.warning("eos_token_id: %s is beyond the vocabulary of %d and never drawn; it is not used", ", ".join(map(short, beyond[:5])), vocab_size)
+    return eos_ids - frozenset(beyond)
+
+
 def build_engine(config: ModelConfig, params: DecoderParams, tokenizer: Tokenizer | None, *, options: EngineOptions, shapes: EngineShapes,
                  cache_dtype, seed: int = 0) -> Engine:
     """An engine over parameters on their mesh.
@@ -61,7 +72,7 @@ def build_engine(config: ModelConfig, params: DecoderParams, tokenizer: Tokenize
         ConfigError, MemoryNeedError: there is no room for a KV cache, or not for the one asked for.
     """
     num_pages = choose_num_pages(config, shapes, cache_dtype, kv_cache_tokens=options.kv_cache_tokens, memory_share=options.memory_share)
-    eos_ids = tokenizer.eos_token_ids if tokenizer else frozenset()
+    eos_ids = drawable(tokenizer.eos_token_ids, config.vocab_size) if tokenizer else frozenset()
     runner = Runner(config, params, shapes=shapes, num_pages=num_pages, eos_ids=eos_ids, cache_dtype=cache_dtype)
     depends_on_prompt_len = any(rope is not None and rope.kind in ROPES_OF_PROMPT_LEN for rope in config.layer_ropes)
     scheduler = Scheduler(shapes, num_pages=num_pages, num_groups=runner.num_groups, caches_prefixes=options.enable_prefix_caching,

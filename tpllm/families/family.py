@@ -29,18 +29,33 @@ class Family:
     Attributes:
         name: as in docs and errors.
         architectures: the ``architectures`` values of config.json that it covers.
-        config_from_hf: config.json, as a dict, to a :class:`.ModelConfig`.
+        read_config: config.json, as a dict that has every key of ``defaults``, to a :class:`.ModelConfig`.
         weight_names: our parameter name -> the checkpoint's, ``{i}`` standing for the layer. With ``{e}``, for the expert, a parameter is made of as
             many tensors; without, one tensor [experts, rows, columns] holds all. Parameters of one name there are the rows of one fused tensor, in
             this order.
+        model_type: the ``model_type`` of its config.json.
+        defaults: what each key that is read means where config.json leaves it out: what transformers' config class says.
+        aliases: other names of keys, which win where both are there.
         columns: of parameters whose rows are columns of a tensor of all experts, by our name. Several may have one tensor.
     """
 
     name: str
     architectures: tuple[str, ...]
-    config_from_hf: Callable[[Mapping[str, Any]], ModelConfig]
+    read_config: Callable[[Mapping[str, Any]], ModelConfig]
     weight_names: Mapping[str, str]
-    columns: Mapping[str, Columns] = dataclasses.field(default_factory=dict)
+    model_type: str = dataclasses.field(kw_only=True)
+    defaults: Mapping[str, Any] = dataclasses.field(kw_only=True)
+    aliases: Mapping[str, str] = dataclasses.field(kw_only=True, default_factory=dict)
+    columns: Mapping[str, Columns] = dataclasses.field(kw_only=True, default_factory=dict)
+
+    def config_from_hf(self, hf: Mapping[str, Any]) -> ModelConfig:
+        """The model that a config.json describes.
+
+        Raises:
+            ConfigError: a field that is impossible, or asks for what is not supported; it names the field.
+        """
+        renamed = {ours: hf[theirs] for theirs, ours in self.aliases.items() if theirs in hf}
+        return self.read_config({**self.defaults, **hf, **renamed})
 
     def renamed(self, weight_names: Mapping[str, str]) -> "Family":
         """The family of checkpoints that have a tensor of [out, in] for each parameter."""

@@ -1,10 +1,16 @@
 """Gemma 2: Gemma with norms before and after each sublayer, soft caps, and a sliding window in every other layer."""
 from tpllm.families.family import Family
-from tpllm.families.hf_config import activation, decoder_config, layer_types, optional_number, positive, positive_number, sliding_windows
+from tpllm.families.fields import flag, optional_number, positive, positive_number
+from tpllm.families.hf_config import activation, decoder_config, layer_types, refuse_bidirectional, sliding_windows
+from tpllm.families.llama import DEFAULTS as LLAMA_DEFAULTS
 from tpllm.families.llama import WEIGHT_NAMES as LLAMA_NAMES
 
-DEFAULTS = {"head_dim": 256, "tie_word_embeddings": True, "max_position_embeddings": 8192, "hidden_activation": "gelu_pytorch_tanh",
-            "query_pre_attn_scalar": 256, "sliding_window": 4096, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}
+DEFAULTS = {
+    **LLAMA_DEFAULTS, "vocab_size": 256000, "hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26, "num_attention_heads": 8,
+    "num_key_value_heads": 4, "head_dim": 256, "hidden_activation": "gelu_pytorch_tanh", "max_position_embeddings": 8192, "tie_word_embeddings": True,
+    "query_pre_attn_scalar": 256, "sliding_window": 4096, "layer_types": None, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0,
+    "use_bidirectional_attention": None,
+}
 WEIGHT_NAMES = {
     **LLAMA_NAMES,
     "layers.{i}.attn_post_norm": "model.layers.{i}.post_attention_layernorm.weight",
@@ -13,16 +19,15 @@ WEIGHT_NAMES = {
 }
 
 
-def config_from_hf(hf):
-    hf = {**DEFAULTS, **hf}
-    hf["layer_types"] = layer_types(hf, full_every=2)
-    return decoder_config(hf, layer_windows=sliding_windows(hf, is_used=True), attention_softcap=optional_number(hf, "attn_logit_softcapping"),
-                          **features(hf))
+def read_config(hf):
+    refuse_bidirectional(hf)
+    windows = sliding_windows(hf, layer_types(hf, slides=lambda layer: layer % 2 == 0))
+    return decoder_config(hf, layer_windows=windows, attention_softcap=optional_number(hf, "attn_logit_softcapping"), **features(hf))
 
 
 def features(hf):
     """What Gemma 2 and 3 have in common."""
-    has_bias = hf.get("attention_bias", False)
+    has_bias = flag(hf, "attention_bias")
     return {
         "activation": activation(hf, "hidden_activation"), "norm_offset": 1.0, "embedding_multiplier": positive(hf, "hidden_size") ** 0.5,
         "has_post_norm": True, "has_qkv_bias": has_bias, "has_output_bias": has_bias,
@@ -30,4 +35,4 @@ def features(hf):
     }
 
 
-FAMILY = Family("Gemma2", ("Gemma2ForCausalLM",), config_from_hf, WEIGHT_NAMES)
+FAMILY = Family("Gemma2", ("Gemma2ForCausalLM",), read_config, WEIGHT_NAMES, model_type="gemma2", defaults=DEFAULTS)

@@ -1,12 +1,19 @@
 """gpt-oss: experts with biases and a clamped gate in every layer, sinks in attention, and a window in every other layer."""
 from pallas_kernels.gated_mlp import ClampedGlu
 from tpllm.families.family import Columns, Family
-from tpllm.families.hf_config import decoder_config, expert_features, layer_types, positive_number, sliding_windows
+from tpllm.families.fields import flag, positive_number
+from tpllm.families.hf_config import decoder_config, expert_features, layer_types, sliding_windows
+from tpllm.families.llama import DEFAULTS as LLAMA_DEFAULTS
 from tpllm.families.llama import WEIGHT_NAMES as LLAMA_NAMES
 
-DEFAULTS = {"num_local_experts": 128, "num_experts_per_tok": 4, "head_dim": 64, "rms_norm_eps": 1e-5, "rope_theta": 150000.0, "sliding_window": 128,
-            "max_position_embeddings": 131072}
+DEFAULTS = {
+    **LLAMA_DEFAULTS, "vocab_size": 201088, "hidden_size": 2880, "intermediate_size": 2880, "num_hidden_layers": 36, "num_attention_heads": 64,
+    "num_key_value_heads": 8, "head_dim": 64, "rms_norm_eps": 1e-5, "rope_theta": 150000.0, "sliding_window": 128, "layer_types": None,
+    "max_position_embeddings": 131072, "num_local_experts": 128, "num_experts_per_tok": 4, "attention_bias": True, "swiglu_limit": 7.0,
+    "swiglu_alpha": 1.702,
+}
 ROPE = {"rope_type": "yarn", "factor": 32.0, "original_max_position_embeddings": 4096, "truncate": False}
+"""Where ``rope_parameters`` is missing or null."""
 EXPERTS, TENSORS = "layers.{i}.mlp.experts", "model.layers.{i}.mlp.experts"
 WEIGHT_NAMES = {
     **LLAMA_NAMES,
@@ -20,14 +27,15 @@ COLUMNS = {f"{EXPERTS}.{part}{suffix}": columns for suffix in ("", "_bias")
            for part, columns in (("gate", Columns(0, 2)), ("up", Columns(1, 2)), ("down", Columns()))}
 
 
-def config_from_hf(hf):
-    rope = {} if "rope_parameters" in hf or "rope_scaling" in hf else {"rope_scaling": ROPE}
-    hf = {**DEFAULTS, **rope, **hf}
-    hf["layer_types"], has_bias = layer_types(hf, full_every=2), hf.get("attention_bias", True)
+def read_config(hf):
+    if hf["rope_parameters"] is None:
+        hf = {**hf, "rope_parameters": ROPE}
+    windows, has_bias = sliding_windows(hf, layer_types(hf, slides=lambda layer: layer % 2 == 0)), flag(hf, "attention_bias")
     return decoder_config(
-        hf, activation=ClampedGlu(positive_number(hf, "swiglu_limit", 7.0), positive_number(hf, "swiglu_alpha", 1.702)), has_qkv_bias=has_bias,
-        has_output_bias=has_bias, has_sinks=True, has_router_bias=True, has_expert_bias=True, layer_windows=sliding_windows(hf, is_used=True),
-        **expert_features(hf, expert_size="intermediate_size"))
+        hf, activation=ClampedGlu(positive_number(hf, "swiglu_limit"), positive_number(hf, "swiglu_alpha")), has_qkv_bias=has_bias,
+        has_output_bias=has_bias, has_sinks=True, has_router_bias=True, has_expert_bias=True, layer_windows=windows,
+        **expert_features(hf, num_experts="num_local_experts", expert_size="intermediate_size"))
 
 
-FAMILY = Family("gpt-oss", ("GptOssForCausalLM",), config_from_hf, WEIGHT_NAMES, COLUMNS)
+FAMILY = Family("gpt-oss", ("GptOssForCausalLM",), read_config, WEIGHT_NAMES, model_type="gpt_oss", defaults=DEFAULTS,
+                aliases={"num_experts": "num_local_experts"}, columns=COLUMNS)

@@ -1,5 +1,6 @@
 """Llama 2, 3, 3.1, 3.2, 3.3, Code Llama, TinyLlama and everything saved as ``LlamaForCausalLM``."""
 from tpllm.families.family import Family
+from tpllm.families.fields import flag
 from tpllm.families.hf_config import decoder_config
 
 WEIGHT_NAMES = {
@@ -27,9 +28,16 @@ WEIGHT_NAMES = {
 }
 
 
-def config_from_hf(hf):
-    return decoder_config(hf, has_qkv_bias=hf.get("attention_bias", False), has_output_bias=hf.get("attention_bias", False),
-                          has_mlp_bias=hf.get("mlp_bias", False))
+DEFAULTS = {
+    "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32,
+    "num_key_value_heads": None, "head_dim": None, "hidden_act": "silu", "max_position_embeddings": 2048, "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False, "rope_theta": 10000.0, "rope_parameters": None, "rope_scaling": None, "attention_bias": False, "mlp_bias": False,
+}
 
 
-FAMILY = Family("Llama", ("LlamaForCausalLM",), config_from_hf, WEIGHT_NAMES)
+def read_config(hf):
+    has_bias = flag(hf, "attention_bias")
+    return decoder_config(hf, has_qkv_bias=has_bias, has_output_bias=has_bias, has_mlp_bias=flag(hf, "mlp_bias"))
+
+
+FAMILY = Family("Llama", ("LlamaForCausalLM",), read_config, WEIGHT_NAMES, model_type="llama", defaults=DEFAULTS)

@@ -1,11 +1,14 @@
 """Mistral 7B and its successors: Llama's layout with an optional sliding window in every layer."""
 from tpllm.families.family import Family
-from tpllm.families.hf_config import decoder_config, sliding_windows
+from tpllm.families.hf_config import decoder_config, window_everywhere
+from tpllm.families.llama import DEFAULTS as LLAMA_DEFAULTS
 from tpllm.families.llama import WEIGHT_NAMES
 
-
-def config_from_hf(hf):
-    return decoder_config(hf, layer_windows=sliding_windows(hf, is_used=True))
+DEFAULTS = {**LLAMA_DEFAULTS, "intermediate_size": 14336, "num_key_value_heads": 8, "max_position_embeddings": 131072, "sliding_window": 4096}
 
 
-FAMILY = Family("Mistral", ("MistralForCausalLM",), config_from_hf, WEIGHT_NAMES)
+def read_config(hf):
+    return decoder_config(hf, layer_windows=window_everywhere(hf))
+
+
+FAMILY = Family("Mistral", ("MistralForCausalLM",), read_config, WEIGHT_NAMES, model_type="mistral", defaults=DEFAULTS)

@@ -1,9 +1,10 @@
 """Mixtral: Mistral's attention, and experts in every layer."""
 from tpllm.families.family import Family
-from tpllm.families.hf_config import decoder_config, expert_features, sliding_windows
+from tpllm.families.hf_config import decoder_config, expert_features, window_everywhere
 from tpllm.families.llama import WEIGHT_NAMES as LLAMA_NAMES
+from tpllm.families.mistral import DEFAULTS as MISTRAL_DEFAULTS
 
-DEFAULTS = {"num_local_experts": 8, "num_experts_per_tok": 2, "rms_norm_eps": 1e-5, "rope_theta": 1e6, "max_position_embeddings": 131072}
+DEFAULTS = {**MISTRAL_DEFAULTS, "rms_norm_eps": 1e-5, "rope_theta": 1e6, "sliding_window": None, "num_local_experts": 8, "num_experts_per_tok": 2}
 WEIGHT_NAMES = {
     **LLAMA_NAMES,
     "layers.{i}.mlp.router": "model.layers.{i}.block_sparse_moe.gate.weight",
@@ -13,9 +14,10 @@ WEIGHT_NAMES = {
 }
 
 
-def config_from_hf(hf):
-    hf = {**DEFAULTS, **hf}
-    return decoder_config(hf, layer_windows=sliding_windows(hf, is_used=True), **expert_features(hf, expert_size="intermediate_size"))
+def read_config(hf):
+    return decoder_config(hf, layer_windows=window_everywhere(hf),
+                          **expert_features(hf, num_experts="num_local_experts", expert_size="intermediate_size"))
 
 
-FAMILY = Family("Mixtral", ("MixtralForCausalLM",), config_from_hf, WEIGHT_NAMES)
+FAMILY = Family("Mixtral", ("MixtralForCausalLM",), read_config, WEIGHT_NAMES, model_type="mixtral", defaults=DEFAULTS,
+                aliases={"num_experts": "num_local_experts"})

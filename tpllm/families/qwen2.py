@@ -1,12 +1,19 @@
 """Qwen2 and Qwen2.5: biases on queries, keys and values; a sliding window in the upper layers where switched on."""
 from tpllm.families.family import Family
-from tpllm.families.hf_config import decoder_config, sliding_windows
+from tpllm.families.fields import count
+from tpllm.families.hf_config import decoder_config, windows_if_used
+from tpllm.families.llama import DEFAULTS as LLAMA_DEFAULTS
 from tpllm.families.llama import WEIGHT_NAMES
 
+DEFAULTS = {
+    **LLAMA_DEFAULTS, "vocab_size": 151936, "intermediate_size": 22016, "num_key_value_heads": 32, "max_position_embeddings": 32768,
+    "use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28, "layer_types": None,
+}
 
-def config_from_hf(hf):
-    windows = sliding_windows({"max_window_layers": 28, **hf}, is_used=hf.get("use_sliding_window", False))
+
+def read_config(hf):
+    windows = windows_if_used(hf, slides=lambda layer: layer >= count(hf, "max_window_layers"))
     return decoder_config(hf, has_qkv_bias=True, layer_windows=windows)
 
 
-FAMILY = Family("Qwen2", ("Qwen2ForCausalLM",), config_from_hf, WEIGHT_NAMES)
+FAMILY = Family("Qwen2", ("Qwen2ForCausalLM",), read_config, WEIGHT_NAMES, model_type="qwen2", defaults=DEFAULTS)

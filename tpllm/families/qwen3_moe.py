@@ -1,9 +1,14 @@
 """Qwen3 with experts: Qwen3's attention; some layers may have a plain MLP."""
 from tpllm.families.family import Family
-from tpllm.families.hf_config import decoder_config, expert_features, sliding_windows
+from tpllm.families.fields import flag
+from tpllm.families.hf_config import decoder_config, expert_features, sparse_layers, window_everywhere
 from tpllm.families.llama import WEIGHT_NAMES as LLAMA_NAMES
+from tpllm.families.qwen2 import DEFAULTS as QWEN2_DEFAULTS
 
-DEFAULTS = {"num_local_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768, "max_position_embeddings": 32768}
+DEFAULTS = {
+    **QWEN2_DEFAULTS, "hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 24, "num_key_value_heads": 4, "num_experts": 128,
+    "num_experts_per_tok": 8, "moe_intermediate_size": 768, "norm_topk_prob": False, "decoder_sparse_step": 1, "mlp_only_layers": None,
+}
 WEIGHT_NAMES = {
     **LLAMA_NAMES,
     "layers.{i}.mlp.router": "model.layers.{i}.mlp.gate.weight",
@@ -11,13 +16,12 @@ WEIGHT_NAMES = {
 }
 
 
-def config_from_hf(hf):
-    hf = {**DEFAULTS, **hf, "max_window_layers": None}
-    has_bias = hf.get("attention_bias", False)
-    return decoder_config(hf, has_qk_norm=True, has_qkv_bias=has_bias, has_output_bias=has_bias,
-                          normalizes_expert_weights=bool(hf.get("norm_topk_prob", False)),
-                          layer_windows=sliding_windows(hf, is_used=hf.get("use_sliding_window", False)),
-                          **expert_features(hf, expert_size="moe_intermediate_size"))
+def read_config(hf):
+    has_bias, windows = flag(hf, "attention_bias"), window_everywhere(hf) if flag(hf, "use_sliding_window") else ()
+    return decoder_config(hf, has_qk_norm=True, has_qkv_bias=has_bias, has_output_bias=has_bias, layer_windows=windows,
+                          normalizes_expert_weights=flag(hf, "norm_topk_prob"), sparse_layers=sparse_layers(hf),
+                          **expert_features(hf, num_experts="num_experts", expert_size="moe_intermediate_size"))
 
 
-FAMILY = Family("Qwen3Moe", ("Qwen3MoeForCausalLM",), config_from_hf, WEIGHT_NAMES)
+FAMILY = Family("Qwen3Moe", ("Qwen3MoeForCausalLM",), read_config, WEIGHT_NAMES, model_type="qwen3_moe", defaults=DEFAULTS,
+                aliases={"num_local_experts": "num_experts"})

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from tpllm.engine.sampling_params import SamplingParams
+from tpllm.engine.whole_numbers import whole, whole_sampling
 from tpllm.errors import JobError, SamplingError
 from tpllm.jobs.shard import WHOLE, Shard, parse_shard
 from tpllm.jobs.yaml_file import parse_document, parse_value
@@ -68,6 +69,8 @@ class JobConfig:
             raise JobError(f"work_dir is {self.work_dir!r} and output is {self.output!r}, which is local: a job writes there at once; "
                            "leave work_dir out")
         _check_type("mesh", self.mesh, str | Mapping, "text such as 'auto' or 'tp=4', or a mapping such as {tp: 4}")
+        for key in ("seed", "rows_per_part"):
+            object.__setattr__(self, key, whole(getattr(self, key)))
         _check_type("seed", self.seed, int, "a whole number")
         _check_type("rows_per_part", self.rows_per_part, int, "a whole number")
         if not 1 <= self.rows_per_part <= MAX_ROWS_PER_PART:
@@ -80,6 +83,7 @@ class JobConfig:
         for key in ("engine", "sampling"):
             _check_type(key, getattr(self, key), Mapping, "a mapping")
         check_keys(self.sampling, SAMPLING_KEYS, prefix="sampling.")
+        object.__setattr__(self, "sampling", whole_sampling(self.sampling))
         try:
             SamplingParams(**self.sampling)
         except SamplingError as error:

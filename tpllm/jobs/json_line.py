@@ -1,4 +1,4 @@
-"""How a job writes JSON: one object on one line of UTF-8."""
+"""How a job writes JSON, one object on one line of UTF-8, and what it reads of it."""
 import json
 from typing import Any
 
@@ -9,3 +9,13 @@ def to_line(record: Any) -> bytes:
         return json.dumps(record, ensure_ascii=False, allow_nan=False).encode("utf-8")
     except UnicodeEncodeError:
         return json.dumps(record, allow_nan=False).encode("ascii")
+
+
+def is_deeper(value: object, depth: int) -> bool:
+    """Whether there are more than ``depth`` lists and objects in each other. What reads such a value calls itself for each level."""
+    level = [value]
+    for _ in range(depth + 1):
+        level = [item for one in level if isinstance(one, dict | list) for item in (one.values() if isinstance(one, dict) else one)]
+        if not level:
+            return False
+    return True

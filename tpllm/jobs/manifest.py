@@ -5,12 +5,15 @@ from collections.abc import Mapping
 from typing import Any
 
 from tpllm.errors import JobError
-from tpllm.jobs.config import JobConfig
+from tpllm.jobs.config import MAX_ROWS_PER_PART, JobConfig
+from tpllm.jobs.json_line import is_deeper
 from tpllm.jobs.shard import WHOLE, Parts, parse_shard
 from tpllm.jobs.sources.raw_row import InputSummary
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 ABSENT = "(absent)"
+MAX_DEPTH = 40
+MAX_ROWS = 2**53
 NOT_RECORDED = ("input", "output", "work_dir", "shard", "allow_environment_change")
 # What may differ with ``allow_environment_change``: it changes where and how fast a job runs, and results only in their last bits.
 ENVIRONMENT_KEYS = ("job.mesh", "job.engine.max_num_seqs", "environment")
@@ -38,6 +41,28 @@ def model_section(fingerprint: Mapping[str, Any], default_sampling: Mapping[str,
                      "environment": {"tpllm": version, **environment}})
 
 
+def parse_manifest(data: bytes, name: str) -> dict[str, Any]:
+    """The manifest in a file.
+
+    Args:
+        data: the file's.
+        name: how errors call it.
+
+    Raises:
+        JobError: it is damaged, or none.
+    """
+    try:
+        manifest = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise JobError(f"cannot read {name}: {error}; restore it, or give this job another output") from None
+    if not isinstance(manifest, dict) or is_deeper(manifest, MAX_DEPTH):
+        raise JobError(f"{name} is no manifest; restore it, or give this job another output")
+    history = manifest.get("environment_changes", [])
+    if not isinstance(history, list) or not all(isinstance(entry, dict) for entry in history):
+        raise JobError(f"{name} is damaged: environment_changes is no list of objects; restore it, or give this job another output")
+    return manifest
+
+
 def parts_of(manifest: Mapping[str, Any]) -> Parts:
     """The parts that the folder of a manifest has in the end.
 
@@ -49,7 +74,7 @@ def parts_of(manifest: Mapping[str, Any]) -> Parts:
         num_rows, rows_per_part = manifest["input"]["num_rows"], job["rows_per_part"]
     except (KeyError, TypeError, AttributeError) as error:
         raise JobError(f"the manifest is damaged: {error} is missing or misplaced") from None
-    if not isinstance(num_rows, int) or not isinstance(rows_per_part, int) or num_rows < 0 or rows_per_part < 1:
+    if type(num_rows) is not int or type(rows_per_part) is not int or not 0 <= num_rows <= MAX_ROWS or not 1 <= rows_per_part <= MAX_ROWS_PER_PART:
         raise JobError(f"the manifest is damaged: it tells of {num_rows!r} rows, {rows_per_part!r} a part")
     return Parts(num_rows, rows_per_part, WHOLE if shard is None else parse_shard(shard))
 
@@ -109,8 +134,10 @@ def _compare(key: str, old: Any, new: Any, found: list[tuple[str, Any, Any]]) ->
     if isinstance(old, Mapping) and isinstance(new, Mapping):
         for inner in sorted({*old, *new}):
             _compare(f"{key}.{inner}", old.get(inner, ABSENT), new.get(inner, ABSENT), found)
-    elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new) and all(isinstance(item, Mapping) for item in old + new):
-        for number, (former, present) in enumerate(zip(old, new, strict=True)):
+    elif isinstance(old, list) and isinstance(new, list) and all(isinstance(item, Mapping) for item in old + new):
+        if len(old) != len(new):
+            found.append((f"the number of {key}", len(old), len(new)))
+        for number, (former, present) in enumerate(zip(old, new, strict=False)):
             _compare(f"{key}.{number}", former, present, found)
     elif old != new:
         found.append((key, old, new))

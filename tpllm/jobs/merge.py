@@ -13,10 +13,11 @@ from typing import Any
 from tpllm.errors import JobError
 from tpllm.jobs.manifest import as_json, describe, differences, is_environment, parts_of, refuse_changes
 from tpllm.jobs.outputs.durable import Disk, writing_to
-from tpllm.jobs.outputs.folder import OutputFolder, opened_output, read_manifest
-from tpllm.jobs.outputs.journal import JOURNAL_NAME
+from tpllm.jobs.outputs.folder import OutputFolder, opened_output, read_manifest, refuse_damage, with_parts
+from tpllm.jobs.outputs.journal import journal_files
 from tpllm.jobs.outputs.lock import held_for_reading
-from tpllm.jobs.outputs.part_files import PartFiles, num_rows_of, part_files
+from tpllm.jobs.outputs.part_files import PartFiles, part_files
+from tpllm.jobs.outputs.part_records import COMMITS, PARTS, PartRecord, read_records, record_of
 from tpllm.jobs.shard import Parts, Shard
 from tpllm.jobs.shard_folders import find_shard_folders, local_folder
 
@@ -48,6 +49,7 @@ class _ShardFolder:
     manifest: Mapping[str, Any]
     parts: Parts
     files: Mapping[int, PartFiles]
+    records: Mapping[int, PartRecord]
 
     @property
     def shard(self) -> Shard:
@@ -55,9 +57,9 @@ class _ShardFolder:
 
     @property
     def job(self) -> dict[str, Any]:
-        """The manifest of the whole job, but for its history."""
+        """The manifest of the whole job, but for its history and its parts."""
         settings = {key: value for key, value in self.manifest["job"].items() if key != "shard"}
-        return {key: value for key, value in {**self.manifest, "job": settings}.items() if key != "environment_changes"}
+        return {key: value for key, value in {**self.manifest, "job": settings}.items() if key not in ("environment_changes", PARTS)}
 
 
 def merge_shards(output: str, shard_folders: Sequence[str] = (), *, allow_environment_change: bool = False,
@@ -88,10 +90,10 @@ def merge_shards(output: str, shard_folders: Sequence[str] = (), *, allow_enviro
         manifest = _whole_manifest(shards, is_environment_free=allow_environment_change)
         _check_set(shards)
         _check_complete(shards)
+        parts = parts_of(manifest)
         with opened_output(target, disk) as folder:
-            _put_manifest(folder, manifest, is_environment_free=allow_environment_change)
+            _put_manifest(folder, manifest, shards, is_environment_free=allow_environment_change)
             num_new = _put_parts(folder, shards, disk)
-            parts = parts_of(manifest)
             return MergeResult(parts.num_rows, len(parts.numbers), num_new, len(shards), folder.num_error_rows())
 
 
@@ -108,7 +110,7 @@ def _read_shard(path: pathlib.Path) -> _ShardFolder:
         raise JobError(f"{path}: {error}") from None
     if "shard" not in manifest["job"]:
         raise JobError(f"{path} is the folder of a job that is not sharded; give the folders of shards")
-    return _ShardFolder(path, manifest, parts, part_files(path))
+    return _ShardFolder(path, manifest, parts, part_files(path), read_records(path, manifest))
 
 
 def _whole_manifest(shards: Sequence[_ShardFolder], *, is_environment_free: bool) -> dict[str, Any]:
@@ -149,12 +151,7 @@ def _check_complete(shards: Sequence[_ShardFolder]) -> None:
                        + (f"; and {len(lacking) - NUM_SHOWN} more shards are incomplete" if len(lacking) > NUM_SHOWN else ""))
     for shard in shards:
         for part in shard.parts.numbers:
-            files, wanted = shard.files[part], shard.parts.size(part)
-            paths = [path for path in (files.rows, files.errors) if path]
-            num_rows = sum(map(num_rows_of, paths))
-            if num_rows != wanted or not all(map(_ends_whole, paths)):
-                raise JobError(f"{' and '.join(map(str, paths))} should hold {wanted} whole rows and hold {num_rows}, the last one perhaps torn: "
-                               "a file was damaged or not copied; copy it again, or remove it and run the shard again")
+            refuse_damage(shard.files[part], shard.records.get(part), shard.parts.size(part), hashes=True, command="the shard")
 
 
 def _what_lacks(shard: _ShardFolder, missing: list[int]) -> str:
@@ -166,17 +163,20 @@ def _what_lacks(shard: _ShardFolder, missing: list[int]) -> str:
             f"tpllm run JOB.yaml --shard {shard.shard}{output}")
 
 
-def _put_manifest(folder: OutputFolder, manifest: dict[str, Any], *, is_environment_free: bool) -> None:
+def _put_manifest(folder: OutputFolder, manifest: dict[str, Any], shards: Sequence[_ShardFolder], *, is_environment_free: bool) -> None:
+    """The manifest of the whole job, which tells of all parts before they are put in place: of those that are there already what is recorded here."""
     old = folder.read_manifest()
-    if old is None:
-        folder.write_manifest(manifest)
-        return
+    history = manifest.get("environment_changes", [])
     job = {key: value for key, value in manifest.items() if key != "environment_changes"}
-    changes = refuse_changes(old, job, output=str(folder.path), is_environment_free=is_environment_free)
-    history = list(old.get("environment_changes", ()))
-    history += [entry for entry in manifest.get("environment_changes", ()) if entry not in history]
-    history += as_json([{"merged_rows": manifest["input"]["num_rows"], "changes": changes}]) if changes else []
-    new = {**job, **({"environment_changes": history} if history else {})}
+    if old is not None:
+        changes = refuse_changes(old, job, output=str(folder.path), is_environment_free=is_environment_free)
+        folder.check_parts(parts_of(manifest), hashes=True)
+        former = list(old.get("environment_changes", ()))
+        history = former + [entry for entry in history if entry not in former]
+        history += as_json([{"merged_rows": manifest["input"]["num_rows"], "changes": changes}]) if changes else []
+    records = {part: shard.records.get(part) or record_of(shard.files[part]) for shard in shards for part in shard.parts.numbers}
+    records |= {part: folder.records[part] for part in records if part in folder.committed}
+    new = with_parts({**job, **({"environment_changes": history} if history else {})}, records)
     if new != old:
         folder.write_manifest(new)
 
@@ -187,20 +187,11 @@ def _put_parts(folder: OutputFolder, shards: Iterable[_ShardFolder], disk: Disk)
     for files in sorted(new, key=lambda files: files.part):
         folder.adopt(files)
     with writing_to(folder.path):
-        for path in list(folder.path.iterdir()):
-            if JOURNAL_NAME.fullmatch(path.name):  # of an unsharded run that was begun here: every part is committed now
-                disk.remove(path)
+        # Of an unsharded run that was begun here: every part is committed now, and the manifest tells of it.
+        for path in (*journal_files(folder.path).values(), folder.path / COMMITS):
+            disk.remove(path)
         disk.sync_folder(folder.path)
     return len(new)
-
-
-def _ends_whole(path: pathlib.Path) -> bool:
-    if path.suffix != ".jsonl":
-        return True
-    with path.open("rb") as file:
-        size = file.seek(0, 2)
-        file.seek(max(size - 1, 0))
-        return size == 0 or file.read(1) == b"\n"
 
 
 def _listed(noun: str, values: Sequence[object]) -> str:

@@ -8,6 +8,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from tpllm.jobs.sources.raw_row import custom_id_text, is_custom_id
 from tpllm.openai_api import ENDPOINTS, ApiError, ApiRequest, ResponseHead, read_request
 
 PROMPT_KEYS = ("prompt", "prompt_token_ids", "messages")
@@ -36,8 +37,9 @@ def read_batch_row(fields: Mapping[str, Any], *, defaults: Mapping[str, Any]) ->
     """
     if beside := [key for key in (*PROMPT_KEYS, "sampling") if fields.get(key) is not None]:
         raise ApiError(f"the row has {' and '.join(beside)} beside the body; put {'it' if len(beside) == 1 else 'them'} into the body")
-    if not isinstance(fields.get("custom_id"), str):
-        raise ApiError("custom_id is missing; give each OpenAI batch row a text of its own", param="custom_id", code="missing_required_parameter")
+    if not is_custom_id(fields.get("custom_id")):
+        raise ApiError("custom_id is missing; give each OpenAI batch row a text or a number of its own", param="custom_id",
+                       code="missing_required_parameter")
     for key in ("method", "url", "body"):
         if fields.get(key) is None:
             raise ApiError(f'{key} is missing; write {{"custom_id": "...", "method": "POST", "url": "{ENDPOINTS[0]}", "body": {{...}}}}',
@@ -58,7 +60,7 @@ def system_fingerprint(section: Mapping[str, Any]) -> str:
     return "fp_" + hashlib.blake2b(json.dumps(section, sort_keys=True).encode(), digest_size=5).hexdigest()
 
 
-def batch_output(custom_id: str, head: ResponseHead, body: Mapping[str, Any], *, status: int = 200) -> dict[str, Any]:
-    """OpenAI's output row."""
-    return {"id": f"batch_req_{head.unique_id}", "custom_id": custom_id,
+def batch_output(custom_id: str | int | float, head: ResponseHead, body: Mapping[str, Any], *, status: int = 200) -> dict[str, Any]:
+    """OpenAI's output row; its custom_id is text, as OpenAI's types have it, also of a row that has a number."""
+    return {"id": f"batch_req_{head.unique_id}", "custom_id": custom_id_text(custom_id),
             "response": {"status_code": status, "request_id": f"req_{head.unique_id}", "body": body}, "error": None}

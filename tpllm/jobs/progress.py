@@ -22,7 +22,7 @@ class Progress:
         self._stream = sys.stderr if stream is None else stream
         self._num_shown = -1
         self._started = self._last_line = time.monotonic()
-        self._bar = self._open_bar() if self._stream.isatty() else None
+        self._bar = self._open_bar() if self._stream is not None and self._stream.isatty() else None
         if self._bar is None:
             self._say(f"{num_rows} rows" + (f", {num_before} finished before" if num_before else ""))
 
@@ -59,6 +59,8 @@ class Progress:
         return f"{self.num_tokens / max(time.monotonic() - self._started, 1e-9):.1f} tokens/s"
 
     def _say(self, text: str) -> None:
+        if self._stream is None:  # a closed standard error; print would take standard output for it
+            return
         with contextlib.suppress(OSError):  # a job goes on when nobody reads its progress any more
             print(f"tpllm: {text}", file=self._stream, flush=True)
 

@@ -7,10 +7,12 @@ from typing import Any
 
 from tpllm.engine.prompts import Prompt
 from tpllm.engine.sampling_params import SamplingParams
+from tpllm.engine.whole_numbers import whole, whole_sampling
 from tpllm.errors import JobError, SamplingError
 from tpllm.jobs.config import SAMPLING_KEYS, check_keys
+from tpllm.jobs.json_line import is_deeper
 from tpllm.jobs.openai_rows import PROMPT_KEYS, is_batch_row, read_batch_row
-from tpllm.jobs.sources.raw_row import RawRow
+from tpllm.jobs.sources.raw_row import RawRow, is_custom_id
 from tpllm.openai_api import ApiError, ApiRequest
 
 SEED_BYTES = 8
@@ -37,12 +39,12 @@ class Row:
     Attributes:
         raw: the row as it stands in the input.
         fields: its keys and values.
-        custom_id: given, or the row number as text.
+        custom_id: given, text or a number, or the row number as text.
     """
 
     raw: RawRow
     fields: Mapping[str, Any]
-    custom_id: str
+    custom_id: str | int | float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,10 +90,10 @@ def read_row(raw: RawRow) -> Row:
         raise RowError(f"not JSON: {error}") from None
     if not isinstance(fields, dict):
         raise RowError(f'the row is {_short(fields)}; it must be an object such as {{"prompt": "..."}}')
-    if raw.data.count(b"[") + raw.data.count(b"{") > MAX_DEPTH and _is_deeper(fields, MAX_DEPTH):
+    if raw.data.count(b"[") + raw.data.count(b"{") > MAX_DEPTH and is_deeper(fields, MAX_DEPTH):
         raise RowError(f"the row is nested too deeply: over {MAX_DEPTH} lists and objects in each other")
     custom_id = fields.get("custom_id")
-    return Row(raw, fields, custom_id if isinstance(custom_id, str) else str(raw.index))
+    return Row(raw, fields, custom_id if is_custom_id(custom_id) else str(raw.index))
 
 
 def row_request(row: Row, *, job_seed: int, sampling: Mapping[str, Any]) -> RowRequest:
@@ -103,18 +105,19 @@ def row_request(row: Row, *, job_seed: int, sampling: Mapping[str, Any]) -> RowR
         sampling: the job's sampling over the model's defaults. The row's own goes before it; a ``seed`` in either goes before the row's.
 
     Raises:
-        RowError: no prompt, or one of the wrong type; an unknown sampling key or a value out of its range; a custom_id that is not text.
+        RowError: no prompt, or one of the wrong type; an unknown sampling key or a value out of its range; a custom_id that is neither text nor a
+            number.
     """
     if is_batch_row(row.fields):
         return _batch_row_request(row, job_seed=job_seed, sampling=sampling)
-    if not isinstance(row.fields.get("custom_id"), str | None):
-        raise RowError(f"custom_id is {_short(row.fields['custom_id'])}; it must be text")
+    if row.fields.get("custom_id") is not None and not is_custom_id(row.fields["custom_id"]):
+        raise RowError(f"custom_id is {_short(row.fields['custom_id'])}; it must be text or a number")
     own = row.fields.get("sampling")
     if own is not None and not isinstance(own, dict):
         raise RowError(f"sampling is {_short(own)}; it must be an object such as {{\"temperature\": 0}}")
     try:
         check_keys(own or (), SAMPLING_KEYS, prefix="sampling.")
-        values = {**sampling, **(own or {})}
+        values = {**sampling, **whole_sampling(own or {})}
         if values.get("seed") is None:
             values["seed"] = row_seed(job_seed, row.raw.index)
         params = SamplingParams(**values)
@@ -145,9 +148,9 @@ def _prompt(fields: Mapping[str, Any]) -> Prompt:
         return _chat(fields)
     if given[0] == "prompt" and isinstance(fields["prompt"], str):
         return fields["prompt"]
-    ids = fields[given[0]]
-    if not isinstance(ids, list) or not all(isinstance(token, int) and not isinstance(token, bool) for token in ids):
-        raise RowError(f"{given[0]} is {_short(ids)}; it must be {'text or ' if given[0] == 'prompt' else ''}a list of token ids")
+    ids = list(map(whole, fields[given[0]])) if isinstance(fields[given[0]], list) else None
+    if ids is None or not all(type(token) is int for token in ids):
+        raise RowError(f"{given[0]} is {_short(fields[given[0]])}; it must be {'text or ' if given[0] == 'prompt' else ''}a list of token ids")
     return {"prompt_token_ids": ids}
 
 
@@ -179,16 +182,6 @@ def _finite(text: str) -> float:
     if value in (float("inf"), float("-inf")):
         raise ValueError(f"{text} is beyond the range of a 64-bit float")
     return value
-
-
-def _is_deeper(value: object, depth: int) -> bool:
-    """Whether there are more than ``depth`` lists and objects in each other."""
-    level = [value]
-    for _ in range(depth + 1):
-        level = [item for one in level if isinstance(one, dict | list) for item in (one.values() if isinstance(one, dict) else one)]
-        if not level:
-            return False
-    return True
 
 
 def _short(value: object) -> str:

@@ -1,7 +1,6 @@
 """Running a batch job from its file of rows to its committed parts."""
 import contextlib
 import dataclasses
-import inspect
 import itertools
 import logging
 from collections.abc import Callable, Iterator, Mapping
@@ -12,14 +11,16 @@ from tpllm.engine.outputs import RequestOutput
 from tpllm.engine.prompts import Prompt
 from tpllm.engine.sampling_params import SamplingParams
 from tpllm.errors import JobError
-from tpllm.jobs.config import JOB_KEYS, JobConfig, check_keys
+from tpllm.jobs.config import JobConfig
+from tpllm.jobs.engine_options import check_engine_options
 from tpllm.jobs.manifest import job_section, model_section, refuse_changes
 from tpllm.jobs.openai_rows import system_fingerprint
 from tpllm.jobs.outputs.durable import Disk
-from tpllm.jobs.outputs.folder import OutputFolder, opened_output
+from tpllm.jobs.outputs.folder import OutputFolder, opened_output, with_parts
 from tpllm.jobs.outputs.formats import needs_columns, open_part_format, refuse_batch_row, resolve_output_format
 from tpllm.jobs.outputs.journal import Journal, opened_journal
 from tpllm.jobs.outputs.ledger import Ledger
+from tpllm.jobs.outputs.part_records import PARTS, records_of
 from tpllm.jobs.outputs.remote import output_place
 from tpllm.jobs.progress import Progress
 from tpllm.jobs.records import Records
@@ -30,10 +31,6 @@ from tpllm.jobs.signals import StopSignals
 from tpllm.jobs.sources.row_source import RowSource, open_source
 
 log = logging.getLogger("tpllm")
-
-NOT_FOR_YAML = ("rules",)
-"""Arguments of the engine's constructor that are Python objects."""
-
 
 @dataclasses.dataclass(frozen=True)
 class JobResult:
@@ -77,7 +74,7 @@ def run_job(job: JobConfig, *, make_llm: Callable[..., Any] | None = None, disk:
         StopRequested: a signal that came when all else was done.
     """
     make_llm = make_llm or llm_class()
-    check_engine_options(job, make_llm)
+    job = check_engine_options(job, make_llm)
     refuse_mixture(job)
     source, disk = open_source(job.input), disk or Disk()
     job = dataclasses.replace(job, output_format=resolve_output_format(job.output_format, source))
@@ -90,23 +87,6 @@ def run_job(job: JobConfig, *, make_llm: Callable[..., Any] | None = None, disk:
             if not run.is_complete:
                 run.generate(make_llm, stop)
         return run.result(stop.number)
-
-
-def check_engine_options(job: JobConfig, make_llm: Callable[..., Any]) -> None:
-    """Refuse ``engine`` keys that the engine's constructor does not take.
-
-    Raises:
-        JobError: an unknown key; the nearest known one is named. Or ``batch_invariant``: a job that resumes must give the rows it would have
-            given, whatever then shares their batch.
-    """
-    if "batch_invariant" in job.engine:
-        raise JobError("engine.batch_invariant cannot be set in a job: its rows never depend on their batch, so that a job that is resumed "
-                       "gives the same ones; leave it out")
-    parameters = inspect.signature(make_llm).parameters.values()
-    if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
-        known = [parameter.name for parameter in parameters
-                 if parameter.kind is parameter.KEYWORD_ONLY and parameter.name not in (*JOB_KEYS, *NOT_FOR_YAML)]
-        check_keys(job.engine, known, prefix="engine.")
 
 
 class _RunningRow:
@@ -141,7 +121,8 @@ class _Run:
             self._changes = self._refuse_changes(self._section)
         with stop.held():
             self._parts = Parts(self._summary.num_rows, self._job.rows_per_part, self._job.own_shard)
-            self._ledger = Ledger(self._folder, self._journal, self._parts)
+            self._folder.check_parts(self._parts)
+            self._ledger = Ledger(self._folder, self._journal, self._parts, check_input=self._source.check_unchanged)
             self._num_before = self._ledger.num_done
             if not self._parts.numbers:
                 self._complete_idle_shard()
@@ -230,6 +211,7 @@ class _Run:
             log.warning("the environment differs from the one the job was begun in: %s", ", ".join(key for key, _, _ in self._changes))
             manifest["environment_changes"] = [*self._old.get("environment_changes", ()),
                                                {"num_rows_done": self._ledger.num_done, "changes": self._changes}]
+            manifest = with_parts(manifest, records_of(self._old)) if PARTS in self._old else manifest
         self._folder.write_manifest(manifest)
 
     def _refuse_changes(self, section: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:

@@ -9,9 +9,10 @@ from typing import Any
 from tpllm.errors import JobError
 from tpllm.jobs.manifest import parts_of
 from tpllm.jobs.outputs.folder import MANIFEST, read_manifest
-from tpllm.jobs.outputs.journal import JOURNAL_NAME, journal_rows
+from tpllm.jobs.outputs.journal import journal_files, journal_rows
 from tpllm.jobs.outputs.lock import writer_of
 from tpllm.jobs.outputs.part_files import PartFiles, num_rows_of, part_files
+from tpllm.jobs.outputs.part_records import PartRecord, damage_of, read_records
 from tpllm.jobs.shard import WHOLE, Parts, Shard
 from tpllm.jobs.shard_folders import find_shard_folders, local_folder
 from tpllm.jobs.sources.row_source import need_pyarrow
@@ -100,44 +101,41 @@ class JobStatus:
                 "shards": [shard.as_json() for shard in self.shards], "missing_shards": list(map(str, self.missing))}
 
 
-def job_status(output: str, *, counts_tokens: bool = False) -> JobStatus:
-    """Read how far a job is.
+def job_status(output: str, *, counts_tokens: bool = False, verifies: bool = False) -> JobStatus:
+    """Read how far a job is. Every committed part is compared with what the manifest tells of it: its rows and bytes.
 
     Args:
         output: its folder.
-        counts_tokens: also count tokens, which reads every finished row.
+        counts_tokens: also count tokens, which parses every finished row.
+        verifies: also compare the content of every part with the hash that the manifest has.
 
     Raises:
         JobError: no folder, or one that holds no job.
     """
     folder = local_folder(output)
     if not folder.is_dir():
-        raise JobError(f"there is no folder {output}; give the output of a job")
+        reason = "is a file" if folder.is_file() else "is not there"
+        raise JobError(f"the output folder {output} {reason}; give the output folder of a job")
     names = [path.name for path in folder.iterdir()]
-    has_job = MANIFEST in names or any(JOURNAL_NAME.fullmatch(name) for name in names) or bool(_listed(folder, []))
-    shards = [_folder_status(path, counts_tokens=counts_tokens) for path in find_shard_folders(folder)]
+    has_job = MANIFEST in names or bool(journal_files(folder)) or bool(_listed(folder, []))
+    shards = [_folder_status(path, counts_tokens=counts_tokens, verifies=verifies) for path in find_shard_folders(folder)]
     if not has_job and not shards and writer_of(folder) is None:
         raise JobError(f"the folder {output} holds no job: there is no {MANIFEST}, no part and no shard in it")
     is_whole = has_job or not shards
-    return JobStatus(output, _folder_status(folder, counts_tokens=counts_tokens) if is_whole else None, shards)
+    return JobStatus(output, _folder_status(folder, counts_tokens=counts_tokens, verifies=verifies) if is_whole else None, shards)
 
 
-def _folder_status(folder: pathlib.Path, *, counts_tokens: bool) -> FolderStatus:
+def _folder_status(folder: pathlib.Path, *, counts_tokens: bool, verifies: bool) -> FolderStatus:
     status = FolderStatus(str(folder), pid=writer_of(folder))
-    try:
-        manifest = read_manifest(folder)
-        status.parts = None if manifest is None else parts_of(manifest)
-        if manifest is None and status.pid is None:
-            status.problems.append(f"there is no {MANIFEST}; nothing was begun, or it was removed")
-    except JobError as error:
-        status.problems.append(str(error))
-    journals = _read_journals(folder, status.problems, is_running=status.pid is not None)  # first: a part committed meanwhile is in either
+    manifest = _read_manifest(folder, status)
+    journals = _read_journals(folder, status)  # first: a part committed meanwhile is in either
     files = _listed(folder, status.problems)
     own = [files[part] for part in files if status.parts is None or part in status.parts.numbers]
     if len(own) < len(files):
         status.problems.append(f"{len(files) - len(own)} parts do not belong to the job of the {MANIFEST}")
+    records = _read_records(folder, manifest, status)
     for committed in own:
-        _add_part(status, committed)
+        _add_part(status, committed, records.get(committed.part), verifies=verifies)
     journals = [journal for journal in journals if journal.part not in files]
     for journal in journals:
         status.num_done += journal.num_rows
@@ -156,14 +154,37 @@ def _listed(folder: pathlib.Path, problems: list[str]) -> dict[int, PartFiles]:
         return {}
 
 
-def _add_part(status: FolderStatus, files: PartFiles) -> None:
-    """One committed part; where the manifest does not tell its size, its rows are counted."""
+def _read_manifest(folder: pathlib.Path, status: FolderStatus) -> Mapping[str, Any] | None:
+    try:
+        manifest = read_manifest(folder)
+        status.parts = None if manifest is None else parts_of(manifest)
+    except JobError as error:
+        status.problems.append(str(error))
+        return None
+    if manifest is None and status.pid is None:
+        status.problems.append(f"there is no {MANIFEST}; nothing was begun, or it was removed")
+    return manifest
+
+
+def _read_records(folder: pathlib.Path, manifest: Mapping[str, Any] | None, status: FolderStatus) -> dict[int, PartRecord]:
+    try:
+        return read_records(folder, manifest)
+    except JobError as error:
+        status.problems.append(str(error))
+        return {}
+
+
+def _add_part(status: FolderStatus, files: PartFiles, record: PartRecord | None, *, verifies: bool) -> None:
+    """One committed part; a damaged one does not count. Where the manifest does not tell its size, its rows are what it has."""
     try:
         num_failed = num_rows_of(files.errors) if files.errors else 0
-        status.num_done += status.parts.size(files.part) if status.parts else num_rows_of(files.rows) + num_failed
+        num_rows = status.parts.size(files.part) if status.parts else num_rows_of(files.rows) + num_failed
+        if damage := damage_of(files, record, num_rows, hashes=verifies):
+            raise JobError(f"{damage}: a file was cut, emptied, replaced or not copied after it was committed, and its part does not count")
     except JobError as error:
         status.problems.append(str(error))
         return
+    status.num_done += num_rows
     status.num_failed += num_failed
     status.num_committed += 1
 
@@ -176,18 +197,21 @@ class _JournalCount:
     num_errors: int = 0
 
 
-def _read_journals(folder: pathlib.Path, problems: list[str], *, is_running: bool) -> list[_JournalCount]:
+def _read_journals(folder: pathlib.Path, status: FolderStatus) -> list[_JournalCount]:
     found = []
-    for path in sorted(folder.iterdir()):
-        if match := JOURNAL_NAME.fullmatch(path.name):
-            count, num_damaged = _JournalCount(path, int(match[1])), 0
-            for row in journal_rows(path):
-                count.num_rows += row is not None
-                count.num_errors += row is not None and row.is_error
-                num_damaged += row is None
-            if num_damaged and not is_running:  # a line that is being written looks torn
-                problems.append(f"{path.name} has {num_damaged} torn or damaged lines; their rows will be run again")
-            found.append(count)
+    for part, path in journal_files(folder).items():
+        if status.parts is not None and part not in status.parts.numbers:
+            status.problems.append(f"{path.name} belongs to no part of the job of the {MANIFEST}")
+            continue
+        count, rows, num_damaged = _JournalCount(path, part), {}, 0
+        for row in journal_rows(path, status.parts.rows(part) if status.parts else None):
+            num_damaged += row is None
+            if row is not None:
+                rows[row.index] = row.is_error
+        count.num_rows, count.num_errors = len(rows), sum(rows.values())
+        if num_damaged and status.pid is None:  # a line that is being written looks torn
+            status.problems.append(f"{path.name} has {num_damaged} torn or damaged lines; their rows will be run again")
+        found.append(count)
     return found
 
 

@@ -6,6 +6,7 @@
 import contextlib
 import ctypes
 import functools
+import hashlib
 import logging
 import os
 from collections.abc import Iterator
@@ -41,7 +42,31 @@ def load_library() -> ctypes.CDLL | None:
         log.warning("native kernels: not built (there was no C++17 compiler at installation, or it failed: `pip install -v` shows it); XLA computes "
                     "everything, which is slow for weights of under 32 bits. Install a compiler, then tpllm again")
         return None
-    loaded = ctypes.CDLL(str(PATH))
+    try:
+        if (fault := find_fault(PATH)) is None:
+            return _register(ctypes.CDLL(str(PATH)))
+    except (OSError, AttributeError) as error:  # whole, but of another architecture or another version of tpllm
+        fault = f"cannot be opened ({error})"
+    log.warning("native kernels: %s %s; it is not used, and XLA computes everything. Install tpllm again", PATH, fault)
+    return None
+
+
+def find_fault(path: Path) -> str | None:
+    """What is wrong with a library, or None: a damaged one would end the process while it is opened or when it is first called. Its size and
+    checksum must be those that the build wrote beside it."""
+    record = path.with_name(path.name + ".sha256")
+    try:
+        size, digest = record.read_text().split()
+    except (OSError, ValueError):
+        return f"has no size and checksum beside it ({record.name})"
+    if not path.is_file() or str(path.stat().st_size) != size:
+        return f"is damaged: it is no file of {size} bytes"
+    with open(path, "rb") as file:
+        return None if hashlib.file_digest(file, "sha256").hexdigest() == digest else "is damaged: its checksum is not that of the build"
+
+
+def _register(loaded: ctypes.CDLL) -> ctypes.CDLL | None:
+    """Make its handlers XLA targets; None where this jaxlib cannot take them."""
     for name in ("tpllm_isa", "tpllm_isas", "tpllm_jaxlib_version"):
         getattr(loaded, name).restype = ctypes.c_char_p
     built_with = loaded.tpllm_jaxlib_version().decode()

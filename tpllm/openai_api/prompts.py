@@ -4,9 +4,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from tpllm.engine.prompts import Prompt
+from tpllm.engine.whole_numbers import whole
 from tpllm.errors import PromptError
 from tpllm.openai_api.api_error import ApiError, shortened
 from tpllm.tokenizer.messages import checked_messages
+from tpllm.tokenizer.tool_arguments import ToolArguments
 
 
 def completion_prompts(prompt: object) -> tuple[Prompt, ...]:
@@ -20,13 +22,13 @@ def completion_prompts(prompt: object) -> tuple[Prompt, ...]:
                        code="missing_required_parameter")
     if isinstance(prompt, str):
         return (prompt,)
-    if _are_ids(prompt):
-        return ({"prompt_token_ids": prompt},)
+    if ids := _ids(prompt):
+        return ({"prompt_token_ids": ids},)
     if isinstance(prompt, list) and prompt:
         if all(isinstance(text, str) for text in prompt):
             return tuple(prompt)
-        if all(_are_ids(ids) for ids in prompt):
-            return tuple({"prompt_token_ids": ids} for ids in prompt)
+        if all(several := list(map(_ids, prompt))):
+            return tuple({"prompt_token_ids": ids} for ids in several)
     raise ApiError(f"prompt is {shortened(prompt)}; it must be text, a list of token ids, a list of texts, or a list of lists of token ids",
                    param="prompt", code="invalid_type")
 
@@ -34,7 +36,8 @@ def completion_prompts(prompt: object) -> tuple[Prompt, ...]:
 def chat_prompt(given: Mapping[str, Any]) -> Prompt:
     """The prompt of a chat: its messages, and ``chat_template_kwargs``, ``add_generation_prompt`` and ``tools``.
 
-    Arguments of earlier tool calls, which OpenAI writes as JSON text, become objects, which is what templates expect.
+    Arguments of earlier tool calls, which OpenAI writes as JSON text, become objects that keep their text: the tokenizer gives the template the form
+    that it takes.
 
     Raises:
         ApiError: messages that are no chat, parts other than text, tools or a choice of tool that cannot be served.
@@ -85,10 +88,14 @@ def _with_parsed_arguments(message: dict[str, Any], where: str) -> dict[str, Any
             except (ValueError, RecursionError):
                 raise ApiError(f"{where}['tool_calls'][{index}]['function']['arguments'] is {shortened(function['arguments'])}; it must be JSON",
                                param="messages", code="invalid_value") from None
+            if isinstance(arguments, dict):
+                arguments = ToolArguments(function["arguments"], arguments)
             call = {**call, "function": {**function, "arguments": arguments}}
         parsed.append(call)
     return {**message, "tool_calls": parsed}
 
 
-def _are_ids(value: object) -> bool:
-    return isinstance(value, list) and bool(value) and all(isinstance(token, int) and not isinstance(token, bool) for token in value)
+def _ids(value: object) -> list[int] | None:
+    """Token ids; None where it is no list of them."""
+    ids = list(map(whole, value)) if isinstance(value, list) else []
+    return ids if ids and all(type(token) is int for token in ids) else None

@@ -10,6 +10,7 @@ from typing import Any
 
 from tpllm.engine.prompts import Prompt
 from tpllm.engine.sampling_params import SamplingParams
+from tpllm.engine.whole_numbers import SAMPLING_KINDS, as_kind
 from tpllm.errors import SamplingError
 from tpllm.openai_api.api_error import ApiError, shortened
 from tpllm.openai_api.prompts import chat_prompt, completion_prompts
@@ -36,6 +37,7 @@ LIMITED: dict[str, dict[str, tuple[Any, ...]]] = {
            "verbosity": ("medium",), "echo": (False,), "add_special_tokens": (False,)},
 }
 """Keys of which only these values can be served: what would be done anyway."""
+NUMBERS = {**SAMPLING_KINDS, **dict.fromkeys(("logprobs", "top_logprobs", "max_completion_tokens", "best_of"), int)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,15 +124,23 @@ def _checked_keys(endpoint: str, body: Mapping[str, Any]) -> dict[str, Any]:
     for key, value in body.items():
         if key not in known:
             raise ApiError(f"unknown key {key!r}; {_guess(endpoint, key)}known: {', '.join(sorted(known))}", param=key, code="unknown_parameter")
-        if value is not None and key in limited and not any(type(value) is type(one) and value == one for one in limited[key]):
+        if value is not None and key in limited and not any(type(value) is type(one) and _without_nulls(value) == one for one in limited[key]):
             only = " or ".join(map(shortened, limited[key]))
             raise ApiError(f"{key} is {shortened(value)}, which is not supported yet; leave it out{f', or use {only}' if only else ''}", param=key,
                            code="unsupported_value")
     given = {key: value for key, value in body.items() if value is not None and key not in limited and key not in WITHOUT_EFFECT}
+    given = {key: as_kind(value, NUMBERS.get(key)) for key, value in given.items()}
     for key, kind, text in (("model", str, "text"), ("echo", bool, "true or false"), ("best_of", int, "a whole number")):
         if key in given and type(given[key]) is not kind:
             raise ApiError(f"{key} is {shortened(given[key])}; it must be {text}", param=key, code="invalid_type")
     return given
+
+
+def _without_nulls(value: Any) -> Any:
+    """A null in an object is a key that is not given, however deep it lies."""
+    if isinstance(value, Mapping):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return value
 
 
 def _num_chat_logprobs(given: Mapping[str, Any]) -> int | None:

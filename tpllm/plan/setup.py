@@ -117,7 +117,8 @@ def prepare(options: PlanOptions, subject: Subject | None = None) -> Setup:
     sizes = {"tp": largest_tensor_axis(subject.config, len(devices))} if options.mesh == "auto" else parse_mesh(options.mesh)
     config = fit_to_mesh(subject.config, make_mesh(sizes, devices), DATA_TENSOR)
     is_packed = uses_native(config.partition)
-    dtype = choose_dtype(options.dtype, subject.hf_config, config.partition, packed=is_packed)
+    dtype = choose_dtype(options.dtype, subject.hf_config, config.partition, packed=is_packed,
+                         tensors={} if subject.checkpoint is None else subject.checkpoint.tensors)
     context = min(DEFAULT_CONTEXT, config.max_position) if options.context_len is None else options.context_len
     shapes = choose_shapes(config, max_model_len=context, max_num_seqs=options.num_seqs, prefill_chunk_size=options.prefill_chunk,
                            batch_invariant=True, is_packed=is_packed)

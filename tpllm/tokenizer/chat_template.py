@@ -1,5 +1,6 @@
 """Chat templates: Jinja as Hugging Face writes it, in a sandbox."""
 import functools
+import logging
 from collections.abc import Mapping
 
 import jinja2
@@ -10,9 +11,12 @@ from tpllm.tokenizer.messages import joined_parts
 from tpllm.tokenizer.template_filters import BUDGET
 from tpllm.tokenizer.template_limits import MAX_BYTES, Budget, TemplateLimitError
 from tpllm.tokenizer.template_sandbox import compile_template, sandbox
+from tpllm.tokenizer.tool_arguments import ArgumentForms, find_forms
 
 TOOL_TEMPLATE = "tool_use"
 MAX_SOURCE_CHARS = 1_000_000
+
+log = logging.getLogger("tpllm")
 
 
 class ChatTemplate:
@@ -26,9 +30,23 @@ class ChatTemplate:
 
     def __init__(self, source: str, label: str, *, is_for_tools: bool = False):
         self.source, self.label, self.is_for_tools = source, label, is_for_tools
+        self._forms: ArgumentForms | None = None
+        self._has_told_of_tools = False
+
+    def argument_forms(self, names: Mapping[str, str]) -> ArgumentForms:
+        """How the template takes the arguments of earlier tool calls; ``names`` are the texts of the tokens that have one."""
+        def render(messages: list[dict], tools: list[dict] | None) -> str | None:
+            try:
+                return self._render(messages, {**names, "tools": tools, "documents": None, "add_generation_prompt": False})
+            except TokenizerError:
+                return None
+        if self._forms is None:
+            self._forms = find_forms(render)
+        return self._forms
 
     def render(self, messages: list[dict], context: Mapping) -> str:
-        """The prompt's text; the template's own variables come from ``context``.
+        """The prompt's text; the template's own variables come from ``context``. Where it does not read tools, those that are given change nothing,
+        as in transformers, and the log says so once.
 
         Message parts are passed on as a list where the template loops over them, else joined by newlines.
 
@@ -36,9 +54,13 @@ class ChatTemplate:
             TokenizerError: the template is wrong, refuses the messages (it holds the template's own message), or comes to a limit of
             :mod:`tpllm.tokenizer.template_limits`.
         """
-        template, reads_parts, takes_tools = self._compiled
-        if context.get("tools") and not takes_tools:
-            raise TokenizerError(f"the {self.label} takes no tools; leave them out, or tell of them in a message")
+        if context.get("tools") and not self._compiled[2] and not self._has_told_of_tools:
+            self._has_told_of_tools = True
+            log.warning("the %s does not read tools: prompts are made without them", self.label)
+        return self._render(messages, context)
+
+    def _render(self, messages: list[dict], context: Mapping) -> str:
+        template, reads_parts, _ = self._compiled
         if not reads_parts:
             messages = [joined_parts(message) for message in messages]
         try:

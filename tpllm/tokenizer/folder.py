@@ -6,7 +6,8 @@ from collections.abc import Mapping
 
 import tokenizers
 
-from tpllm.errors import TokenizerError
+from tpllm.checkpoint.reads import read_noted_text
+from tpllm.errors import CheckpointError, TokenizerError
 
 SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 SPECIAL_LISTS = ("additional_special_tokens", "extra_special_tokens")
@@ -103,7 +104,9 @@ def _read_json(path: pathlib.Path) -> dict:
     if not path.is_file():
         return {}
     try:
-        value = json.loads(path.read_text("utf-8"))
+        value = json.loads(read_noted_text(path))
+    except CheckpointError:
+        raise
     except ValueError as error:
         raise TokenizerError(f"{path} is not JSON ({error}); fetch the file again") from error
     if not isinstance(value, dict):
@@ -123,7 +126,7 @@ def _read_templates(path: pathlib.Path, from_settings: object) -> dict[str, str]
         found[DEFAULT_TEMPLATE] = in_json
     files = sorted((path / "additional_chat_templates").glob("*.jinja"))
     named = {file.stem: file for file in files} | {DEFAULT_TEMPLATE: path / "chat_template.jinja"}
-    found |= {name: file.read_text("utf-8") for name, file in named.items() if file.is_file()}
+    found |= {name: read_noted_text(file) for name, file in named.items() if file.is_file()}
     if not all(isinstance(name, str) and isinstance(text, str) for name, text in found.items()):
         raise TokenizerError(f"{path / 'tokenizer_config.json'}: chat_template must be a text or a list of {{name, template}}; correct that entry")
     return found

@@ -9,8 +9,8 @@ import numpy as np
 import tokenizers
 from tokenizers import decoders, models, normalizers, processors
 
-from tpllm.checkpoint.gguf.header import GgufFile, short
-from tpllm.errors import TokenizerError
+from tpllm.checkpoint.gguf.header import GgufFile
+from tpllm.errors import TokenizerError, short
 from tpllm.tokenizer.folder import DEFAULT_TEMPLATE, TokenizerFolder
 from tpllm.tokenizer.pre_tokenizers import WORD_RULES
 from tpllm.tokenizer.tokenizer import Tokenizer

@@ -4,12 +4,15 @@ from collections.abc import Mapping
 from tpllm.errors import PromptError
 
 TEXT_PARTS = ("text", "input_text", "output_text")
+REFUSAL = "refusal"
+"""A message of the assistant's, or a part of one, that says no: in OpenAI's API it stands under this key instead of the content or the text."""
 
 
 def checked_messages(messages: object) -> list[dict]:
     """Messages as plain dicts; keys whose value is None are left out, as templates expect.
 
-    ``content`` stays a text, or becomes a list of ``{"type": "text", "text": ...}``.
+    ``content`` stays a text, or becomes a list of ``{"type": "text", "text": ...}``. What the assistant refused with is what it said; an assistant's
+    message without content or tool calls said nothing, ``""``.
 
     Raises:
         PromptError: not a list of messages; it names the index and the fix.
@@ -73,8 +76,10 @@ def _checked_message(message: object, where: str) -> dict:
         raise PromptError(f"{where} has the role {message.get('role')!r}; give a text such as 'user', 'assistant' or 'system'")
     if "content" in kept:
         kept["content"] = _checked_content(kept["content"], f"{where}['content']")
-    elif kept["role"] != "assistant" or not kept.get("tool_calls"):
+    elif kept["role"] != "assistant":
         raise PromptError(f"{where} has no content; give a text, or '' for none")
+    elif not kept.get("tool_calls"):
+        kept["content"] = checked_text(kept.pop(REFUSAL, ""), f"{where}['{REFUSAL}']")
     return plain_value(kept, where)
 
 
@@ -89,6 +94,8 @@ def _checked_content(content: object, where: str) -> str | list[dict]:
 def _checked_part(part: object, where: str) -> dict:
     if isinstance(part, str):
         return {"type": "text", "text": part}
+    if isinstance(part, Mapping) and part.get("type") == REFUSAL:
+        return {"type": "text", "text": checked_text(part.get(REFUSAL), f"{where}['{REFUSAL}']")}
     if not isinstance(part, Mapping) or part.get("type") not in TEXT_PARTS:
         kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
         raise PromptError(f"{where} is of the type {kind!r}; only {{'type': 'text', 'text': ...}} is read")

@@ -12,13 +12,15 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import tokenizers
 
-from tpllm.errors import PromptError, TokenizerError
+from tpllm.checkpoint.reads import read_noted
+from tpllm.errors import CheckpointError, PromptError, TokenizerError
 from tpllm.tokenizer.chat_template import ChatTemplate, choose_template
 from tpllm.tokenizer.decoder_stages import Stage, decoder_specs, make_stages
 from tpllm.tokenizer.detokenizer import run_stages
 from tpllm.tokenizer.folder import TokenizerFolder, read_folder
 from tpllm.tokenizer.messages import checked_messages, checked_text, plain_value
 from tpllm.tokenizer.special_text import SpecialTextGuard, encode_guarded
+from tpllm.tokenizer.tool_arguments import with_taken_arguments
 
 _ANCHOR = "a"  # a piece before a token whose text is wanted as it stands within a sentence
 
@@ -60,7 +62,9 @@ class Tokenizer:
         path = pathlib.Path(path)
         folder = read_folder(path)
         try:
-            backend = tokenizers.Tokenizer.from_file(str(path / "tokenizer.json"))
+            backend = tokenizers.Tokenizer.from_buffer(read_noted(path / "tokenizer.json"))
+        except CheckpointError:
+            raise
         except Exception as error:  # the library raises nothing narrower
             raise TokenizerError(f"{path / 'tokenizer.json'} cannot be read ({error}); "
                                  "fetch the file again, or update the tokenizers package") from error
@@ -147,17 +151,21 @@ class Tokenizer:
         return ids[0] if ids else None
 
     def _render(self, guard: SpecialTextGuard, messages, *, add_generation_prompt, template_kwargs, tools) -> str:
+        names = self._folder.special_names()
+        messages = with_taken_arguments(messages, lambda: self._template_for(tools).argument_forms(names))
         messages = guard.hide(checked_messages(messages))
         if tools is not None and not (isinstance(tools, list | tuple) and all(isinstance(tool, Mapping) for tool in tools)):
             raise PromptError(f"tools is {tools!r}; give a list of JSON schemas (dicts), or None")
         if template_kwargs is not None and not isinstance(template_kwargs, Mapping):
             raise PromptError(f"template_kwargs is {template_kwargs!r}; give a dict such as {{'enable_thinking': False}}, or None")
-        names = self._folder.special_names()
         given = {key: value if key in names else guard.hide(value)
                  for key, value in plain_value(template_kwargs or {}, "template_kwargs").items()}
         context = {**names, "tools": guard.hide(plain_value(tools, "tools")), "documents": None,
                    "add_generation_prompt": add_generation_prompt, **given}
-        return (self._tool_template if tools else self._default_template).render(messages, context)
+        return self._template_for(tools).render(messages, context)
+
+    def _template_for(self, tools) -> ChatTemplate:
+        return self._tool_template if tools else self._default_template
 
     @functools.cached_property
     def _default_template(self) -> ChatTemplate:

@@ -8,7 +8,7 @@ from quantized_folders import KINDS, make_folder
 from tpllm.checkpoint.read import TensorReader
 from tpllm.quant.schemes import dequantize
 
-DEQUANTIZED = ("bnb-nf4", "bnb-nf4-nested", "bnb-fp4", "compressed-nvfp4")
+DEQUANTIZED = ("bnb-nf4", "bnb-nf4-nested", "bnb-fp4", "compressed-nvfp4", "auto-round-nvfp4")
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -36,7 +36,7 @@ def test_what_is_quantized_and_what_it_takes(tmp_path, find_in, kind):
     matrices = {name: matrix for name, weight in weights.items() if (matrix := found.find(name, weight.shape)) is not None}
     assert len(matrices) == 2 * 7 + KINDS[kind].has_head
     for matrix in matrices.values():
-        assert (matrix.scheme is None) == (kind in DEQUANTIZED)
+        assert (matrix.scheme is None) == (kind in DEQUANTIZED), matrix.names
         assert matrix.bits_per_weight * np.prod(matrix.shape) / 8 == pytest.approx(sum(tensors[name].num_bytes for name in matrix.names))
         assert (matrix.order is not None) == kind.endswith("-act")
 

@@ -68,6 +68,27 @@ def test_an_order_of_packed_inputs(write_module, read, is_used):
     np.testing.assert_array_equal(read(matrix), expected if is_used else sorted_weight)
 
 
+@pytest.mark.parametrize(("config", "message"), [
+    ({"packing_format": "auto_round:marlin"}, "packing_format is 'auto_round:marlin'; it is not read; known are auto"),
+    ({"data_type": "mx_int"}, "data_type is 'mx_int'; with packing_format"), ({"act_bits": 8}, "act_bits is 8; integers whose activations"),
+    ({"packing_format": "auto_round:llm_compressor_nvfp4_e5m3", "data_type": "nvfp4_v2"}, "data_type is 'nvfp4_v2'"),
+    ({"rotation_config": {"type": "hadamard"}}, "models with rotations are not run"), ({"extra_config": {"m": 4}}, "extra_config: m is 4; it must"),
+    ({"bits": "4"}, "bits is '4'; it must be a whole number"), ({"packing_format": 3}, "packing_format is 3; it must be a string"),
+    ({"extra_config": {"(a*)*m": {"bits": 8}}}, "repeats a group"),
+    ({"packing_format": "auto_round:auto_awq", "bits": 8}, "bits is 8; it must be one of 4"),
+])
+def test_what_autoround_writes_and_we_do_not_read_is_refused_by_its_field(write_module, config, message):
+    with pytest.raises(CheckpointError, match=message):
+        write_module(pack_gptq(WEIGHT)[0], {"quant_method": "auto-round", "bits": 4, "group_size": 32, **config})
+
+
+@pytest.mark.parametrize("name", ["auto-round", "auto_round", "intel/auto-round"])
+def test_autoround_is_known_by_each_name_that_its_writers_gave(write_module, read, name):
+    parts, expected = pack_gptq(WEIGHT)
+    found = write_module(parts, {"quant_method": name, "bits": 4, "group_size": 32})
+    np.testing.assert_array_equal(read(found.find("m.weight", WEIGHT.shape)), expected)
+
+
 def test_symmetric_zeros_are_told_by_the_file_and_not_by_the_config(write_module):
     for is_symmetric, sym in [(True, False), (False, True)]:
         found = write_module(pack_gptq(WEIGHT, is_symmetric=is_symmetric)[0], {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": sym})

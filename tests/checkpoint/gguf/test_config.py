@@ -77,6 +77,40 @@ def test_experts_of_a_llama_make_it_a_mixtral_and_a_window_a_mistral(tmp_path):
     assert (found["architectures"], found["sliding_window"]) == (["MistralForCausalLM"], 4096)
 
 
+def model_of(found):
+    return find_family(found).config_from_hf(found)
+
+
+def test_a_count_of_zero_means_none_as_llama_cpp_reads_it(tmp_path):
+    none = {"attention.sliding_window": 0, "expert_count": 0, "expert_used_count": 0}
+    found = read(tmp_path, **none)
+    assert (found["architectures"], model_of(found).layer_windows) == (["LlamaForCausalLM"], (None, None))
+    for arch in ("phi3", "qwen2", "qwen3", "gemma2", "gemma3"):
+        assert model_of(read(tmp_path, arch, **none)).layer_windows == (None, None), arch
+    assert model_of(read(tmp_path, "phi3", **{"attention.sliding_window": 7})).layer_windows == (7, 7)
+    assert model_of(read(tmp_path, "phi3")).layer_windows == (None, None)
+    assert model_of(read(tmp_path, "gemma2")).layer_windows == (4096, None)  # left out, it is what llama.cpp takes
+    experts = {"expert_count": 4, "expert_used_count": 2, "expert_feed_forward_length": 0, "expert_shared_feed_forward_length": 0}
+    config = model_of(read(tmp_path, "qwen2moe", **none | experts))
+    assert (config.expert_size, config.shared_expert_size, config.layer_windows) == (48, 96, (None, None))
+    config = model_of(read(tmp_path, "qwen3moe", **{**experts, "expert_feed_forward_length": 24, "feed_forward_length": 0}))
+    assert (config.expert_size, config.intermediate_size) == (24, 24)
+    caps = model_of(read(tmp_path, "gemma2", attn_logit_softcapping=0.0, final_logit_softcapping=0.0))
+    assert (caps.attention_softcap, caps.logit_softcap) == (None, None)
+    yarn = {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0, "rope.scaling.original_context_length": 0}
+    assert model_of(read(tmp_path, **yarn)).rope.original_max_position == 4096
+
+
+def test_what_a_file_leaves_out_is_what_llama_cpp_takes(tmp_path):
+    assert {arch: model_of(read(tmp_path, arch, **{"attention.sliding_window": 8})).rope.theta for arch in ("llama", "qwen2", "gemma3")} == {
+        "llama": 1e4, "qwen2": 1e4, "gemma3": 1e4}
+    gemma2 = model_of(read(tmp_path, "gemma2"))
+    assert (gemma2.attention_softcap, gemma2.logit_softcap) == (50.0, 30.0)
+    assert model_of(read(tmp_path, without=("attention.head_count_kv",))).num_kv_heads == 8
+    with pytest.raises(CheckpointError, match=r"gemma3\.attention\.sliding_window is missing"):
+        read(tmp_path, "gemma3")
+
+
 @pytest.mark.parametrize("rule", [LLAMA31, LLAMA32, {**LLAMA31, "factor": 16.0, "original_max_position_embeddings": 4096},
                                   {**LLAMA31, "high_freq_factor": 2.5, "original_max_position_embeddings": 6000}])
 def test_the_rule_of_llama3_is_found_again_from_its_factors(tmp_path, rule):
@@ -116,6 +150,9 @@ def test_other_rope_rules(tmp_path):
     ({"attention.layer_norm_rms_epsilon": float("nan")}, r"epsilon is nan; it must be a finite number"),
     ({"rope.freq_base": 0.0}, r"freq_base is 0\.0; it must be at least 1"),
     ({"attention.value_length": 4}, r"value_length is 4 and key_length 8"),
+    ({"block_count": 0}, r"block_count is 0"), ({"attention.head_count": 0}, r"head_count is 0"), ({"attention.key_length": 0}, r"key_length is 0"),
+    ({"feed_forward_length": 0}, r"feed_forward_length is missing"), ({"attention.sliding_window": True}, r"sliding_window is True"),
+    ({"expert_count": 4, "expert_used_count": 0}, r"expert_used_count is 0"),
 ])
 def test_a_value_that_cannot_be_is_refused_by_its_key(tmp_path, fields, message):
     with pytest.raises(CheckpointError, match=message):

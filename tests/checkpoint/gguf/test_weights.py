@@ -137,8 +137,8 @@ def test_powers_of_two_that_are_no_number_are_refused(tmp_path):
 
 
 def test_a_type_that_is_not_read_is_refused_by_name(tmp_path):
-    weights = write(tmp_path / "model.gguf", {"blk.0.ffn_up.weight": ((256, 1), 16, bytes(66))})
-    with pytest.raises(CheckpointError, match=r"blk\.0\.ffn_up\.weight.*IQ2_XXS, which is not read.*llama-quantize"):
+    weights = write(tmp_path / "model.gguf", {"blk.0.ffn_up.weight": ((256, 1), 24, bytes(256))})
+    with pytest.raises(CheckpointError, match=r"blk\.0\.ffn_up\.weight.*I8, which is not read.*llama-quantize"):
         weights.find("blk.0.ffn_up.weight", (1, 256))
 
 

@@ -3,7 +3,8 @@ import dataclasses
 import logging
 
 from tpllm.checkpoint.formats.names import ModuleNames
-from tpllm.checkpoint.formats.settings import Settings, short
+from tpllm.checkpoint.formats.settings import Settings
+from tpllm.errors import short
 
 PACKED, FP4, PLAIN = "weight_packed of int32", "weight_packed of 4-bit floats", "weight of 8 bits"
 LAYOUTS = {"pack-quantized": PACKED, "int-quantized": PLAIN, "float-quantized": PLAIN, "naive-quantized": PLAIN, "mxfp8-quantized": PLAIN,

@@ -2,6 +2,8 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from tpllm.checkpoint.formats.auto_round import NAME as AUTO_ROUND
+from tpllm.checkpoint.formats.auto_round import auto_round
 from tpllm.checkpoint.formats.awq import Awq
 from tpllm.checkpoint.formats.bitsandbytes import BitsAndBytes
 from tpllm.checkpoint.formats.compressed import CompressedTensors
@@ -18,9 +20,12 @@ from tpllm.errors import CheckpointError
 KEYS = ("quantization_config", "compression_config")
 FORMATS: Mapping[str, Callable[[Settings, Mapping[str, Module]], WeightFormat]] = {
     "gptq": Gptq, "awq": Awq, "fp8": Fp8, "fbgemm_fp8": Fp8, "compressed-tensors": CompressedTensors, "bitsandbytes": BitsAndBytes,
-    "mxfp4": Mxfp4}
+    "mxfp4": Mxfp4, AUTO_ROUND: auto_round}
+OTHER_NAMES = {"auto_round": AUTO_ROUND, "intel/auto-round": AUTO_ROUND}
+"""That older writers gave."""
 MARKS = {"gptq": ("qweight",), "awq": ("qweight",), "fp8": ("weight_scale_inv", "weight_scale"), "fbgemm_fp8": ("weight_scale",),
-         "compressed-tensors": ("weight_packed", "weight_scale"), "bitsandbytes": ("SCB", "absmax"), "mxfp4": MXFP4_MARKS}
+         "compressed-tensors": ("weight_packed", "weight_scale"), "bitsandbytes": ("SCB", "absmax"), "mxfp4": MXFP4_MARKS,
+         AUTO_ROUND: ("qweight", "weight_packed", "weight_scale", "weight_scale_inv")}
 """The last part of names that tensors of a format have, and plain ones have not."""
 _ALL_MARKS = frozenset(part for parts in MARKS.values() for part in parts)
 
@@ -72,4 +77,5 @@ def _method(settings: Settings) -> str:
         if "load_in_4bit" in settings or "load_in_8bit" in settings:
             return "bitsandbytes"
         raise settings.error("quant_method", f"it must say one of {', '.join(FORMATS)}")
-    return settings.text("quant_method")
+    method = settings.text("quant_method")
+    return OTHER_NAMES.get(method, method)

@@ -2,10 +2,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tpllm.errors import CheckpointError
-
-MAX_SHOWN = 120
-"""Characters of a value in a message."""
+from tpllm.errors import CheckpointError, short
 
 
 class Settings:
@@ -76,9 +73,3 @@ class Settings:
         """Raise where the value read from a field is none of those that are known."""
         if value not in allowed:
             raise self.error(key, f"it must be one of {', '.join(map(str, allowed))}")
-
-
-def short(value: Any) -> str:
-    """``repr`` of something from a file, which may be of any size."""
-    text = repr(value)
-    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."

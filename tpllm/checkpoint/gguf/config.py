@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from tpllm.checkpoint.gguf.header import GgufFile
-from tpllm.checkpoint.gguf.metadata import count, needed_count, number, same_in_every_layer
+from tpllm.checkpoint.gguf.metadata import count, count_or_none, is_zero, needed_count, number, number_or_none, same_in_every_layer
 from tpllm.checkpoint.gguf.rope import FACTOR_TENSORS, rope_fields
 from tpllm.errors import CheckpointError
 
@@ -20,7 +20,7 @@ log = logging.getLogger("tpllm")
 
 
 def config_from_gguf(gguf: GgufFile) -> dict[str, Any]:
-    """The fields of config.json, as transformers 4 writes them.
+    """The fields of config.json, as transformers 4 writes them. What the file leaves out is what llama.cpp takes then, and a null where it is none.
 
     Raises:
         CheckpointError: an architecture that is not known, or a key that is missing or has a value that cannot be.
@@ -35,10 +35,11 @@ def config_from_gguf(gguf: GgufFile) -> dict[str, Any]:
         "architectures": [architecture.name], "model_type": architecture.model_type, "vocab_size": gguf.tensors[EMBEDDING].shape[0],
         "hidden_size": hidden_size, "num_hidden_layers": _num_layers(gguf), "num_attention_heads": num_heads,
         "num_key_value_heads": same_in_every_layer(gguf, "attention.head_count_kv") or num_heads, "head_dim": head_dim,
-        "intermediate_size": same_in_every_layer(gguf, "feed_forward_length"), "max_position_embeddings": needed_count(gguf, "context_length"),
+        "intermediate_size": _inner_size(gguf), "max_position_embeddings": needed_count(gguf, "context_length"),
         "rms_norm_eps": _needed(gguf, number(gguf, NORM_EPS), NORM_EPS), "hidden_act": "silu", "torch_dtype": _dtype(gguf),
         "tie_word_embeddings": "output.weight" not in gguf.tensors, **_token_ids(gguf), **rope_fields(gguf, head_dim)}
-    return {key: value for key, value in {**fields, **architecture.more(gguf, fields)}.items() if value is not None}
+    fields |= architecture.more(gguf, fields)
+    return {**fields, "intermediate_size": _needed(gguf, fields["intermediate_size"], "feed_forward_length")}
 
 
 def _heads(gguf: GgufFile, hidden_size: int) -> tuple[int, int]:
@@ -48,6 +49,11 @@ def _heads(gguf: GgufFile, hidden_size: int) -> tuple[int, int]:
     if (value_dim := count(gguf, "attention.value_length", head_dim)) != head_dim:
         raise CheckpointError(f"{gguf.path}: {gguf.arch}.attention.value_length is {value_dim} and key_length {head_dim}; they must be equal")
     return num_heads, head_dim
+
+
+def _inner_size(gguf: GgufFile) -> int | None:
+    """Of a plain MLP; None where there is none, as beside experts."""
+    return None if is_zero(gguf.metadata.get(f"{gguf.arch}.feed_forward_length")) else same_in_every_layer(gguf, "feed_forward_length")
 
 
 def _num_layers(gguf: GgufFile) -> int:
@@ -87,16 +93,17 @@ def _token_ids(gguf: GgufFile) -> dict[str, int]:
 
 
 def _llama(gguf: GgufFile, _: Mapping[str, Any]) -> dict[str, Any]:
-    if experts := count(gguf, "expert_count"):
+    window = count_or_none(gguf, "attention.sliding_window")
+    if experts := count_or_none(gguf, "expert_count"):
         return {"architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "num_local_experts": experts,
-                "num_experts_per_tok": needed_count(gguf, "expert_used_count"), "sliding_window": count(gguf, "attention.sliding_window")}
-    if window := count(gguf, "attention.sliding_window"):
+                "num_experts_per_tok": needed_count(gguf, "expert_used_count"), "sliding_window": window}
+    if window:
         return {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": window}
     return {"attention_bias": "blk.0.attn_q.bias" in gguf.tensors, "mlp_bias": "blk.0.ffn_down.bias" in gguf.tensors}
 
 
 def _qwen2(gguf: GgufFile, fields: Mapping[str, Any]) -> dict[str, Any]:
-    window = count(gguf, "attention.sliding_window")
+    window = count_or_none(gguf, "attention.sliding_window")
     return {"use_sliding_window": True, "sliding_window": window, "max_window_layers": 0} if window else {"use_sliding_window": False}
 
 
@@ -106,11 +113,12 @@ def _qwen3(gguf: GgufFile, fields: Mapping[str, Any]) -> dict[str, Any]:
 
 def _qwen_moe(gguf: GgufFile, fields: Mapping[str, Any]) -> dict[str, Any]:
     is_third = gguf.arch == "qwen3moe"
-    inner = count(gguf, "expert_feed_forward_length") or needed_count(gguf, "feed_forward_length")
-    more = {"num_experts": needed_count(gguf, "expert_count"), "num_experts_per_tok": needed_count(gguf, "expert_used_count"),
-            "moe_intermediate_size": inner, "intermediate_size": fields["intermediate_size"] or inner, "norm_topk_prob": is_third,
-            "decoder_sparse_step": 1, "mlp_only_layers": []}
-    shared = {} if is_third else {"shared_expert_intermediate_size": count(gguf, "expert_shared_feed_forward_length") or _shared_rows(gguf)}
+    used, dense = needed_count(gguf, "expert_used_count"), fields["intermediate_size"]
+    inner = count_or_none(gguf, "expert_feed_forward_length") or (dense and max(1, dense // used)) or needed_count(gguf, "feed_forward_length")
+    more = {"num_experts": needed_count(gguf, "expert_count"), "num_experts_per_tok": used, "moe_intermediate_size": inner,
+            "intermediate_size": dense or inner, "norm_topk_prob": is_third, "decoder_sparse_step": 1, "mlp_only_layers": []}
+    shared = {} if is_third else {"shared_expert_intermediate_size":
+                                  count_or_none(gguf, "expert_shared_feed_forward_length") or _shared_rows(gguf) or dense or inner}
     return {**(_qwen3 if is_third else _qwen2)(gguf, fields), **more, **shared}
 
 
@@ -125,18 +133,20 @@ def _gemma(gguf: GgufFile, fields: Mapping[str, Any]) -> dict[str, Any]:
 
 def _gemma2(gguf: GgufFile, fields: Mapping[str, Any]) -> dict[str, Any]:
     return {**_gemma(gguf, fields), **_windows(gguf, fields, every=2, largest=46),
-            "attn_logit_softcapping": number(gguf, "attn_logit_softcapping", 50.0),
-            "final_logit_softcapping": number(gguf, "final_logit_softcapping", 30.0)}
+            "attn_logit_softcapping": number_or_none(gguf, "attn_logit_softcapping", 50.0),
+            "final_logit_softcapping": number_or_none(gguf, "final_logit_softcapping", 30.0)}
 
 
 def _gemma3(gguf: GgufFile, fields: Mapping[str, Any]) -> dict[str, Any]:
-    return {**_gemma(gguf, fields), **_windows(gguf, fields, every=6, largest=62), "rope_theta": number(gguf, "rope.freq_base", 1_000_000.0),
-            "rope_local_base_freq": number(gguf, "rope.freq_base_swa", 10000.0), "final_logit_softcapping": number(gguf, "final_logit_softcapping")}
+    _needed(gguf, gguf.metadata.get("gemma3.attention.sliding_window"), "attention.sliding_window")
+    return {**_gemma(gguf, fields), **_windows(gguf, fields, every=6, largest=62),
+            "rope_local_base_freq": number_or_none(gguf, "rope.freq_base_swa", 10000.0) or 10000.0,
+            "final_logit_softcapping": number_or_none(gguf, "final_logit_softcapping")}
 
 
 def _windows(gguf: GgufFile, fields: Mapping[str, Any], *, every: int, largest: int) -> dict[str, Any]:
     """The window, in all layers but each ``every``-th; and the divisor of scores, which is the head dim in all but the largest model."""
-    num_layers, window = fields["num_hidden_layers"], count(gguf, "attention.sliding_window", 4096 if every == 2 else None)
+    num_layers, window = fields["num_hidden_layers"], count_or_none(gguf, "attention.sliding_window", 4096 if every == 2 else None)
     pattern = gguf.get(f"{gguf.arch}.attention.sliding_window_pattern", (int, np.ndarray))
     every = pattern if isinstance(pattern, int) and pattern > 0 else every
     is_local = [(i + 1) % every != 0 for i in range(num_layers)]
@@ -148,16 +158,16 @@ def _windows(gguf: GgufFile, fields: Mapping[str, Any], *, every: int, largest: 
 
 
 def _phi3(gguf: GgufFile, fields: Mapping[str, Any]) -> dict[str, Any]:
-    return {"sliding_window": count(gguf, "attention.sliding_window")}
+    return {"sliding_window": count_or_none(gguf, "attention.sliding_window")}
 
 
 def _gpt_oss(gguf: GgufFile, fields: Mapping[str, Any]) -> dict[str, Any]:
     """The file does not say that YaRN's bounds are not rounded; the model's config.json does."""
-    inner = count(gguf, "expert_feed_forward_length") or needed_count(gguf, "feed_forward_length")
+    inner = count_or_none(gguf, "expert_feed_forward_length") or needed_count(gguf, "feed_forward_length")
     windows = _windows(gguf, fields, every=2, largest=0)
     return {"num_local_experts": needed_count(gguf, "expert_count"), "num_experts_per_tok": needed_count(gguf, "expert_used_count"),
             "intermediate_size": inner, "attention_bias": "blk.0.attn_q.bias" in gguf.tensors, "layer_types": windows["layer_types"],
-            "sliding_window": count(gguf, "attention.sliding_window", 128),
+            "sliding_window": count_or_none(gguf, "attention.sliding_window", 128),
             "rope_scaling": {"rope_type": "default"} if "rope_scaling" not in fields else fields["rope_scaling"] | {"truncate": False}}
 
 

@@ -1,7 +1,8 @@
 """ggml's blocks that no scheme keeps: from the bytes of rows to float32, each step rounded as ggml's own reference (quants.py) rounds it.
 
-The layouts are those of ggml-common.h.
+The layouts are those of ggml-common.h. Types whose codes point into ggml's tables are left to that reference, the gguf package.
 """
+import functools
 from collections.abc import Callable
 
 import numpy as np
@@ -67,7 +68,30 @@ def _tq2_0(blocks: np.ndarray) -> np.ndarray:
     return _scale(blocks, 64) * (_crumbs(blocks[..., :64]).reshape(*blocks.shape[:2], 256).astype(np.float32) - np.float32(1))
 
 
+def _q8_k(blocks: np.ndarray) -> np.ndarray:
+    """Sums of the codes follow, which only products need."""
+    scales = np.ascontiguousarray(blocks[..., :4]).view("<f4")
+    return scales * np.ascontiguousarray(blocks[..., 4:260]).view(np.int8).astype(np.float32)
+
+
+def _by_gguf(name: str, blocks: np.ndarray) -> np.ndarray:
+    import gguf  # imported here: it takes 0.1 s, and few files need it
+    return gguf.quants.dequantize(blocks.reshape(blocks.shape[0], -1), gguf.GGMLQuantizationType[name])
+
+
+def has_gguf() -> bool:
+    """Whether the gguf package is there, in a version that knows all of :data:`OF_GGUF`."""
+    try:
+        import gguf
+        return all(name in gguf.GGMLQuantizationType.__members__ for name in OF_GGUF)
+    except ImportError:
+        return False
+
+
+OF_GGUF = ("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "NVFP4")
+"""Read by the gguf package."""
 DENSE: dict[str, Callable[[np.ndarray], np.ndarray]] = {
-    "Q2_K": _q2_k, "Q3_K": _q3_k, "IQ4_NL": _iq4_nl, "IQ4_XS": _iq4_xs, "TQ1_0": _tq1_0, "TQ2_0": _tq2_0,
+    "Q2_K": _q2_k, "Q3_K": _q3_k, "Q8_K": _q8_k, "IQ4_NL": _iq4_nl, "IQ4_XS": _iq4_xs, "TQ1_0": _tq1_0, "TQ2_0": _tq2_0,
+    **{name: functools.partial(_by_gguf, name) for name in OF_GGUF},
 }
 """By the ggml type: from uint8 [n, blocks, bytes of a block] to float32 [n, blocks, ...] in the order of the row."""

@@ -15,7 +15,7 @@ from typing import Any
 from tpllm.checkpoint.gguf.cursor import AGAIN, MAX_KEY_BYTES, Cursor, Value
 from tpllm.checkpoint.gguf.ggml_types import GGML_TYPES, GgmlType
 from tpllm.checkpoint.safetensors import TensorEntry, open_regular, read_exactly
-from tpllm.errors import CheckpointError
+from tpllm.errors import CheckpointError, short
 
 MAGIC, VERSIONS, MAX_DIMS, DEFAULT_ALIGNMENT = b"GGUF", (2, 3), 4, 32
 LEAST_KEY_BYTES, LEAST_TENSOR_BYTES = 13, 32
@@ -166,12 +166,6 @@ def read_gguf_header(path: Path) -> GgufHeader:
         os.close(fd)
     table = MappingProxyType({tensor.name: tensor for tensor in tensors})
     return GgufHeader(path=path, size=size, digest=digest, metadata=MappingProxyType(metadata), tensors=table)
-
-
-def short(value: Any) -> str:
-    """``repr`` of something from a file, which may be of any length."""
-    text = repr(value[:200] if isinstance(value, str | tuple) else value)
-    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 def _read_counts(cursor: Cursor) -> tuple[int, int]:

@@ -3,8 +3,8 @@ from typing import Any
 
 import numpy as np
 
-from tpllm.checkpoint.gguf.header import GgufFile, short
-from tpllm.errors import CheckpointError
+from tpllm.checkpoint.gguf.header import GgufFile
+from tpllm.errors import CheckpointError, short
 
 MAX_COUNT, MAX_NUMBER = 2**31, float(np.finfo(np.float32).max)
 
@@ -21,6 +21,16 @@ def count(gguf: GgufFile, key: str, default: int | None = None) -> int | None:
     if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < MAX_COUNT:
         raise _refused(gguf, key, value, f"a whole number of 1 to {MAX_COUNT - 1}")
     return value
+
+
+def count_or_none(gguf: GgufFile, key: str, default: int | None = None) -> int | None:
+    """As :func:`count`, of a key whose 0 means that there is none, as llama.cpp reads windows, experts and contexts."""
+    return None if is_zero(gguf.metadata.get(f"{gguf.arch}.{key}")) else count(gguf, key, default)
+
+
+def is_zero(value: Any) -> bool:
+    """Whether a value is a 0, or an array of one for each layer."""
+    return isinstance(value, int | np.ndarray) and not isinstance(value, bool) and not np.any(value)
 
 
 def needed_count(gguf: GgufFile, key: str) -> int:
@@ -41,6 +51,11 @@ def number(gguf: GgufFile, key: str, default: float | None = None) -> float | No
     return float(str(np.float32(value)))
 
 
+def number_or_none(gguf: GgufFile, key: str, default: float | None = None) -> float | None:
+    """As :func:`number`, of a key whose 0 means that there is none."""
+    return number(gguf, key, default) or None
+
+
 def count_of_layer(gguf: GgufFile, key: str, layer: int) -> int | None:
     """A count that is one for all layers, or an array of one for each."""
     value: Any = gguf.metadata.get(f"{gguf.arch}.{key}")
@@ -58,7 +73,7 @@ def heads_of_layer(gguf: GgufFile, key: str, layer: int) -> int:
 
 
 def same_in_every_layer(gguf: GgufFile, key: str) -> int | None:
-    """A count that all layers share.
+    """A count that all layers share; None where it is missing.
 
     Raises:
         CheckpointError: layers that differ.

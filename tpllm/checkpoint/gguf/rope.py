@@ -10,7 +10,7 @@ import numpy as np
 
 from tpllm.checkpoint.convert import STORED
 from tpllm.checkpoint.gguf.header import GgufFile
-from tpllm.checkpoint.gguf.metadata import MAX_COUNT, count, needed_count, number
+from tpllm.checkpoint.gguf.metadata import MAX_COUNT, count, count_or_none, needed_count, number
 from tpllm.checkpoint.safetensors import open_regular, read_exactly
 from tpllm.errors import CheckpointError
 
@@ -107,7 +107,7 @@ def _longrope(gguf: GgufFile) -> dict[str, Any]:
     scaling = {"rope_type": "longrope", "type": "longrope", "long_factor": long, "short_factor": short}
     if attention_factor := number(gguf, "rope.scaling.attn_factor"):
         scaling["attention_factor"] = attention_factor
-    original = count(gguf, "rope.scaling.original_context_length", needed_count(gguf, "context_length"))
+    original = count_or_none(gguf, "rope.scaling.original_context_length") or needed_count(gguf, "context_length")
     return {"rope_scaling": scaling, "original_max_position_embeddings": original}
 
 
@@ -124,7 +124,7 @@ def _scaling(gguf: GgufFile) -> dict[str, Any]:
     if kind == "yarn":
         scaling |= {ours: value for ours, theirs in (("beta_fast", "yarn_beta_fast"), ("beta_slow", "yarn_beta_slow"))
                     if (value := number(gguf, f"rope.scaling.{theirs}"))}
-        scaling |= {"original_max_position_embeddings": original} if (original := count(gguf, "rope.scaling.original_context_length")) else {}
+        scaling |= {"original_max_position_embeddings": original} if (original := count_or_none(gguf, "rope.scaling.original_context_length")) else {}
         more = number(gguf, "rope.scaling.yarn_attn_factor") or number(gguf, "rope.scaling.attn_factor") or 1.0
         # ggml multiplies what the file has by YaRN's own factor; config.json has the product (Peng et al. 2023, arXiv:2309.00071, eq. 22).
         scaling |= {"attention_factor": more * (0.1 * math.log(factor) + 1)} if more != 1 else {}

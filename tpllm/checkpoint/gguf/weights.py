@@ -12,14 +12,15 @@ import numpy as np
 from tpllm.checkpoint.convert import STORED
 from tpllm.checkpoint.formats.matrix import FileMatrix
 from tpllm.checkpoint.gguf.blocks import KEPT
-from tpllm.checkpoint.gguf.dense import DENSE
+from tpllm.checkpoint.gguf.dense import DENSE, OF_GGUF, has_gguf
 from tpllm.checkpoint.gguf.header import GgufFile, GgufTensor
 from tpllm.checkpoint.gguf.metadata import heads_of_layer
+from tpllm.checkpoint.gguf.rope import read_factors
 from tpllm.checkpoint.read import TensorReader
 from tpllm.checkpoint.safetensors import TensorEntry
 from tpllm.checkpoint.stored import RowReader
 from tpllm.errors import CheckpointError
-from tpllm.quant.schemes import E8M0_NAN, QuantizedRows
+from tpllm.quant.schemes import E8M0_NAN, QuantizedRows, Scheme, dequantize
 
 ALTERNATING = ("llama",)
 """Architectures whose query and key heads have dims i and i + H / 2 side by side."""
@@ -59,19 +60,33 @@ class GgufFormat:
         if tensor is None:
             return None
         head_dim, is_shifted = self._head_dim(tensor), self._arch in NORMS_PLUS_ONE and weight.endswith("norm.weight")
-        if tensor.type.dtype in STORED and not head_dim and not is_shifted:
+        scales, names = self._scales(tensor)
+        if tensor.type.dtype in STORED and not head_dim and not is_shifted and scales is None:
             return None
         found = (tensor.num_rows, tensor.shape[-1]) if len(shape) == 2 and len(tensor.shape) == 3 else tensor.shape
         scheme = KEPT[tensor.type.name][0] if tensor.type.name in KEPT else None
-        if scheme is None and tensor.type.name not in DENSE and tensor.type.dtype not in STORED:
-            raise CheckpointError(f"{tensor.path}: tensor {weight!r} is {tensor.type.name}, which is not read; read are {', '.join([*KEPT, *DENSE])} "
-                                  "and plain floats. Quantize the model to one of these with llama-quantize")
+        _check_type(tensor)
 
         def open_rows(reader: TensorReader) -> RowReader:
             rows = _vector_rows(reader, tensor) if len(tensor.shape) == 1 else _matrix_rows(reader, tensor)
+            rows = rows if scales is None else _scaled(rows, scheme, scales, tensor.num_rows // len(scales))
             rows = _in_halves(rows, head_dim) if head_dim else rows
             return _without_one(rows) if is_shifted else rows
-        return FileMatrix((weight,), found, scheme, 8 * tensor.type.block_bytes / tensor.type.block, None, open_rows)
+        kept = scheme if scales is None else None
+        return FileMatrix((weight, *names), found, kept, 8 * tensor.type.block_bytes / tensor.type.block, None, open_rows)
+
+    def _scales(self, tensor: GgufTensor) -> tuple[np.ndarray | None, tuple[str, ...]]:
+        """(float32 [1] or [experts] that multiply a matrix, None where there are none or they are 1; names of the tensors that go with it). NVFP4
+        has them beside its blocks, and others for activations, which stay as they are."""
+        module = tensor.name.removesuffix(".weight")
+        names = tuple(name for name in (f"{module}.scale", f"{module}.input_scale") if name in self._gguf.tensors)
+        if f"{module}.scale" not in names:
+            return None, names
+        found = read_factors(self._gguf, f"{module}.scale").astype(np.float32)
+        if len(found) not in {1, tensor.shape[0] if len(tensor.shape) == 3 else 1}:
+            raise CheckpointError(f"{tensor.path}: tensor {module + '.scale'!r} has {len(found)} values for {tensor.name!r} of shape {tensor.shape}; "
+                                  "it must have one, or one for each expert. Convert the model again")
+        return None if (found == 1).all() else found, names
 
     def _head_dim(self, tensor: GgufTensor) -> int:
         """Of the heads whose halves alternate in the rows of a tensor; 0 where none do."""
@@ -94,6 +109,24 @@ class GgufFormat:
         log.warning("%s: %d tensors of %s are dequantized while they are read: %.1f MiB in the file take %.1f MiB in bfloat16 and %.1f MiB in "
                     "float32 (quantization=... makes them small again)", self._gguf.path, len(tensors),
                     ", ".join(sorted({tensor.type.name for tensor in tensors})), in_file, in_bfloat16, 2 * in_bfloat16)
+
+
+def _check_type(tensor: GgufTensor) -> None:
+    name = tensor.type.name
+    if name not in KEPT and name not in DENSE and tensor.type.dtype not in STORED:
+        raise CheckpointError(f"{tensor.path}: tensor {tensor.name!r} is {name}, which is not read; read are {', '.join([*KEPT, *DENSE])} and plain "
+                              "floats. Quantize the model to one of these with llama-quantize")
+    if name in OF_GGUF and not has_gguf():
+        raise CheckpointError(f"{tensor.path}: tensor {tensor.name!r} is {name}, which the gguf package reads; it is not installed, or too old: "
+                              "pip install 'gguf>=0.19'")
+
+
+def _scaled(read: RowReader, scheme: Scheme | None, scales: np.ndarray, rows_each: int) -> RowReader:
+    def rows(first: int, last: int) -> np.ndarray:
+        part = read(first, last)
+        floats = part if isinstance(part, np.ndarray) else dequantize(part, scheme)
+        return floats * scales[np.arange(first, last) // rows_each][:, None]
+    return rows
 
 
 def _vector_rows(reader: TensorReader, tensor: GgufTensor) -> RowReader:

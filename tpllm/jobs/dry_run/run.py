@@ -12,14 +12,16 @@ from tpllm.errors import JobError
 from tpllm.jobs.config import JobConfig
 from tpllm.jobs.dry_run.row_counts import RowCounting, RowCounts
 from tpllm.jobs.dry_run.speed import Speed, measure_speed
+from tpllm.jobs.engine_options import check_engine_options
 from tpllm.jobs.manifest import job_section, model_section, refuse_changes
-from tpllm.jobs.outputs.folder import MANIFEST, read_manifest
+from tpllm.jobs.outputs.folder import MANIFEST, read_manifest, refuse_damage, refuse_what_is_no_folder
 from tpllm.jobs.outputs.formats import needs_columns, open_part_format, resolve_output_format
-from tpllm.jobs.outputs.journal import JOURNAL_NAME, journal_rows
+from tpllm.jobs.outputs.journal import journal_files, journal_rows
 from tpllm.jobs.outputs.lock import writer_of
 from tpllm.jobs.outputs.part_files import part_files
+from tpllm.jobs.outputs.part_records import read_records
 from tpllm.jobs.outputs.remote import output_place
-from tpllm.jobs.runner import check_engine_options, llm_class
+from tpllm.jobs.runner import llm_class
 from tpllm.jobs.shard import Parts
 from tpllm.jobs.shard_folders import refuse_mixture
 from tpllm.jobs.sources.row_source import open_source
@@ -89,7 +91,7 @@ def dry_run(job: JobConfig, *, make_llm: Callable[..., Any] | None = None, max_t
         TpllmError: a model that cannot be loaded.
     """
     make_llm = make_llm or llm_class()
-    check_engine_options(job, make_llm)
+    job = check_engine_options(job, make_llm)
     refuse_mixture(job)
     source = open_source(job.input)
     job = dataclasses.replace(job, output_format=resolve_output_format(job.output_format, source))
@@ -100,7 +102,7 @@ def dry_run(job: JobConfig, *, make_llm: Callable[..., Any] | None = None, max_t
     check_writable(folder)
     manifest = read_manifest(folder)
     _check_same(job, manifest, job_section(job, summary))
-    committed, known = finished_rows(folder)
+    committed, known = finished_rows(folder, parts, manifest)
     num_done = sum(parts.size(part) for part in parts.numbers if part in committed) + sum(map(len, known.values()))
     result = DryRun(job, parts, num_done, is_remote=mirror is not None, pid=writer_of(folder) if folder.exists() else None)
     if num_done == parts.num_rows:
@@ -122,26 +124,30 @@ def check_writable(folder: pathlib.Path) -> None:
     Raises:
         JobError: it is no folder, or may not be written.
     """
+    refuse_what_is_no_folder(folder.absolute())
     nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
-        reason = "Permission denied" if nearest.is_dir() else "Not a directory"
-        raise JobError(f"cannot write to the output folder {folder}: {reason} ({nearest}); make the folder writable, or give this job another output")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise JobError(f"cannot write to the output folder {folder}: Permission denied ({nearest}); make the folder writable, or give this job "
+                       "another output")
 
 
-def finished_rows(folder: pathlib.Path) -> tuple[set[int], dict[int, set[int]]]:
+def finished_rows(folder: pathlib.Path, parts: Parts, manifest: Mapping[str, Any] | None) -> tuple[set[int], dict[int, set[int]]]:
     """The committed parts of a folder, and the rows in the journals of other parts; nothing where there is no folder.
 
     Raises:
-        JobError: parts without a manifest.
+        JobError: parts without a manifest, or one that is not what was committed.
     """
     if not folder.exists():
         return set(), {}
-    paths = list(folder.iterdir())
-    journals = {int(match[1]): {row.index for row in journal_rows(path) if row} for path in paths if (match := JOURNAL_NAME.fullmatch(path.name))}
-    committed = set(part_files(folder))  # after the journals are read: a part committed meanwhile is in either
+    journals = {part: {row.index for row in journal_rows(path, parts.rows(part)) if row} for part, path in journal_files(folder).items()}
+    committed = part_files(folder)  # after the journals are read: a part committed meanwhile is in either
     if (committed or journals) and not (folder / MANIFEST).exists():
         raise JobError(f"the output folder {folder} holds parts of a job but no {MANIFEST}; give this job another output")
-    return committed, {part: rows for part, rows in journals.items() if part not in committed}
+    records = read_records(folder, manifest)
+    for part, files in committed.items():
+        if part in parts.numbers:
+            refuse_damage(files, records.get(part), parts.size(part))
+    return set(committed), {part: rows for part, rows in journals.items() if part not in committed and part in parts.numbers}
 
 
 def _check_same(job: JobConfig, manifest: Mapping[str, Any] | None, section: Mapping[str, Any]) -> None:

@@ -3,7 +3,7 @@ import contextlib
 import errno
 import os
 import pathlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from tpllm.errors import JobError
 
@@ -54,8 +54,15 @@ class Disk:
             os.close(fd)
 
 
-def write_whole(disk: Disk, path: pathlib.Path, lines: Iterable[bytes]) -> None:
-    """Put a file in place all at once: written and synced under ``path``.tmp, renamed, and the folder synced."""
+def write_whole(disk: Disk, path: pathlib.Path, lines: Iterable[bytes], *, before_rename: Callable[[], None] = lambda: None) -> None:
+    """Put a file in place all at once: written and synced under ``path``.tmp, renamed, and the folder synced.
+
+    Args:
+        disk: how to write.
+        path: the file.
+        lines: its content.
+        before_rename: called when all is written and nothing is in place.
+    """
     temporary = path.with_name(path.name + ".tmp")
     disk.remove(temporary)
     fd = disk.create(temporary)
@@ -65,6 +72,7 @@ def write_whole(disk: Disk, path: pathlib.Path, lines: Iterable[bytes]) -> None:
         disk.sync(fd)
     finally:
         os.close(fd)
+    before_rename()
     disk.replace(temporary, path)
     disk.sync_folder(path.parent)
 

@@ -1,19 +1,24 @@
 """The output folder: who holds it, what job it belongs to, and which parts are committed.
 
 ``part-00000.jsonl`` or ``part-00000.parquet`` is there if and only if the part is committed: every row of its input slice is in it or in
-``part-00000.errors.jsonl`` (which exists only where a row failed), in input order. The errors file is in place before the part's own file.
+``part-00000.errors.jsonl`` (which exists only where a row failed), in input order. The errors file is in place before the part's own file, and what
+both are is recorded before that (:mod:`tpllm.jobs.outputs.part_records`).
 """
 import contextlib
 import json
+import os
 import pathlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Protocol
 
 from tpllm.errors import JobError
+from tpllm.jobs.manifest import parse_manifest
 from tpllm.jobs.outputs.durable import Disk, place, write_whole, writing_to
 from tpllm.jobs.outputs.journal import JOURNAL_NAME, FinishedRow
 from tpllm.jobs.outputs.lock import held_for_writing
 from tpllm.jobs.outputs.part_files import JSONL, TEMPORARY_NAME, PartFiles, PartFormat, errors_name, num_rows_of, part_files
+from tpllm.jobs.outputs.part_records import PARTS, CommitLog, FileRecord, PartRecord, Tally, as_section, damage_of, read_records, record_of
+from tpllm.jobs.shard import Parts
 
 MANIFEST = "manifest.json"
 
@@ -46,6 +51,7 @@ class OutputFolder:
             for name in filter(TEMPORARY_NAME.fullmatch, names):
                 disk.remove(path / name)
         self.committed = set(part_files(path))
+        self._log, self._records = CommitLog(path, disk), read_records(path, None)
         if (self.committed or any(map(JOURNAL_NAME.fullmatch, names))) and MANIFEST not in names:
             raise JobError(f"the output folder {path} holds parts of a job but no {MANIFEST}; give this job another output")
 
@@ -69,32 +75,81 @@ class OutputFolder:
             part: its number.
             read_rows: gives all its rows in input order; called more than once, so that they need not all be in memory.
         """
-        if any(row.is_error for row in read_rows()):
-            self._put(errors_name(part), (row.line + b"\n" for row in read_rows() if row.is_error))
-        self._put(self.part_format.name(part), self.part_format.chunks(row for row in read_rows() if not row.is_error))
+        num_errors, record = sum(row.is_error for row in read_rows()), {}
+        if num_errors:
+            record[errors_name(part)] = self._put(errors_name(part), (row.line + b"\n" for row in read_rows() if row.is_error), num_rows=num_errors)
+        else:
+            self._remove_errors(part)
+        name, num_rows = self.part_format.name(part), sum(not row.is_error for row in read_rows())
+        self._put(name, self.part_format.chunks(row for row in read_rows() if not row.is_error), num_rows=num_rows,
+                  before_rename=lambda written: self._note(part, {**record, name: written}))
         self.committed.add(part)
 
     def adopt(self, files: PartFiles) -> None:
-        """Put a part in place that is committed in another folder, which stays as it is."""
+        """Put a part in place that is committed in another folder, which stays as it is; the manifest tells of it already."""
         if files.errors is None:
-            with writing_to(self.path):
-                self._disk.remove(self.path / errors_name(files.part))
-        for path in filter(None, (files.errors, files.rows)):
+            self._remove_errors(files.part)
+        for path in files.paths:
             with writing_to(self.path):
                 place(self._disk, path, self.path / path.name)
             if self._mirror:
                 self._mirror.upload(self.path / path.name)
         self.committed.add(files.part)
 
+    def check_parts(self, parts: Parts, *, hashes: bool = False) -> None:
+        """Make sure that the committed parts are what was committed; of a part that nothing is recorded of, as where the folder was copied without
+        its log, that it holds its rows, and record it.
+
+        Args:
+            parts: that the folder has in the end.
+            hashes: whether their content is compared too, not only rows and bytes.
+
+        Raises:
+            JobError: a part of which a file was emptied, cut, replaced or removed.
+        """
+        self._records = read_records(self.path, self.read_manifest())
+        for part, files in part_files(self.path).items():
+            if part in parts.numbers:
+                refuse_damage(files, self._records.get(part), parts.size(part), hashes=hashes)
+                if part not in self._records:
+                    self._note(part, record_of(files))
+
+    def seal(self, parts: Parts) -> None:
+        """Once every part is committed: let the manifest tell what its files are, and remove the log that did until now."""
+        manifest = self.read_manifest()
+        sealed = with_parts(manifest, {part: self._records[part] for part in parts.numbers})
+        if sealed != manifest:
+            self.write_manifest(sealed)
+        with writing_to(self.path):
+            self._log.remove()
+
+    @property
+    def records(self) -> Mapping[int, PartRecord]:
+        """What the files of the committed parts are, and perhaps of more parts, which are not there any more."""
+        return self._records
+
     def num_error_rows(self) -> int:
         """Lines in the errors files of the committed parts."""
         return sum(num_rows_of(files.errors) for files in part_files(self.path).values() if files.errors)
 
-    def _put(self, name: str, chunks: Iterable[bytes]) -> None:
+    def _put(self, name: str, chunks: Iterable[bytes], *, num_rows: int = 0, before_rename: Callable[[FileRecord], None] = lambda written: None
+             ) -> FileRecord:
+        tally = Tally()
         with writing_to(self.path):
-            write_whole(self._disk, self.path / name, chunks)
+            write_whole(self._disk, self.path / name, tally.over(chunks), before_rename=lambda: before_rename(tally.record(num_rows)))
         if self._mirror:
             self._mirror.upload(self.path / name)
+        return tally.record(num_rows)
+
+    def _note(self, part: int, record: PartRecord) -> None:
+        with writing_to(self.path):
+            self._log.append(part, record)
+        self._records[part] = record
+
+    def _remove_errors(self, part: int) -> None:
+        """Of a part whose rows failed when it was committed before, and do not now."""
+        with writing_to(self.path):
+            self._disk.remove(self.path / errors_name(part))
 
 
 def read_manifest(folder: pathlib.Path) -> dict[str, Any] | None:
@@ -104,14 +159,43 @@ def read_manifest(folder: pathlib.Path) -> dict[str, Any] | None:
         JobError: a damaged manifest.
     """
     try:
-        manifest = json.loads((folder / MANIFEST).read_bytes())
+        data = (folder / MANIFEST).read_bytes()
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
-        raise JobError(f"cannot read {folder / MANIFEST}: {error}; give this job another output") from None
-    if not isinstance(manifest, dict):
-        raise JobError(f"{folder / MANIFEST} is no manifest; give this job another output")
-    return manifest
+    except OSError as error:
+        raise JobError(f"cannot read {folder / MANIFEST}: {error.strerror}; restore it, or give this job another output") from None
+    return parse_manifest(data, str(folder / MANIFEST))
+
+
+def with_parts(manifest: Mapping[str, Any], records: Mapping[int, PartRecord]) -> dict[str, Any]:
+    """A manifest that tells, at its end, what the files of its parts are."""
+    return {**{key: value for key, value in manifest.items() if key != PARTS}, PARTS: as_section(records)}
+
+
+def refuse_damage(files: PartFiles, record: PartRecord | None, num_rows: int, *, hashes: bool = False, command: str = "the job") -> None:
+    """Refuse a part that is not what was committed; the arguments are those of :func:`~tpllm.jobs.outputs.part_records.damage_of`.
+
+    Raises:
+        JobError: it is another one.
+    """
+    if damage := damage_of(files, record, num_rows, hashes=hashes):
+        raise JobError(f"{damage}: a file was cut, emptied, replaced or not copied after it was committed; copy it again, or remove it and run "
+                       f"{command} again, which computes its rows again")
+
+
+def refuse_what_is_no_folder(path: pathlib.Path) -> None:
+    """Refuse an output that is a file or a link that leads nowhere, or that would lie in one. A link to a folder is that folder.
+
+    Raises:
+        JobError: such an output.
+    """
+    for above in (path, *path.parents):
+        if above.is_dir():
+            return
+        if os.path.lexists(above):
+            kind = f"a link to {os.readlink(above)}, where no folder is" if above.is_symlink() else "a file"
+            raise JobError(f"cannot write to the output folder {path}: Not a directory: {above} is {kind}; move it away, or give this job "
+                           "another output")
 
 
 @contextlib.contextmanager
@@ -121,6 +205,7 @@ def opened_output(path: pathlib.Path, disk: Disk, mirror: Mirror | None = None) 
     Raises:
         JobError: a folder that cannot be made or written, that another process holds, or that holds something else.
     """
+    refuse_what_is_no_folder(path)
     with writing_to(path):
         for folder in reversed([folder for folder in (path, *path.parents) if not folder.is_dir()]):
             folder.mkdir(exist_ok=True)  # another shard may make it just now

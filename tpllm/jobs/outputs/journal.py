@@ -6,6 +6,7 @@ what was synced. So recovery keeps every line whose checksum holds and cuts off 
 """
 import contextlib
 import dataclasses
+import logging
 import os
 import pathlib
 import re
@@ -13,10 +14,14 @@ import threading
 import zlib
 from collections.abc import Iterator
 
+from tpllm.errors import JobError
 from tpllm.jobs.outputs.durable import Disk, writing_to
+from tpllm.jobs.shard import Parts
 
-RECORD = re.compile(rb"(?P<checksum>[0-9a-f]{8}) (?P<index>\d+) (?P<kind>row|error) (?P<payload>[^\n]*)\n")
-JOURNAL_NAME = re.compile(r"journal-(\d{5,})\.jsonl")
+RECORD = re.compile(rb"(?P<checksum>[0-9a-f]{8}) (?P<index>\d{1,18}) (?P<kind>row|error) (?P<payload>[^\n]*)\n")
+JOURNAL_NAME = re.compile(r"journal-(\d{5}|[1-9]\d{5,})\.jsonl")
+
+log = logging.getLogger("tpllm")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,10 +53,30 @@ def decode(line: bytes) -> FinishedRow | None:
     return FinishedRow(int(parts["index"]), parts["kind"] == b"error", parts["payload"])
 
 
-def journal_rows(path: pathlib.Path) -> Iterator[FinishedRow | None]:
-    """The rows of a part's journal for who only reads it, None for a damaged line; no rows where the part was committed just now."""
-    with contextlib.suppress(FileNotFoundError), path.open("rb") as lines:
-        yield from map(decode, lines)
+def journal_files(folder: pathlib.Path) -> dict[int, pathlib.Path]:
+    """The journals of a folder, by their parts, in order."""
+    return {int(match[1]): path for path in sorted(folder.iterdir()) if (match := JOURNAL_NAME.fullmatch(path.name)) and path.is_file()}
+
+
+def journal_rows(path: pathlib.Path, rows: range | None = None) -> Iterator[FinishedRow | None]:
+    """The rows of a part's journal for who only reads it; no rows where the part was committed just now.
+
+    Args:
+        path: the journal.
+        rows: those of its part, where they are known.
+
+    Yields:
+        Each row; None for a damaged line, or for a row of another part.
+
+    Raises:
+        JobError: it cannot be read.
+    """
+    try:
+        with contextlib.suppress(FileNotFoundError), path.open("rb") as lines:
+            for row in map(decode, lines):
+                yield row if row is None or rows is None or row.index in rows else None
+    except OSError as error:
+        raise JobError(f"cannot read {path}: {error.strerror}") from None
 
 
 @dataclasses.dataclass
@@ -83,10 +108,9 @@ class Journal:
         self._failure: BaseException | None = None
         self._is_closed = threading.Event()
         with writing_to(folder):
-            for path in sorted(folder.iterdir()):
-                if match := JOURNAL_NAME.fullmatch(path.name):
-                    self._files[int(match[1])] = self._recover(path)
-                    self._has_new_names = True
+            for part, path in journal_files(folder).items():
+                self._files[part] = self._recover(path)
+                self._has_new_names = True
         self._thread = threading.Thread(target=self._sync_regularly, name="tpllm-journal", daemon=True) if sync_interval_s else None
         if self._thread:
             self._thread.start()
@@ -107,6 +131,20 @@ class Journal:
         if num_bytes < end:
             self._disk.truncate(fd, num_bytes)
         return _PartFile(fd, num_bytes, spans, is_dirty=True)
+
+    def drop_foreign(self, parts: Parts) -> None:
+        """Forget what is not the job's, as where a file was renamed or copied from elsewhere: rows that are not of the part in whose journal they
+        stand, which are run again, and journals of parts that the job has not, which are left as they are."""
+        with self._lock:
+            for part, file in list(self._files.items()):
+                if part not in parts.numbers:
+                    log.warning("%s belongs to no part of this job and is left alone", self._path(part))
+                    os.close(self._files.pop(part).fd)
+                    continue
+                if foreign := [index for index in file.spans if index not in parts.rows(part)]:
+                    log.warning("%s has %d rows of other parts, which do not count", self._path(part), len(foreign))
+                for index in foreign:
+                    del file.spans[index]
 
     @property
     def parts(self) -> list[int]:
@@ -150,8 +188,8 @@ class Journal:
         for index in sorted(file.spans) if file else ():
             start, num_bytes = file.spans[index]
             row = decode(os.pread(file.fd, num_bytes, start))
-            assert row is not None, f"row {index} of {self._path(part)} changed while the job ran"
-            assert row.index == index
+            if row is None or row.index != index:
+                raise JobError(f"row {index} in {self._path(part)} changed while the job ran; run the job again, which computes the row again")
             yield row
 
     def discard(self, part: int) -> None:

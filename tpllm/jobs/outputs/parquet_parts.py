@@ -8,9 +8,11 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from pyarrow import types
 
 from tpllm.jobs.json_line import to_line
 from tpllm.jobs.outputs.journal import FinishedRow
+from tpllm.jobs.sources.raw_row import custom_id_text
 
 GROUP_ROWS, GROUP_BYTES = 4096, 32 << 20
 LOGPROBS = pa.list_(pa.list_(pa.struct([("token_id", pa.int32()), ("logprob", pa.float64()), ("rank", pa.int32()), ("decoded_token", pa.string())])))
@@ -25,12 +27,13 @@ class ParquetParts:
     """Parquet as a part format; made by :func:`parts_of_parquet_input` or :func:`parts_of_jsonl_input`.
 
     Args:
-        columns: the input's, in their order.
+        columns: the input's, in their order. The type of a ``custom_id`` of numbers among them is kept, so that ids keep their values.
         read_input: the values of those that pass through, for finished rows and their parsed lines.
     """
 
     def __init__(self, columns: pa.Schema, read_input: Callable[[list[int], list[Mapping[str, Any]]], Mapping[str, pa.Array | pa.ChunkedArray]]):
-        fields = {**{field.name: field for field in columns}, **{name: pa.field(name, kind) for name, kind in OWN_COLUMNS.items()}}
+        own = {**OWN_COLUMNS, "custom_id": _id_type(columns.field("custom_id").type) if "custom_id" in columns.names else pa.string()}
+        fields = {**{field.name: field for field in columns}, **{name: pa.field(name, kind) for name, kind in own.items()}}
         self.schema = pa.schema(list(fields.values()))
         self._read_input = read_input
 
@@ -51,7 +54,7 @@ class ParquetParts:
 
     def _table(self, rows: list[FinishedRow]) -> pa.Table:
         records = [json.loads(row.line) for row in rows]
-        values = {**self._read_input([row.index for row in rows], records), **_own_columns(records)}
+        values = {**self._read_input([row.index for row in rows], records), **_own_columns(records, self.schema.field("custom_id").type)}
         return pa.table([values[name] for name in self.schema.names], schema=self.schema).combine_chunks()
 
 
@@ -89,14 +92,26 @@ def _column(values: list[Any], kind: str) -> pa.Array:
     return pa.array(values, JSONL_TYPES[kind])
 
 
-def _own_columns(records: list[Mapping[str, Any]]) -> dict[str, pa.Array]:
+def _id_type(kind: pa.DataType) -> pa.DataType:
+    """The type of the custom ids of an input column: its own where it holds numbers, and row numbers besides, else text."""
+    if types.is_dictionary(kind):
+        return _id_type(kind.value_type)
+    if types.is_integer(kind):
+        return kind if kind.bit_width >= 32 else pa.int64()
+    if types.is_floating(kind):
+        return kind if kind.bit_width >= 32 else pa.float64()
+    return pa.string()
+
+
+def _own_columns(records: list[Mapping[str, Any]], id_type: pa.DataType) -> dict[str, pa.Array]:
+    as_id = custom_id_text if types.is_string(id_type) else int if types.is_integer(id_type) else float
     columns = {
-        "custom_id": [record["custom_id"] for record in records],
+        "custom_id": [as_id(record["custom_id"]) for record in records],
         "outputs": [[_completion(completion) for completion in record["outputs"]] for record in records],
         "prompt_logprobs": [_logprobs(record.get("prompt_logprobs")) for record in records],
         "usage": [record["usage"] for record in records],
     }
-    return {name: pa.array(values, OWN_COLUMNS[name]) for name, values in columns.items()}
+    return {name: pa.array(values, id_type if name == "custom_id" else OWN_COLUMNS[name]) for name, values in columns.items()}
 
 
 def _completion(completion: Mapping[str, Any]) -> dict[str, Any]:

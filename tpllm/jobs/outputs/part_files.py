@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from typing import Protocol
 
 from tpllm.errors import JobError
+from tpllm.jobs.outputs.durable import CHUNK_BYTES
 from tpllm.jobs.outputs.journal import FinishedRow
 from tpllm.jobs.sources.row_source import need_pyarrow
 
@@ -31,6 +32,11 @@ class PartFiles:
     part: int
     rows: pathlib.Path
     errors: pathlib.Path | None
+
+    @property
+    def paths(self) -> tuple[pathlib.Path, ...]:
+        """Those that are there; the errors come first, as they are written."""
+        return (self.rows,) if self.errors is None else (self.errors, self.rows)
 
 
 class PartFormat(Protocol):
@@ -90,8 +96,11 @@ def num_rows_of(path: pathlib.Path) -> int:
             need_pyarrow(str(path))
             from pyarrow import parquet
             return parquet.read_metadata(path).num_rows
-        with path.open("rb") as lines:
-            return sum(1 for _ in lines)
+        with path.open("rb") as file:
+            num_rows, last = 0, b"\n"
+            while piece := file.read(CHUNK_BYTES):
+                num_rows, last = num_rows + piece.count(b"\n"), piece[-1:]
+            return num_rows + (last != b"\n")
     except JobError:
         raise
     except (OSError, ValueError) as error:  # Arrow's own errors are of either kind

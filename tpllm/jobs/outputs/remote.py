@@ -6,7 +6,6 @@ committed. A remote folder is not locked: it is for one process at a time.
 """
 import contextlib
 import hashlib
-import json
 import os
 import pathlib
 from collections.abc import Iterator, Mapping
@@ -15,10 +14,11 @@ from typing import Any
 from tpllm.environment import cache_folder
 from tpllm.errors import JobError
 from tpllm.jobs.config import JobConfig
-from tpllm.jobs.manifest import describe, differences, is_environment
+from tpllm.jobs.manifest import describe, differences, is_environment, parse_manifest
 from tpllm.jobs.outputs.durable import CHUNK_BYTES, Disk, write_whole, writing_to
 from tpllm.jobs.outputs.folder import MANIFEST, read_manifest
 from tpllm.jobs.outputs.part_files import ERRORS_NAME, PART_NAME
+from tpllm.jobs.outputs.part_records import PARTS, read_records
 from tpllm.jobs.sources.find import open_filesystem
 
 # Where an object is replaced at once or not at all; elsewhere it is written under another name and moved.
@@ -69,11 +69,33 @@ class RemoteFolder:
         elif local_manifest is not None and local_manifest != manifest:
             self.upload(folder / MANIFEST)
         local = {path.name: path.stat().st_size for path in folder.iterdir()}
+        recorded = {name: file.num_bytes for files in read_records(folder, read_manifest(folder)).values() for name, file in files.items()}
         for name in sorted(filter(_is_committed_file, {*local, *remote}), key=_errors_first):
-            if name not in local:
-                self._download(name, folder, disk)
-            elif local[name] != remote.get(name):
-                self.upload(folder / name)
+            if local.get(name) != remote.get(name):
+                self._bring_together(name, folder, disk, sizes=(local.get(name), remote.get(name), recorded.get(name)))
+
+    def _bring_together(self, name: str, folder: pathlib.Path, disk: Disk, *, sizes: tuple[int | None, int | None, int | None]) -> None:
+        """Of one file that differs in size or is there only once: copy the one that is as long as the manifest says; where it says nothing, the local
+        one if there is one.
+
+        Args:
+            name: the file.
+            folder: the local one.
+            disk: how to write there.
+            sizes: here, there, and in the manifest, each None where there is none.
+
+        Raises:
+            JobError: neither is as long.
+        """
+        local, remote, recorded = sizes
+        if local is not None and recorded in (None, local):
+            self.upload(folder / name)
+        elif remote is not None and recorded in (None, remote):
+            self._download(name, folder, disk)
+        else:
+            where = f"{folder / name} has {local} bytes" if local is not None else f"{self._url}/{name} has {remote} bytes"
+            raise JobError(f"{where} and should have {recorded}, as the manifest says: it was cut, emptied or replaced after it was committed; "
+                           f"copy it again, or remove it, also from {self._url}, and run the job again, which computes its rows again")
 
     def upload(self, path: pathlib.Path) -> None:
         """Copy a local file, whole.
@@ -103,13 +125,7 @@ class RemoteFolder:
         return {entry["name"].rpartition("/")[2]: entry["size"] for entry in entries if entry["type"] == "file"}
 
     def _manifest(self) -> dict[str, Any]:
-        try:
-            manifest = json.loads(self._filesystem.cat_file(f"{self._path}/{MANIFEST}"))
-        except ValueError as error:
-            raise JobError(f"cannot read {self._url}/{MANIFEST}: {error}; give this job another output") from None
-        if not isinstance(manifest, dict):
-            raise JobError(f"{self._url}/{MANIFEST} is no manifest; give this job another output")
-        return manifest
+        return parse_manifest(self._filesystem.cat_file(f"{self._path}/{MANIFEST}"), f"{self._url}/{MANIFEST}")
 
 
 @contextlib.contextmanager
@@ -126,12 +142,15 @@ def _reaching(url: str, folder: pathlib.Path) -> Iterator[None]:
 
 def _is_later(remote: Mapping[str, Any], local: Mapping[str, Any], url: str, folder: pathlib.Path) -> bool:
     """Whether the remote manifest tells of runs that the local one does not know."""
-    changes = [change for change in differences(local, remote) if not is_environment(change[0]) and change[0] != "environment_changes"]
+    changes = [change for change in differences(local, remote)
+               if not is_environment(change[0]) and change[0].partition(".")[0] not in ("environment_changes", PARTS)]
     if changes:
         different = describe(changes, "{key} is {new} there and {old} here")
         raise JobError(f"the output {url} and its working folder {folder} belong to different jobs: {different}; give this job another "
                        "output or work_dir, or remove the one that is not wanted")
-    return len(remote.get("environment_changes", ())) > len(local.get("environment_changes", ()))
+    def history(manifest: Mapping[str, Any]) -> tuple[int, bool]:
+        return len(manifest.get("environment_changes", ())), PARTS in manifest
+    return history(remote) > history(local)
 
 
 def _is_committed_file(name: str) -> bool:

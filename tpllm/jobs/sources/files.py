@@ -1,25 +1,23 @@
 """One file of a job's input, local or remote: opened, decompressed, hashed, and watched for change."""
-import bz2
 import contextlib
-import gzip
-import hashlib
 import io
-import lzma
 import os
 import pathlib
+import stat
 import urllib.parse
-from collections.abc import Callable, Iterator
-from typing import Any, BinaryIO
+from collections.abc import Iterator
+from typing import Any, BinaryIO, NoReturn
 
 import fsspec
 from fsspec.asyn import AsyncFileSystem
 
 from tpllm.errors import JobError, TpllmError
+from tpllm.jobs.sources.decompress import COMPRESSED_SUFFIXES, find_decompressor
+from tpllm.jobs.sources.verified import BLOCK_BYTES, Digest, VerifiedFile
 
 JSONL, PARQUET = "jsonl", "parquet"
 PARQUET_SUFFIXES = (".parquet", ".pq")
 OTHER_SUFFIXES = (".csv", ".tsv", ".zip", ".tar", ".tgz", ".lz4", ".7z", ".arrow", ".feather", ".orc", ".avro", ".xlsx")
-COMPRESSED_SUFFIXES = (".gz", ".bz2", ".xz", ".zst")
 # What may tell two versions of a remote file apart; each kind of storage has some of them.
 STAMP_KEYS = ("size", "mtime", "created", "updated", "generation", "crc32c", "md5Hash", "ETag", "etag", "LastModified", "last_modified",
               "Last-Modified", "Content-MD5", "VersionId", "blob_id")
@@ -48,18 +46,23 @@ class InputFile:
         self.kind = PARQUET if suffixes[-1] in PARQUET_SUFFIXES else JSONL
         if any(suffix in OTHER_SUFFIXES + PARQUET_SUFFIXES * is_compressed for suffix in suffixes[-1 - is_compressed:]):
             raise JobError(f"cannot read the input {name}: it must be JSONL (also .gz, .bz2, .xz or .zst) or Parquet (which compresses inside)")
-        self._decompress = _decompressor(suffixes[-1], name) if is_compressed else None
+        self._decompress = find_decompressor(suffixes[-1], name) if is_compressed else None
+        self._digest: Digest | None = None
         with reading(name, hint=f" (paths are relative to the working directory, here {pathlib.Path.cwd()})" if filesystem is None else ""):
             self._stamp = self._stat()
             self.open().close()
 
     def open(self) -> BinaryIO:
-        """The bytes as they are stored."""
-        if self._filesystem is None:
-            return open(self._path, "rb")
-        # Parquet is read in ranges of its own; to read ahead of each would fetch most of the file several times.
-        is_ranged = self.kind == PARQUET and isinstance(self._filesystem, AsyncFileSystem)
-        return self._filesystem.open(self._path, "rb", **({"cache_type": "none"} if is_ranged else {}))
+        """The bytes as they are stored; once they were scanned, only those.
+
+        Raises:
+            JobError: the file is not the one that this was made of, or, while it is read, a byte is not the one that was scanned.
+        """
+        file = self._open()
+        if self._digest is None:
+            return file
+        buffer_bytes = BLOCK_BYTES if self.kind == PARQUET else BUFFER_BYTES  # Parquet's reads are few and scattered
+        return io.BufferedReader(VerifiedFile(file, self._digest, self.refuse_change), buffer_bytes)
 
     @property
     def location(self) -> str:
@@ -67,35 +70,75 @@ class InputFile:
         return os.path.realpath(self._path) if self._filesystem is None else self._filesystem.unstrip_protocol(self._path)
 
     @contextlib.contextmanager
-    def opened(self, digest: "Digest | None" = None) -> Iterator[BinaryIO]:
-        """The content, decompressed. ``digest`` learns every stored byte, if the block comes to its end.
+    def scanned(self) -> Iterator[tuple[BinaryIO, Digest]]:
+        """The content, decompressed, for the first time, with a digest that is complete when the block is; from then on the file gives the bytes
+        that it saw, or an error.
 
         Raises:
             JobError: a file that cannot be read or decompressed.
         """
-        with reading(self.name), contextlib.closing(self.open()) as file:
-            stored: BinaryIO = io.BufferedReader(_Followed(file, digest), BUFFER_BYTES)
-            with contextlib.closing(self._decompress(stored) if self._decompress else stored) as content:
-                yield content
-                if digest is not None:
-                    while stored.read(BUFFER_BYTES):  # what a decompressor leaves unread after its last stream
-                        pass
+        digest = Digest()
+        with reading(self.name), contextlib.closing(self._followed(digest)) as stored, contextlib.closing(self._decompressed(stored)) as content:
+            yield content, digest
+            while stored.read(BUFFER_BYTES):  # what a decompressor leaves unread after its last stream
+                pass
+        if self._decompress and not digest.num_bytes:
+            raise JobError(f"cannot read the input {self.name}: it has 0 bytes, and a compressed file of no rows has some: it was cut or not "
+                           "written; write it again, or leave it out")
+        self._digest = digest
+
+    @contextlib.contextmanager
+    def opened(self) -> Iterator[BinaryIO]:
+        """The content, decompressed.
+
+        Raises:
+            JobError: a file that cannot be read or decompressed, or that is not the one that was scanned.
+        """
+        with (reading(self.name), contextlib.closing(self.open() if self._digest else self._followed(Digest())) as stored,
+              contextlib.closing(self._decompressed(stored)) as content):
+            yield content
 
     def check_unchanged(self) -> None:
-        """Make sure that the file is still what it was.
+        """Make sure that the file is still what it was, as far as its size and times tell.
 
         Raises:
             JobError: it is not.
         """
         with reading(self.name):
             if self._stat() != self._stamp:
-                raise JobError(f"the input {self.name} changed while the job ran; what is written belongs to the old content: "
-                               "restore it to go on, or give the new content another output")
+                self.refuse_change()
+
+    def refuse_change(self) -> NoReturn:
+        """Say that the file is another one than it was."""
+        was = f"it had {self._digest.num_bytes} bytes of SHA-256 {self._digest.hexdigest()[:12]}... when it was scanned; " if self._digest else ""
+        raise JobError(f"the input {self.name} changed while the job ran: {was}what is written belongs to the old content: restore it to go on, or "
+                       "give the new content another output")
+
+    def _followed(self, digest: Digest) -> BinaryIO:
+        return io.BufferedReader(_Followed(self._open(), digest), BUFFER_BYTES)
+
+    def _decompressed(self, stored: BinaryIO) -> BinaryIO:
+        return self._decompress(stored) if self._decompress else stored
+
+    def _open(self) -> BinaryIO:
+        if self._filesystem is None:
+            file = open(self._path, "rb")
+            if _local_stamp(os.fstat(file.fileno())) != self._stamp:  # the descriptor's own: another file may have taken the name just now
+                file.close()
+                self.refuse_change()
+            return file
+        self.check_unchanged()
+        # Parquet is read in ranges of its own; to read ahead of each would fetch most of the file several times.
+        is_ranged = self.kind == PARQUET and isinstance(self._filesystem, AsyncFileSystem)
+        return self._filesystem.open(self._path, "rb", **({"cache_type": "none"} if is_ranged else {}))
 
     def _stat(self) -> tuple[Any, ...]:
         if self._filesystem is None:
-            stat = os.stat(self._path)
-            return stat.st_ino, stat.st_size, stat.st_mtime_ns
+            status = os.stat(self._path)
+            if not stat.S_ISREG(status.st_mode) and not stat.S_ISDIR(status.st_mode):
+                raise JobError(f"cannot read the input {self.name}: it is a pipe or a device, which can be read once, and a job reads its input "
+                               "twice; write it to a file first")
+            return _local_stamp(status)
         self._filesystem.invalidate_cache()
         info = self._filesystem.info(self._path)
         if info.get("type") == "directory":
@@ -103,26 +146,14 @@ class InputFile:
         return tuple(str(info.get(key)) for key in STAMP_KEYS)
 
 
-class Digest:
-    """The SHA-256 and the length of a file's bytes."""
-
-    def __init__(self):
-        self.num_bytes, self._sha256 = 0, hashlib.sha256()
-
-    def update(self, data: memoryview) -> None:
-        """Take in the next bytes."""
-        self.num_bytes += len(data)
-        self._sha256.update(data)
-
-    def hexdigest(self) -> str:
-        """The SHA-256 in hex."""
-        return self._sha256.hexdigest()
+def _local_stamp(status: os.stat_result) -> tuple[int, ...]:
+    return status.st_ino, status.st_size, status.st_mtime_ns
 
 
 class _Followed(io.RawIOBase):
     """A file read from its beginning to its end, with a digest that follows."""
 
-    def __init__(self, file: BinaryIO, digest: Digest | None):
+    def __init__(self, file: BinaryIO, digest: Digest):
         self._file, self._digest = file, digest
 
     def readable(self) -> bool:
@@ -131,9 +162,13 @@ class _Followed(io.RawIOBase):
     def readinto(self, buffer: Any) -> int:
         data = self._file.read(len(buffer))
         buffer[:len(data)] = data
-        if self._digest is not None:
-            self._digest.update(data)
+        self._digest.update(data)
         return len(data)
+
+    def close(self) -> None:
+        if not self.closed:
+            self._file.close()
+        super().close()
 
 
 @contextlib.contextmanager
@@ -149,18 +184,6 @@ def reading(name: str, *, hint: str = "") -> Iterator[None]:
         raise JobError(f"cannot read the input {name}: No such file{hint}") from None
     except Exception as error:
         raise JobError(f"cannot read the input {name}: {getattr(error, 'strerror', None) or error or type(error).__name__}") from error
-
-
-def _decompressor(suffix: str, name: str) -> Callable[[BinaryIO], BinaryIO]:
-    if suffix == ".gz":
-        return lambda stored: gzip.GzipFile(fileobj=stored)
-    if suffix in (".bz2", ".xz"):
-        return bz2.BZ2File if suffix == ".bz2" else lzma.LZMAFile
-    try:
-        from backports.zstd import ZstdFile
-    except ImportError:
-        raise JobError(f"cannot read the input {name}: .zst needs a package: pip install backports.zstd") from None
-    return ZstdFile
 
 
 def _suffixes(name: str) -> list[str]:

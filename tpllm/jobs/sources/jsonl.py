@@ -3,7 +3,7 @@ from collections.abc import Callable, Generator, Iterator
 from typing import BinaryIO
 
 from tpllm.errors import JobError
-from tpllm.jobs.sources.files import Digest, InputFile
+from tpllm.jobs.sources.files import InputFile
 from tpllm.jobs.sources.raw_row import FileSummary, RawRow
 
 BOM = b"\xef\xbb\xbf"
@@ -23,8 +23,8 @@ class JsonlRows:
             first: the number of the file's first row.
             note: called with every row.
         """
-        digest, num_rows = Digest(), 0
-        with self.file.opened(digest) as lines:
+        num_rows = 0
+        with self.file.scanned() as (lines, digest):
             for line, data in _contents(lines, self.file.name):
                 note(RawRow(first + num_rows, data, self.file.name, line))
                 num_rows += 1
@@ -50,9 +50,12 @@ class JsonlRows:
 
 
 def _contents(lines: BinaryIO, name: str) -> Iterator[tuple[int, bytes]]:
-    """The lines that are not blank, each with its number from 1."""
+    """The lines that are not blank, each with its number from 1. A file made of several may have a byte order mark at any of them."""
     for number, data in enumerate(iter(lambda: lines.readline(MAX_LINE_BYTES + 1), b""), 1):
         if len(data) > MAX_LINE_BYTES:
             raise JobError(f"cannot read the input {name}: line {number} is longer than {MAX_LINE_BYTES >> 20} MiB; write one JSON object a line")
-        if content := (data.removeprefix(BOM) if number == 1 else data).strip():
+        content = data.strip()
+        while content.startswith(BOM):
+            content = content.removeprefix(BOM).lstrip()
+        if content:
             yield number, content

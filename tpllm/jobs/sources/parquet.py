@@ -1,6 +1,5 @@
 """The rows of Parquet files: as JSON for requests, and as Arrow for a Parquet output. Nothing is ever read whole: a row group is decoded in
 batches of about ``BATCH_BYTES``, however large it is."""
-import bisect
 import collections
 import contextlib
 import itertools
@@ -8,12 +7,11 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pyarrow import types
 
 from tpllm.errors import JobError
 from tpllm.jobs.json_line import to_line
 from tpllm.jobs.sources.arrow_json import json_rows, json_values
-from tpllm.jobs.sources.files import BUFFER_BYTES, PARQUET, Digest, InputFile, reading
+from tpllm.jobs.sources.files import BUFFER_BYTES, PARQUET, InputFile, reading
 from tpllm.jobs.sources.raw_row import FileSummary, RawRow
 from tpllm.jobs.sources.row_source import RowSource
 
@@ -33,23 +31,22 @@ class ParquetRows:
     def __init__(self, file: InputFile):
         self.file = file
         with self._opened() as parquet:
-            self.schema = parquet.schema_arrow.remove_metadata()
-            groups = [parquet.metadata.row_group(number) for number in range(parquet.num_row_groups)]
-            self._group_rows = [group.num_rows for group in groups]
-            self._batch_rows = [_batch_rows(group.num_rows, group.total_byte_size) for group in groups]
-        self.num_rows = sum(self._group_rows)
+            self.schema, self._groups = _layout(parquet)
+        self.num_rows = sum(num_rows for num_rows, _ in self._groups)
         _check_columns(self.schema, file.name)
 
     def scan(self, first: int, note: Callable[[RawRow], None]) -> FileSummary:
         """Hash the file and decode all of it once, so that what is damaged is found before anything is run."""
-        digest = Digest()
-        with self.file.opened(digest):
+        with self.file.scanned() as (_, digest):
             pass
-        has_ids = "custom_id" in self.schema.names and _is_text(self.schema.field("custom_id").type)
+        with self._opened() as parquet:
+            if _layout(parquet) != (self.schema, self._groups):
+                self.file.refuse_change()
+        has_ids = "custom_id" in self.schema.names
         for start, batch in self.batches():
             with reading(self.file.name):
                 batch.validate(full=True)
-                ids = batch.column("custom_id").to_pylist() if has_ids else itertools.repeat(None, batch.num_rows)
+                ids = json_values("custom_id", batch.column("custom_id")) if has_ids else itertools.repeat(None, batch.num_rows)
             for number, custom_id in enumerate(ids, start):
                 data = b"{}" if custom_id is None else to_line({"custom_id": custom_id})
                 note(RawRow(first + number, data, self.file.name, file_row=number))
@@ -75,7 +72,7 @@ class ParquetRows:
         """
         start = 0
         with self._opened() as parquet:
-            for group, (num_rows, batch_rows) in enumerate(zip(self._group_rows, self._batch_rows, strict=True)):
+            for group, (num_rows, batch_rows) in enumerate(self._groups):
                 if is_group_wanted(range(start, start + num_rows)):
                     num_read = 0
                     for batch in parquet.iter_batches(batch_rows, row_groups=[group], use_threads=False):
@@ -140,8 +137,6 @@ class _Slices:
             self._kept_bytes += batch.nbytes
             while self._kept_bytes > KEPT_BYTES and self._kept[0][0] + self._kept[0][1].num_rows <= start:
                 self._kept_bytes -= self._kept.popleft()[1].nbytes
-        for file in self._files[bisect.bisect_right(self._firsts, start) - 1:bisect.bisect_left(self._firsts, stop)]:
-            file.file.check_unchanged()
         return pa.Table.from_batches([batch.slice(max(start - first, 0), stop - max(start, first)) for first, batch in self._kept
                                       if first < stop and start < first + batch.num_rows], self._schema)
 
@@ -158,14 +153,14 @@ class _Slices:
                     yield first + number, pa.RecordBatch.from_arrays(batch.select(self._schema.names).columns, schema=self._schema)
 
 
+def _layout(parquet: pq.ParquetFile) -> tuple[pa.Schema, list[tuple[int, int]]]:
+    """The columns, and of each row group its rows and how many of them are decoded at once."""
+    groups = (parquet.metadata.row_group(number) for number in range(parquet.num_row_groups))
+    return parquet.schema_arrow.remove_metadata(), [(group.num_rows, _batch_rows(group.num_rows, group.total_byte_size)) for group in groups]
+
+
 def _batch_rows(num_rows: int, num_bytes: int) -> int:
     return max(1, min(MAX_BATCH_ROWS, BATCH_BYTES * num_rows // max(num_bytes, 1)))
-
-
-def _is_text(kind: pa.DataType) -> bool:
-    if types.is_dictionary(kind):
-        return _is_text(kind.value_type)
-    return types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)
 
 
 def _check_columns(schema: pa.Schema, name: str) -> None:

@@ -1,7 +1,10 @@
 """One row of the input before it is looked into, and what the first pass over the input learns."""
 import dataclasses
 import json
+import math
 from collections.abc import Mapping
+
+from tpllm.engine.whole_numbers import whole
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,13 +59,24 @@ class InputSummary:
     columns: Mapping[str, str] | None = None
 
 
-def custom_id_of(data: bytes, index: int) -> str:
-    """The custom_id a row has in the output; a row without a readable one has its row number."""
+def is_custom_id(value: object) -> bool:
+    """Whether a value may be a custom_id: a text or a number, which keeps its value."""
+    return isinstance(value, str) or (isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value))
+
+
+def custom_id_of(data: bytes, index: int) -> str | int | float:
+    """The custom_id a row has in the output; a row without a readable one has its row number, as text."""
     if b"custom_id" in data or b"\\u" in data:
         try:
             custom_id = json.loads(data).get("custom_id")
         except (ValueError, AttributeError, RecursionError):
             custom_id = None
-        if isinstance(custom_id, str):
+        if is_custom_id(custom_id):
             return custom_id
     return str(index)
+
+
+def custom_id_text(custom_id: str | int | float) -> str:
+    """A custom_id as text: what OpenAI's output rows have, where it is always text, and by what two are told apart, so that 7, 7.0 and "7" are one
+    and nobody who reads them as text finds a row twice."""
+    return custom_id if isinstance(custom_id, str) else str(whole(custom_id))

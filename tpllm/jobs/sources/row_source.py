@@ -1,7 +1,9 @@
 """The rows of a job's input, whatever files they lie in: scanned once, then read as often as needed."""
 import array
+import bisect
 import hashlib
 import importlib.util
+import itertools
 from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Protocol
 
@@ -12,7 +14,7 @@ from tpllm.jobs.sources.column_types import ColumnTypes
 from tpllm.jobs.sources.files import PARQUET, InputFile
 from tpllm.jobs.sources.find import find_files
 from tpllm.jobs.sources.jsonl import JsonlRows
-from tpllm.jobs.sources.raw_row import FileSummary, InputSummary, RawRow, custom_id_of
+from tpllm.jobs.sources.raw_row import FileSummary, InputSummary, RawRow, custom_id_of, custom_id_text
 
 
 class FileRows(Protocol):
@@ -37,6 +39,7 @@ class RowSource:
 
     def __init__(self, kind: str, files: Sequence[FileRows]):
         self.kind, self.files = kind, files
+        self._firsts: list[int] = []
 
     def scan(self, *, infer_columns: bool = False) -> InputSummary:
         """Hash the files, count their rows and check their custom ids, in memory of 8 bytes a row.
@@ -50,12 +53,13 @@ class RowSource:
         digests, columns = array.array("Q"), ColumnTypes() if infer_columns else None
 
         def note(row: RawRow) -> None:
-            digests.append(_digest(custom_id_of(row.data, row.index)))
+            digests.append(_digest(custom_id_text(custom_id_of(row.data, row.index))))
             if columns is not None:
                 columns.add(row)
         summaries: list[FileSummary] = []
         for file in self.files:
             summaries.append(file.scan(len(digests), note))
+        self._firsts = list(itertools.accumulate((summary.num_rows for summary in summaries), initial=0))
         self._refuse_twins(digests)
         return InputSummary(len(digests), tuple(summaries), columns.result() if columns else None)
 
@@ -70,6 +74,16 @@ class RowSource:
             first = yield from file.rows(first, is_wanted)
             file.file.check_unchanged()
 
+    def check_unchanged(self, rows: range) -> None:
+        """Make sure that the files in which some rows lie are still those that were scanned, as far as their sizes and times tell; that the rows
+        which were read are the scanned ones is made sure of as they are read.
+
+        Raises:
+            JobError: one of them is not.
+        """
+        for file in self.files[bisect.bisect_right(self._firsts, rows.start) - 1:bisect.bisect_left(self._firsts, rows.stop)] if rows else ():
+            file.file.check_unchanged()
+
     def _refuse_twins(self, digests: array.array) -> None:
         """Equal digests are looked up in the files again, so that a chance collision refuses nothing."""
         ordered = np.sort(np.frombuffer(digests, np.uint64))
@@ -77,7 +91,7 @@ class RowSource:
         first_rows: dict[str, RawRow] = {}
         for row in self.rows(lambda index: digests[index] in suspects) if suspects else ():
             custom_id = custom_id_of(row.data, row.index)
-            if (twin := first_rows.setdefault(custom_id, row)) is not row:
+            if (twin := first_rows.setdefault(custom_id_text(custom_id), row)) is not row:
                 raise JobError(f"custom_id {custom_id!r} is on {twin} and on {row}; each must be unique (a row without one has its row number, "
                                "from 0, as its custom_id)")
 

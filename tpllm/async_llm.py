@@ -1,5 +1,6 @@
 """``AsyncLLM``: one engine behind many coroutines."""
 import asyncio
+import contextlib
 import dataclasses
 import logging
 import queue
@@ -24,10 +25,10 @@ class AsyncLLM:
     """An :class:`.LLM` for services: requests come and go while others run, each an async iterator of its growing output.
 
     A thread of its own steps the engine. A request that fails ends with ``finish_reason="error"`` and its message; the others go on. Use it as
-    an async context manager, or call :meth:`close`.
+    an async context manager, or call :meth:`close`. Event loops in several threads may share it.
 
     Args:
-        model: as for :class:`.LLM`, or one that is there already; it is closed with this, and nothing else may step it.
+        model: as for :class:`.LLM`, or one that is there already; it is closed with this.
         options: as for :class:`.LLM`.
     """
 
@@ -37,7 +38,7 @@ class AsyncLLM:
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._streams: dict[str, _Stream] = {}
         self._thread = threading.Thread(target=self._run, name="tpllm-engine", daemon=True)
-        self._is_closed = False
+        self._is_closed, self._closing = False, threading.RLock()
         self._thread.start()
 
     async def generate(self, prompt: Prompt, sampling_params: SamplingParams | None = None, *, request_id: str | None = None,
@@ -56,28 +57,27 @@ class AsyncLLM:
         Raises:
             ConfigError: it is closed, or a request of this id runs.
         """
-        request_id = uuid.uuid4().hex if request_id is None else request_id
-        if self._is_closed:
-            raise ConfigError("this AsyncLLM is closed; make a new one")
-        if request_id in self._streams:
+        stream = _Stream(uuid.uuid4().hex if request_id is None else request_id, asyncio.get_running_loop())
+        if self._streams.setdefault(stream.request_id, stream) is not stream:
             raise ConfigError(f"a request {request_id!r} runs already; give each its own request_id")
-        stream = self._streams[request_id] = _Stream(asyncio.get_running_loop())
-        self._inbox.put(lambda: self._submit(request_id, stream, prompt, sampling_params, priority))
         try:
+            self._send(lambda: self._submit(stream, prompt, sampling_params, priority))
             is_finished = False
             while not is_finished:
                 output = await stream.next()
                 is_finished = output.finished
                 yield output
         finally:
-            if self._streams.pop(request_id, None) is not None:
-                self._inbox.put(lambda: self._abort(stream))
+            self._forget(stream)
+            with contextlib.suppress(ConfigError):  # closing ends it, too
+                self._send(lambda: self._abort(stream))
 
     async def abort(self, request_id: str) -> None:
         """End a request now; its iterator gives what it has, with ``finish_reason="abort"``. One that has ended is left as it is."""
         stream = self._streams.get(request_id)
         if stream is not None:
-            self._inbox.put(lambda: self._abort(stream))
+            with contextlib.suppress(ConfigError):
+                self._send(lambda: self._abort(stream))
 
     async def metrics(self) -> Snapshot:
         """What the engine is doing and has done."""
@@ -93,11 +93,12 @@ class AsyncLLM:
 
     def close(self) -> None:
         """Abort what runs, end the thread and give the memory back. Closing twice is fine."""
-        if not self._is_closed:
-            self._is_closed = True
-            self._inbox.put(None)
-            self._thread.join()
-            self._llm.close()
+        with self._closing:
+            if not self._is_closed:
+                self._is_closed = True
+                self._inbox.put(None)
+        self._thread.join()
+        self._llm.close()
 
     async def __aenter__(self) -> "AsyncLLM":
         return self
@@ -106,70 +107,111 @@ class AsyncLLM:
         await asyncio.to_thread(self.close)
 
     async def _ask(self, function: Callable[[], Any]) -> Any:
-        """What a function gives that the engine's thread calls between two steps."""
-        if self._is_closed:
-            raise ConfigError("this AsyncLLM is closed; make a new one")
-        loop, answer = asyncio.get_running_loop(), asyncio.get_running_loop().create_future()
-        self._inbox.put(lambda: loop.call_soon_threadsafe(answer.set_result, function()))
-        return await answer
+        """What a function gives, or raises, that the engine's thread calls between two steps."""
+        answer = _Answer(asyncio.get_running_loop())
+        self._send(lambda: answer.give(function))
+        return await answer.future
+
+    def _send(self, task: Callable[[], None]) -> None:
+        """Have the engine's thread do something between two steps. It will: the thread ends by a message that comes after all others."""
+        with self._closing:
+            if self._is_closed:
+                raise ConfigError("this AsyncLLM is closed; make a new one")
+            if not self._thread.is_alive():
+                raise ConfigError("this AsyncLLM was made before its process was forked, which threads do not survive; make a new one")
+            self._inbox.put(task)
+
+    def _forget(self, stream: "_Stream") -> None:
+        if self._streams.get(stream.request_id) is stream:
+            self._streams.pop(stream.request_id, None)
 
     # --- the engine's thread ----------------------------------------------------------------------------------------------------------
     def _run(self) -> None:
-        while self._handle_inbox():
+        """Whatever fails, this goes on until it is told to end: nobody else could tell those who wait."""
+        is_open = True
+        while is_open:
             try:
-                requests = self._engine.step(is_watched=True)
-            except Exception as error:
-                log.exception("the engine failed")
-                requests = self._engine.fail(f"internal error: {error!r}")
-            for request in requests:
-                self._show(request)
-        for stream in list(self._streams.values()):
-            self._abort(stream)
+                is_open = self._handle_inbox()
+                self._show(self._engine.wait(self._news, is_watched=True) if is_open else self._end_all())
+            except BaseException:
+                with contextlib.suppress(BaseException):
+                    log.exception("the engine failed")
+                    self._engine.recover()  # where that fails, the next call tries again, and tells
+                with contextlib.suppress(BaseException):
+                    self._show(self._news())
 
     def _handle_inbox(self) -> bool:
         """Do what was asked for, waiting where there is nothing else to do; False where it is time to end."""
         while True:
+            is_idle = not self._engine.has_work and not any(stream.has_news for stream in list(self._streams.values()))
             try:
-                task = self._inbox.get(block=not self._engine.has_work)
+                task = self._inbox.get(block=is_idle)
             except queue.Empty:
                 return True
             if task is None:
                 return False
             task()
 
-    def _submit(self, request_id: str, stream: "_Stream", prompt: Prompt, params: SamplingParams | None, priority: int) -> None:
-        if self._streams.get(request_id) is not stream:  # its iterator was left before it began
+    def _submit(self, stream: "_Stream", prompt: Prompt, params: SamplingParams | None, priority: int) -> None:
+        if self._streams.get(stream.request_id) is not stream:  # its iterator was left before it began
             return
         try:
-            stream.request = self._llm.submit(request_id, prompt, params, priority=priority)
-        except Exception as error:
+            stream.request = self._llm.submit(stream.request_id, prompt, params, priority=priority)
+        except BaseException as error:
             if not isinstance(error, TpllmError):
-                log.exception("request %s failed", request_id)
+                log.exception("request %s failed", stream.request_id)
             message = str(error) if isinstance(error, TpllmError) else f"internal error: {error!r}"
-            stream.put(failed_output(request_id, prompt if isinstance(prompt, str) else None, message))
+            self._show([(stream, failed_output(stream.request_id, prompt if isinstance(prompt, str) else None, message))])
 
     def _abort(self, stream: "_Stream") -> None:
         if stream.request is not None and not stream.request.is_finished:
             self._engine.abort(stream.request)
-            self._show(stream.request)
 
-    def _show(self, request: Request) -> None:
-        stream = self._streams.get(request.output.request_id)
-        if stream is not None and stream.request is request:  # else its iterator was left
-            stream.put(output_so_far(request))
+    def _end_all(self) -> list[tuple["_Stream", RequestOutput]]:
+        for stream in list(self._streams.values()):
+            self._abort(stream)
+        return self._news()
+
+    def _news(self) -> list[tuple["_Stream", RequestOutput]]:
+        return [(stream, stream.take_news()) for stream in list(self._streams.values()) if stream.has_news]
+
+    def _show(self, news: list[tuple["_Stream", RequestOutput]]) -> None:
+        for stream, output in news:
+            if not stream.put(output):
+                self._forget(stream)
+                self._abort(stream)
 
 
 class _Stream:
     """Outputs on their way from the engine's thread to a coroutine; of those that it has not taken yet only the last counts."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop):
+    def __init__(self, request_id: str, loop: asyncio.AbstractEventLoop):
+        self.request_id = request_id
         self.request: Request | None = None
         self._loop, self._latest, self._has_more = loop, None, asyncio.Event()
+        self._num_seen = 0
 
-    def put(self, output: RequestOutput) -> None:
-        """From the engine's thread."""
-        if not self._loop.is_closed():
+    @property
+    def has_news(self) -> bool:
+        """Whether its request has got further than :meth:`take_news` has seen."""
+        return self.request is not None and self.request.num_changes > self._num_seen
+
+    def take_news(self) -> RequestOutput:
+        """A copy of its request's output; where that fails, an output that says so, the last one."""
+        self._num_seen = self.request.num_changes
+        try:
+            return output_so_far(self.request)
+        except Exception as error:
+            log.exception("request %s failed", self.request_id)
+            return failed_output(self.request_id, self.request.output.prompt, f"internal error: {error!r}")
+
+    def put(self, output: RequestOutput) -> bool:
+        """From the engine's thread; False where the coroutine's event loop is closed, so that nobody reads on."""
+        try:
             self._loop.call_soon_threadsafe(self._set, output)
+        except RuntimeError:
+            return False
+        return True
 
     async def next(self) -> RequestOutput:
         """The latest output that was not taken yet."""
@@ -180,6 +222,23 @@ class _Stream:
     def _set(self, output: RequestOutput) -> None:
         self._latest = output
         self._has_more.set()
+
+
+class _Answer:
+    """What a function gives or raises, on its way from the engine's thread to a coroutine that may not wait any more."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop):
+        self.future, self._loop = loop.create_future(), loop
+
+    def give(self, function: Callable[[], Any]) -> None:
+        """From the engine's thread."""
+        try:
+            settle, value = self.future.set_result, function()
+        except BaseException as error:
+            is_plain = isinstance(error, Exception) and not isinstance(error, StopIteration)  # a future takes no others
+            settle, value = self.future.set_exception, error if is_plain else RuntimeError(repr(error))
+        with contextlib.suppress(RuntimeError):  # its event loop is closed
+            self._loop.call_soon_threadsafe(lambda: None if self.future.done() else settle(value))
 
 
 def output_so_far(request: Request) -> RequestOutput:

@@ -5,17 +5,18 @@ import gc
 import itertools
 import sys
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, Literal
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
 
 from sharding_rules import Rules, mesh_text
 from tpllm.engine.cache_size import least_cache_bytes
+from tpllm.engine.calls import OnError, complete, stream
 from tpllm.engine.description import Description, describe, kernels_of
 from tpllm.engine.engine import Engine
 from tpllm.engine.options import EngineOptions, build_engine
-from tpllm.engine.outputs import CompletionDelta, RequestOutput, failed_output
+from tpllm.engine.outputs import CompletionDelta, RequestOutput
 from tpllm.engine.prompts import Messages, Prompt, encode_prompt
 from tpllm.engine.request import Request
 from tpllm.engine.runner import Runner
@@ -23,7 +24,7 @@ from tpllm.engine.sampling_params import SamplingParams
 from tpllm.engine.shapes import EngineShapes
 from tpllm.engine.snapshot import Snapshot, take_snapshot
 from tpllm.environment import describe_environment, enable_compile_cache
-from tpllm.errors import ConfigError, TpllmError
+from tpllm.errors import ConfigError
 from tpllm.loading import choose_cache_dtype, load_weights, open_model
 from tpllm.model.config import ModelConfig
 from tpllm.model.params import DecoderParams
@@ -41,6 +42,8 @@ class LLM:
     makes the new one before the old one goes: where there is no room for both, close the old one first. Notebooks hold more references than
     they show: ``Out`` and ``_`` keep what a cell ends with, ``sys.last_traceback`` what an error passed through, and a half-read
     ``generate_iter`` or ``stream`` its LLM. ``close()`` frees the memory whoever holds the object.
+
+    Threads may share one: each call's rows are computed beside those of the others, step by step.
 
     Args:
         model: a folder in Hugging Face layout, a hub id, or ``"demo"``.
@@ -159,16 +162,17 @@ class LLM:
             self._live_engine.admission.check_request(prompt["prompt_token_ids"], params, one)
         order = sorted(range(len(prompts)), key=priorities.__getitem__)
         outputs: list[RequestOutput | None] = [None] * len(prompts)
-        with progress_bar(len(prompts), is_shown=show_progress) as advance:
-            for output in self.generate_iter(*([values[index] for index in order] for values in (prompts, sampling_params)),
-                                             priority=[priorities[index] for index in order]):
+        ordered = ([values[index] for index in order] for values in (prompts, sampling_params, priorities))
+        completed = complete(self._live_engine, zip(*ordered, strict=True), on_error="raise")
+        with progress_bar(len(prompts), is_shown=show_progress) as advance, contextlib.closing(completed):
+            for output in completed:
                 index = order[int(output.request_id)]
                 output.request_id, outputs[index] = str(index), output
                 advance(output)
         return outputs
 
     def generate_iter(self, prompts: Iterable[Prompt], sampling_params: SamplingParams | Iterable[SamplingParams] | None = None, *,
-                      priority: int | Iterable[int] = 0, on_error: Literal["raise", "return"] = "raise") -> Iterator[RequestOutput]:
+                      priority: int | Iterable[int] = 0, on_error: OnError = "raise") -> Iterator[RequestOutput]:
         """Complete prompts, each given back as soon as it ends.
 
         Prompts are read as slots become free, so their number does not matter for memory. Closing the iterator gives up what is running.
@@ -180,30 +184,9 @@ class LLM:
         Yields:
             Outputs; ``request_id`` is the prompt's position, as text.
         """
-        sampling_params = self._default_params() if sampling_params is None else sampling_params
-        requests = enumerate(zip(prompts, *(_each(value) for value in (sampling_params, priority)), strict=False))
-        running: dict[str, Request] = {}
-        is_exhausted = False
-        try:
-            while running or not is_exhausted:
-                while not is_exhausted and self._live_engine.num_waiting < self.shapes.max_num_seqs:
-                    index, (prompt, params, order) = next(requests, (None, (None,) * 3))
-                    if index is None:
-                        is_exhausted = True
-                        break
-                    try:
-                        running[str(index)] = self.submit(str(index), prompt, params, priority=order)
-                    except TpllmError as error:
-                        if on_error == "raise":
-                            raise
-                        yield failed_output(str(index), prompt if isinstance(prompt, str) else None, str(error))
-                self._live_engine.step()
-                for request_id in [request_id for request_id, request in running.items() if request.is_finished]:
-                    yield running.pop(request_id).output
-        finally:
-            for request in running.values():
-                if self._engine is not None:
-                    self._engine.abort(request)
+        default = self._default_params()
+        params = (default if one is None else one for one in _each(default if sampling_params is None else sampling_params))
+        yield from complete(self._live_engine, zip(prompts, params, _each(priority), strict=False), on_error=on_error)
 
     def stream(self, prompt: Prompt | Messages, sampling_params: SamplingParams | None = None) -> Iterator[CompletionDelta]:
         """Complete one prompt, or one chat, token by token.
@@ -216,27 +199,7 @@ class LLM:
             The new text and tokens of one completion at a time.
         """
         prompt = {"messages": prompt} if isinstance(prompt, list) else prompt
-        request = self.submit("0", prompt, sampling_params)
-        seen = [(0, 0)] * len(request.sequences)
-        running = list(request.sequences)
-        try:
-            while running:
-                self._live_engine.step(is_watched=True)
-                for sequence in running.copy():
-                    completion, (num_tokens, num_chars) = sequence.completion, seen[sequence.completion.index]
-                    if len(completion.token_ids) == num_tokens and not sequence.is_finished:
-                        continue
-                    if completion.finish_reason == "error":
-                        raise TpllmError(completion.error)
-                    if sequence.is_finished:
-                        running.remove(sequence)
-                    end = sequence.num_certain_chars
-                    seen[completion.index] = (len(completion.token_ids), end)
-                    yield CompletionDelta(completion.index, completion.text[num_chars:end], completion.token_ids[num_tokens:],
-                                          completion.finish_reason)
-        finally:
-            if self._engine is not None:
-                self._engine.abort(request)
+        yield from stream(self._live_engine, prompt, sampling_params or self._default_params())
 
     def chat(self, messages: Messages | list[Messages], sampling_params: SamplingParams | None = None, *,
              template_kwargs: Mapping[str, Any] | None = None, tools: list[dict[str, Any]] | None = None, add_generation_prompt: bool = True,
@@ -258,24 +221,28 @@ class LLM:
 
     def warm_up(self, *, has_prompt_logprobs: bool = False) -> None:
         """Compile every program now; afterwards nothing compiles."""
-        self._live_engine.runner.warm_up(has_prompt_logprobs=has_prompt_logprobs)
+        self._live_engine.warm_up(has_prompt_logprobs=has_prompt_logprobs)
 
     def metrics(self) -> Snapshot:
         """What the engine is doing and has done; ``metrics().to_prometheus()`` is the text that Prometheus scrapes."""
-        return take_snapshot(self._live_engine)
+        engine = self._live_engine
+        with engine.turn():
+            return take_snapshot(engine)
 
     def reset_prefix_cache(self) -> None:
         """Forget the keys and values of earlier prompts; rows that run keep theirs."""
-        self._live_engine.scheduler.reset_prefix_cache()
+        self._live_engine.reset_prefix_cache()
 
     def close(self) -> None:
         """Give the memory of parameters and cache back at once; ``params`` taken from it before are deleted too. Closing twice is fine."""
-        if self._engine is not None:
-            runner, self._engine = self._engine.runner, None
-            _wait_for(runner)
+        engine = self._engine
+        if engine is not None:
+            engine.close()
+            _wait_for(engine.runner)
             if not self._owns_params:
-                runner.params = None  # the caller's: let go of, not deleted
-            runner.close()
+                engine.runner.params = None  # the caller's: let go of, not deleted
+            engine.runner.close()
+            self._engine = None  # last: after an interrupt it can be closed again
             gc.collect()  # JAX gives buffers that it borrowed from numpy back only then
 
     def __del__(self):

@@ -1,6 +1,7 @@
 """After warm-up nothing compiles: a compile is an error in tests and a warning in production."""
 import logging
 import os
+import threading
 
 import jax
 
@@ -24,7 +25,7 @@ class CompileGuard:
     def __init__(self):
         self.is_armed = False
         self.num_compiles = 0
-        self._before = 0
+        self._before = self._thread = 0
 
     def arm(self) -> None:
         """From now on every compile is unexpected."""
@@ -32,7 +33,7 @@ class CompileGuard:
 
     def __enter__(self) -> "CompileGuard":
         jax.monitoring.register_event_duration_secs_listener(self._count)
-        self._before = self.num_compiles
+        self._before, self._thread = self.num_compiles, threading.get_ident()
         return self
 
     def __exit__(self, *_) -> None:
@@ -48,4 +49,4 @@ class CompileGuard:
         log.warning("%s; the requests at hand wait for it", message)
 
     def _count(self, event: str, _duration: float, **_) -> None:
-        self.num_compiles += event == _COMPILE_EVENT
+        self.num_compiles += event == _COMPILE_EVENT and threading.get_ident() == self._thread  # another thread's is none of ours

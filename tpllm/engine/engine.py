@@ -1,8 +1,11 @@
 """The engine's loop: plan, dispatch, read, commit."""
 import collections
+import contextlib
 import hashlib
 import logging
 import time
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 import jax
 
@@ -18,10 +21,13 @@ from tpllm.engine.roofline import find_costs
 from tpllm.engine.runner import Dispatched, Runner
 from tpllm.engine.sampling_params import SamplingParams
 from tpllm.engine.scheduler import Scheduler
+from tpllm.engine.turns import Turns
+from tpllm.errors import ConfigError
 from tpllm.model.sampling import TokenScores
 from tpllm.tokenizer import Tokenizer
 
 log = logging.getLogger("tpllm")
+Found = TypeVar("Found")
 
 MAX_IN_FLIGHT = 2  # programs dispatched and not yet read: one runs while the next is queued
 ERRORS = {
@@ -32,6 +38,9 @@ ERRORS = {
 
 class Engine:
     """Requests in, completions out, over a fixed number of slots and pages.
+
+    Threads may share it: each call waits for its turn, and signals wait until it is over. A change that fails half way leaves the state in doubt;
+    the next turn then begins with making it anew.
 
     Args:
         runner: the device side.
@@ -48,6 +57,11 @@ class Engine:
         self._in_flight: collections.deque[tuple[Dispatched, float]] = collections.deque()
         self._pace = Pace(runner.shapes.buckets)
         self._num_requests = 0
+        self._unfinished: dict[Request, None] = {}
+        self._given_up: collections.deque[Request] = collections.deque()  # to be ended in somebody's turn
+        self._turns = Turns()
+        self._doubt: str | None = None  # what made the state uncertain
+        self._is_closed = False
 
     def step(self, *, is_watched: bool = False) -> list[Request]:
         """Dispatch the next program and read an earlier one.
@@ -58,51 +72,144 @@ class Engine:
         Returns:
             The requests that got tokens or ended.
         """
-        start = time.monotonic()
-        plan = self.scheduler.plan(self._pace.steps_at_once(is_watched), self._pace.token_budget(is_watched))
-        if plan is not None:
-            self._in_flight.append((self.runner.dispatch(plan, self._kept_slots(), self.scheduler.table), start))
-        self.metrics.host_s += time.monotonic() - start
-        if not self._in_flight or (plan is not None and len(self._in_flight) < MAX_IN_FLIGHT):
-            return []
-        return self._commit(*self._in_flight.popleft())
+        with self.turn():
+            return self._step(is_watched)
+
+    def wait(self, news: Callable[[], list[Found]], *, is_watched: bool = False) -> list[Found]:
+        """What ``news`` finds in this thread's turn: at once, where another thread's step has brought it, else after a step."""
+        with self.turn():
+            found = news()
+            if not found:
+                self._step(is_watched)
+                found = news()
+            return found
+
+    def _step(self, is_watched: bool) -> list[Request]:
+        """Plan, dispatch, read, commit."""
+        with self._change():
+            start = time.monotonic()
+            plan = self.scheduler.plan(self._pace.steps_at_once(is_watched), self._pace.token_budget(is_watched))
+            if plan is not None:
+                self._in_flight.append((self.runner.dispatch(plan, self.scheduler.kept_slots, self.scheduler.table), start))
+            self.metrics.host_s += time.monotonic() - start
+            if not self._in_flight or (plan is not None and len(self._in_flight) < MAX_IN_FLIGHT):
+                return []
+            return self._commit(*self._in_flight.popleft())
 
     def add_request(self, request_id: str, prompt: str | None, prompt_token_ids: list[int], params: SamplingParams, *, priority: int = 0) -> Request:
         """Queue a request; raises what :meth:`.Admission.check_request` raises."""
         bad_words = self.admission.check_request(prompt_token_ids, params, priority)
-        seed = self._choose_seed() if params.seed is None else params.seed % 2**64
-        self._num_requests += 1
-        request = new_request(request_id, prompt, list(prompt_token_ids), params=params, seed=seed, max_len=self.admission.max_len,
-                              tokenizer=self.tokenizer, priority=priority, number=self._num_requests, bad_words=bad_words)
-        self.metrics.num_requests += 1
-        for sequence in request.sequences:
-            self.scheduler.add(sequence)
+        with self.turn():
+            seed = self._choose_seed() if params.seed is None else params.seed % 2**64
+            request = new_request(request_id, prompt, list(prompt_token_ids), params=params, seed=seed, max_len=self.admission.max_len,
+                                  tokenizer=self.tokenizer, priority=priority, number=self._num_requests + 1, bad_words=bad_words)
+            with self._change():
+                self._num_requests += 1
+                self.metrics.num_requests += 1
+                self._unfinished[request] = None
+                for sequence in request.sequences:
+                    self.scheduler.add(sequence)
         return request
 
-    def abort(self, request: Request) -> None:
-        """End a request now; what it has so far stays in its output, and its pages are free at once."""
-        for sequence in request.sequences:
-            if not sequence.is_finished:
-                self._finish(sequence, "abort")
+    def abort(self, *requests: Request) -> None:
+        """End requests now; what they have so far stays in their outputs, and their pages are free at once.
 
-    def fail(self, message: str) -> list[Request]:
-        """End every unfinished request with an error, after one that no single request is to blame for; returns them."""
-        sequences = [*self.scheduler.running, *self.scheduler.waiting]
-        for sequence in sequences:
-            self._finish(sequence, "error", error=message)
-        self._in_flight.clear()
-        return list({id(sequence.request): sequence.request for sequence in sequences}.values())
+        A finalizer may ask for it in the middle of another call of its thread: then they end with that call.
+        """
+        self._given_up.extend(requests)
+        if not self._turns.are_mine:
+            with self._turns.take():
+                try:
+                    self._settle()
+                except Exception:
+                    log.exception("the engine could not be made anew")  # they have ended; the next call tries again, and tells
+
+    def warm_up(self, *, has_prompt_logprobs: bool = False) -> None:
+        """Compile every program now; afterwards nothing compiles."""
+        programs, is_done = self.runner.warm_up(has_prompt_logprobs=has_prompt_logprobs), False
+        while not is_done:
+            with self.turn(), self._change():  # a turn for each: all together take minutes
+                is_done = next(programs, None) is None
+
+    def reset_prefix_cache(self) -> None:
+        """Forget what pages hold; rows that run keep theirs."""
+        with self.turn(), self._change():
+            self.scheduler.reset_prefix_cache()
+
+    def recover(self) -> None:
+        """Make anew what a failed call left in doubt, as every other call does first: what was unfinished has ended with an error."""
+        with self.turn():
+            pass
+
+    def close(self) -> None:
+        """End what is unfinished, and refuse everything from now on."""
+        with self._turns.take():
+            self._is_closed, self._doubt = True, None
+            self._end_all("abort")
 
     @property
     def has_work(self) -> bool:
         """Whether any request is unfinished."""
-        return self.scheduler.has_work
+        return bool(self._unfinished)
 
     @property
     def num_waiting(self) -> int:
         """Sequences that have no slot yet."""
         return len(self.scheduler.waiting)
 
+    # --- turns, and what becomes of state in doubt ------------------------------------------------------------------------------------
+    @contextlib.contextmanager
+    def turn(self) -> Iterator[None]:
+        """The engine for this thread alone, in a state that is known."""
+        with self._turns.take():
+            if self._is_closed:
+                raise ConfigError("this LLM is closed; make a new one")
+            self._settle()
+            yield
+            self._end_given_up()
+
+    @contextlib.contextmanager
+    def _change(self) -> Iterator[None]:
+        """What is done as a whole or, where it fails, leaves everything in doubt."""
+        self._doubt = "interrupted"
+        try:
+            yield
+        except BaseException as error:
+            self._doubt = f"internal error: {error!r}"
+            raise
+        self._doubt = None
+
+    def _settle(self) -> None:
+        if self._doubt is not None:
+            log.warning("the engine is made anew, and what was unfinished ends with an error (%s)", self._doubt)
+            self._end_all("error", error=self._doubt)
+            try:
+                self.runner.renew()
+            except Exception as error:
+                raise RuntimeError(f"a call failed ({self._doubt}), and since then there is no room for a new KV cache ({error}); free some memory "
+                                   "and call again, or close this LLM and make a smaller one") from error
+            self._doubt = None
+        self._end_given_up()
+
+    def _end_given_up(self) -> None:
+        while self._given_up:
+            with self._change():
+                for sequence in self._given_up.popleft().sequences:
+                    if not sequence.is_finished:
+                        self._finish(sequence, "abort")
+
+    def _end_all(self, reason: str, **details: Any) -> None:
+        """End every unfinished request and begin again with empty slots and pages; nothing that the scheduler knew is counted on."""
+        for request in list(self._unfinished):
+            for sequence in request.sequences:
+                if not sequence.is_finished:
+                    sequence.end(reason, **details)
+                    self.metrics.count_end(sequence)
+        self._unfinished.clear()
+        self._in_flight.clear()
+        self.scheduler.reset()
+
+    # --- results ----------------------------------------------------------------------------------------------------------------------
     def _commit(self, dispatched: Dispatched, dispatched_at: float) -> list[Request]:
         """Read a program's results and hand them to the rows that still want them."""
         plan, before = dispatched.plan, time.monotonic()
@@ -115,33 +222,35 @@ class Engine:
         if prompt_scores is not None:
             self._commit_prompt_scores(plan, prompt_scores)
         for owner in owners:
-            try:
-                self._commit_row(owner.sequence, output, owner.slot)
-            except Exception as error:
-                log.exception("request %s failed", owner.sequence.request.output.request_id)
-                self._finish(owner.sequence, "error", error=f"internal error: {error!r}")
+            sequence, ending = owner.sequence, None
+            with self._alone(sequence):
+                ending = self._push_tokens(sequence, output, owner.slot)
+            if ending is not None:
+                self._finish(sequence, **ending)
+            else:
+                self.scheduler.commit(sequence)
         self.metrics.host_s += time.monotonic() - now
         return list({id(owner.sequence.request): owner.sequence.request for owner in owners}.values())
 
-    def _commit_row(self, sequence: Sequence, output: StepOutput, column: int) -> None:
-        """Hand one row's tokens to its sequence, up to the one that ends it."""
+    def _push_tokens(self, sequence: Sequence, output: StepOutput, column: int) -> dict[str, Any] | None:
+        """Hand one row's tokens to its sequence; how it ends with the last of them, or None where it goes on."""
+        params = sequence.request.params
         for step, token in enumerate(output.token[:, column].tolist()):
             if token == NO_TOKEN or sequence.is_finished:
                 break
             status = int(output.status[step, column])
             if status in ERRORS:
-                self._finish(sequence, "error", error=ERRORS[status])
-                return
-            top = self._logprobs(token, output.scores, (step, column), count=sequence.request.params.logprobs)
+                return {"reason": "error", "error": ERRORS[status]}
+            top = self._logprobs(token, output.scores, (step, column), count=params.logprobs)
             self.metrics.count_token(sequence, sequence.push(token, float(output.scores.logprob[step, column]), top))
-            is_shown = status in (RUNNING, FULL) or sequence.request.params.include_stop_str_in_output
+            is_shown = status in (RUNNING, FULL) or params.include_stop_str_in_output
             stop = sequence.show(token) if is_shown else None
             if stop is not None:
-                self._finish(sequence, "stop", stop_reason=stop)
-            elif status != RUNNING:
-                is_own_stop = status != FULL and token in sequence.request.params.stop_token_ids
-                self._finish(sequence, "length" if status == FULL else "stop", stop_reason=token if is_own_stop else None)
-        self.scheduler.commit(sequence)
+                return {"reason": "stop", "stop_reason": stop}
+            if status != RUNNING:
+                is_own_stop = status != FULL and token in params.stop_token_ids
+                return {"reason": "length" if status == FULL else "stop", "stop_reason": token if is_own_stop else None}
+        return None
 
     def _commit_prompt_scores(self, plan: StepPlan, scores: TokenScores) -> None:
         """Keep the scores of prompt tokens; those of a piece that is computed again are there already."""
@@ -150,9 +259,20 @@ class Engine:
             if wanted is None or piece.sequence.completion.index:
                 continue
             first = group * plan.bucket + where.start
-            for offset, token in enumerate(output.prompt_token_ids[piece.start + 1:piece.start + piece.count + 1]):
-                if piece.start + 1 + offset == len(output.prompt_logprobs):
-                    output.prompt_logprobs.append(self._logprobs(token, scores, (first + offset,), count=wanted))
+            with self._alone(piece.sequence):
+                for offset, token in enumerate(output.prompt_token_ids[piece.start + 1:piece.start + piece.count + 1]):
+                    if piece.start + 1 + offset == len(output.prompt_logprobs):
+                        output.prompt_logprobs.append(self._logprobs(token, scores, (first + offset,), count=wanted))
+
+    @contextlib.contextmanager
+    def _alone(self, sequence: Sequence) -> Iterator[None]:
+        """What fails in here, such as making text of tokens, ends this row with an error and no other."""
+        try:
+            yield
+        except Exception as error:
+            log.exception("request %s failed", sequence.request.output.request_id)
+            if not sequence.is_finished:
+                self._finish(sequence, "error", error=f"internal error: {error!r}")
 
     def _logprobs(self, token: int, scores: TokenScores, at: tuple[int, ...], *, count: int | None) -> dict[int, Logprob] | None:
         """The token itself and the ``count`` likeliest ones, of the scores at one place."""
@@ -164,13 +284,16 @@ class Engine:
         text = self.tokenizer.token_text if self.tokenizer else str
         return {top: Logprob(logprob=logprob, rank=rank, decoded_token=text(top)) for top, (logprob, rank) in found.items()}
 
-    def _finish(self, sequence: Sequence, reason: str, **details) -> None:
-        sequence.finish(reason, **details)
+    def _finish(self, sequence: Sequence, reason: str, **details: Any) -> None:
+        try:
+            sequence.finish(reason, **details)
+        except Exception as error:
+            log.exception("the last text of request %s failed", sequence.request.output.request_id)
+            sequence.end("error", error=f"internal error: {error!r}")
         self.scheduler.release(sequence)
         self.metrics.count_end(sequence)
-
-    def _kept_slots(self) -> list[bool]:
-        return [sequence is not None and not sequence.is_prefilling for sequence in self.scheduler.slots]
+        if sequence.request.is_finished:
+            self._unfinished.pop(sequence.request, None)
 
     def _choose_seed(self) -> int:
         digest = hashlib.blake2b(f"{self.seed}:{self._num_requests}".encode(), digest_size=8).digest()

@@ -21,6 +21,7 @@ class Request:
         priority: lower ones come first.
         number: how many requests came before it.
         sequences: one for each completion.
+        num_changes: tokens that came and completions that ended; who has seen so many knows whether there is more to see.
     """
 
     output: RequestOutput
@@ -30,6 +31,7 @@ class Request:
     priority: int = 0
     number: int = 0
     sequences: list["Sequence"] = dataclasses.field(default_factory=list)
+    num_changes: int = 0
 
     @property
     def is_finished(self) -> bool:
@@ -133,6 +135,7 @@ class Sequence:
         if metrics.first_token_time is None:
             metrics.first_token_time = now
         seconds, self.last_token_time = now - (self.last_token_time or metrics.arrival_time), now
+        self.request.num_changes += 1
         self.completion.token_ids.append(token)
         self.completion.cumulative_logprob += logprob
         if top is not None:
@@ -144,12 +147,17 @@ class Sequence:
         return self._add_text(self.detokenizer.push([token])) if self.detokenizer is not None else None
 
     def finish(self, reason: str, *, stop_reason: int | str | None = None, error: str | None = None) -> None:
-        """End the completion, and the request with its last one."""
+        """End the completion with what its last tokens still give of text, and the request with its last completion."""
         if self.detokenizer is not None and not isinstance(stop_reason, str):
             stop = self._add_text(self.detokenizer.finish())
             if stop is not None and reason == "length":
                 reason, stop_reason = "stop", stop
+        self.end(reason, stop_reason=stop_reason, error=error)
+
+    def end(self, reason: str, *, stop_reason: int | str | None = None, error: str | None = None) -> None:
+        """The like, with the text as it is: this cannot fail."""
         self.completion.finish_reason, self.completion.stop_reason, self.completion.error = reason, stop_reason, error
+        self.request.num_changes += 1
         output = self.request.output
         if all(sequence.is_finished for sequence in self.request.sequences):
             output.finished, output.metrics.finished_time = True, time.monotonic()

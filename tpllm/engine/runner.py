@@ -1,5 +1,9 @@
 """The device side of the engine: the compiled programs, and the arrays they update in place."""
 import dataclasses
+import functools
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -41,15 +45,17 @@ class Runner:
         num_pages: of the KV cache, of each data group.
         eos_ids: the model's end-of-sequence ids.
         cache_dtype: of keys and values.
+
+    Attributes:
+        cache, state: the cache's pages and the slots' state. Programs take them and give them back: after one that failed, see :meth:`renew`.
     """
 
     def __init__(self, config: ModelConfig, params: DecoderParams, *, shapes: EngineShapes, num_pages: int, eos_ids: frozenset[int], cache_dtype):
         self.config, self.params, self.shapes, self.eos_ids = config, params, shapes, eos_ids
         self.num_pages, self.num_groups = num_pages, config.partition.size(BATCH)
         self.num_stop_ids = MAX_STOP_TOKEN_IDS + len(eos_ids)
-        self.cache = init_cache(config, num_pages * self.num_groups, shapes.page_size, cache_dtype)
-        self.state = jax.jit(empty_slots, static_argnums=(0, 1, 2), out_shardings=slot_shardings(config.partition))(
-            shapes.max_num_seqs, self.num_stop_ids, config.padded_vocab_size)
+        self.cache_dtype = jnp.dtype(cache_dtype)
+        self._make_arrays()
         self.guard = CompileGuard()
         self._programs = jit_programs(config, self.cache, self.state, max_steps=MAX_STEPS)
         return_freed_memory()  # what loading left
@@ -113,31 +119,52 @@ class Runner:
             return self.shapes.max_num_seqs
         return next(bucket for bucket in self.shapes.row_buckets if bucket >= num_busy)
 
-    def warm_up(self, *, has_prompt_logprobs: bool = False) -> None:
-        """Compile every program by running it on no rows; afterwards a compile is unexpected."""
-        nothing, table = [False] * self.shapes.max_num_seqs, np.full((self.shapes.max_num_seqs, self.shapes.pages_per_row), -1, np.int32)
-        with self.guard:
-            for has_adjustments in (False, True):
-                self._start(None, 0, is_alive=False, has_adjustments=has_adjustments)
-            for bucket in self.shapes.buckets:
-                for scores_prompt in {False, has_prompt_logprobs}:
-                    self._run_step(self._pack(StepPlan(pieces=(), owners=(), bucket=bucket)), nothing, table, scores_prompt=scores_prompt)
-            for num_rows in self.shapes.row_buckets:
-                self._run_decode(nothing, table, num_steps=1, num_rows=num_rows)
-            self.cache = self._programs.copy_page(self.cache, np.int32(0), np.int32(0))
-            saved = jax.device_get(self._programs.read_pages(self.cache, self._padded(0, ())))
-            self.cache = self._programs.write_pages(self.cache, self._padded(0, ()), saved)
+    def warm_up(self, *, has_prompt_logprobs: bool = False) -> Iterator[str]:
+        """Compile every program by running it on no rows, one for each item, which names it; afterwards a compile is unexpected."""
+        for name, run in self._warm_ups(has_prompt_logprobs):
+            with self.guard:
+                run()
+            yield name
         jax.block_until_ready(self.state)
         self.guard.arm()
 
+    def _warm_ups(self, has_prompt_logprobs: bool) -> Iterator[tuple[str, Callable[[], Any]]]:
+        nothing, table = [False] * self.shapes.max_num_seqs, np.full((self.shapes.max_num_seqs, self.shapes.pages_per_row), -1, np.int32)
+        for has_adjustments in (False, True):
+            yield "start", functools.partial(self._start, None, 0, is_alive=False, has_adjustments=has_adjustments)
+        for bucket, scores_prompt in itertools.product(self.shapes.buckets, sorted({False, has_prompt_logprobs})):
+            chunk = self._pack(StepPlan(pieces=(), owners=(), bucket=bucket))
+            yield "step", functools.partial(self._run_step, chunk, nothing, table, scores_prompt=scores_prompt)
+        for num_rows in self.shapes.row_buckets:
+            yield "decode", functools.partial(self._run_decode, nothing, table, num_steps=1, num_rows=num_rows)
+        yield "pages", self._move_no_pages
+
+    def _move_no_pages(self) -> None:
+        self.cache = self._programs.copy_page(self.cache, np.int32(0), np.int32(0))
+        saved = jax.device_get(self._programs.read_pages(self.cache, self._padded(0, ())))
+        self.cache = self._programs.write_pages(self.cache, self._padded(0, ()), saved)
+
+    def renew(self) -> None:
+        """Make cache and slots' state anew, empty, where a program that failed has taken them with it: they are donated to each one."""
+        try:
+            jax.block_until_ready((self.cache, self.state))
+        except Exception:
+            _delete((self.cache, self.state))  # what is left of them, before there is room for new ones
+            self._make_arrays()
+
+    def _make_arrays(self) -> None:
+        shapes, config = self.shapes, self.config
+        self.cache = init_cache(config, self.num_pages * self.num_groups, shapes.page_size, self.cache_dtype)
+        self.state = jax.jit(empty_slots, static_argnums=(0, 1, 2), out_shardings=slot_shardings(config.partition))(
+            shapes.max_num_seqs, self.num_stop_ids, config.padded_vocab_size)
+
     def close(self) -> None:
         """Give the cache's and the parameters' memory back at once."""
-        for leaf in jax.tree.leaves((self.cache, self.state, self.params)):
-            if isinstance(leaf, jax.Array) and not leaf.is_deleted():
-                leaf.delete()
+        _delete((self.cache, self.state, self.params))
         self.cache = self.state = self.params = None
 
-    @property
-    def cache_dtype(self) -> jnp.dtype:
-        """The dtype of keys and values."""
-        return self.cache.keys[0].dtype
+
+def _delete(arrays: Any) -> None:
+    for leaf in jax.tree.leaves(arrays):
+        if isinstance(leaf, jax.Array) and not leaf.is_deleted():
+            leaf.delete()

@@ -1,0 +1,108 @@
+"""What a call of the facade is to the engine: its own requests among those of others, waited for and given up together.
+
+Iterators that are left half way, and other threads, share one engine. Whoever waits steps it, for everybody's requests.
+"""
+from collections.abc import Iterator
+from typing import Any, Literal
+
+from tpllm.engine.engine import Engine
+from tpllm.engine.outputs import CompletionDelta, RequestOutput, failed_output
+from tpllm.engine.prompts import Prompt, encode_prompt
+from tpllm.engine.request import Request, Sequence
+from tpllm.engine.sampling_params import SamplingParams
+from tpllm.engine.turns import HeldSignals
+from tpllm.errors import ConfigError, TpllmError
+
+OnError = Literal["raise", "return"]
+
+
+class Call:
+    """The requests of one call. As a context manager it gives up those that are unfinished at its end."""
+
+    def __init__(self, engine: Engine):
+        self._engine = engine
+        self.unfinished: dict[str, Request] = {}
+
+    def __enter__(self) -> "Call":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._engine.abort(*self.unfinished.values())
+
+    def submit(self, request_id: str, prompt: Prompt, params: SamplingParams, *, priority: int = 0) -> Request:
+        """Queue a request; raises what :func:`.encode_prompt` and :meth:`.Engine.add_request` raise."""
+        encoded = encode_prompt(prompt, self._engine.tokenizer)
+        with HeldSignals():  # a request that is queued and not noted here could not be given up
+            request = self.unfinished[request_id] = self._engine.add_request(request_id, encoded.get("prompt"), encoded["prompt_token_ids"], params,
+                                                                             priority=priority)
+        return request
+
+    @property
+    def num_waiting(self) -> int:
+        """Its sequences that have no slot yet."""
+        return sum(sequence.slot is None and not sequence.is_finished for request in self.unfinished.values() for sequence in request.sequences)
+
+    def take_finished(self) -> list[Request]:
+        """Those of its requests that have ended since the last time."""
+        found = [request_id for request_id, request in self.unfinished.items() if request.is_finished]
+        return [self.unfinished.pop(request_id) for request_id in found]
+
+
+def complete(engine: Engine, requests: Iterator[tuple[Prompt, SamplingParams, int]], *, on_error: OnError) -> Iterator[RequestOutput]:
+    """Outputs as they end; a bad prompt is raised, or given back as one. At most ``max_num_seqs`` of its sequences wait at a time."""
+    numbered, is_exhausted = enumerate(requests), False
+    with Call(engine) as call:
+        while call.unfinished or not is_exhausted:
+            room = 0 if is_exhausted else engine.runner.shapes.max_num_seqs - call.num_waiting
+            while room > 0:
+                index, (prompt, params, priority) = next(numbered, (None, (None,) * 3))
+                if index is None:
+                    is_exhausted = True
+                    break
+                try:
+                    room -= len(call.submit(str(index), prompt, params, priority=priority).sequences)
+                except TpllmError as error:
+                    if on_error == "raise" or isinstance(error, ConfigError):  # that one is about the engine
+                        raise
+                    yield failed_output(str(index), prompt if isinstance(prompt, str) else None, str(error))
+            for request in engine.wait(call.take_finished):
+                yield request.output
+
+
+def stream(engine: Engine, prompt: Prompt, params: SamplingParams) -> Iterator[CompletionDelta]:
+    """What is new of a request's completions, until the last of them ends; raises ``TpllmError`` where one fails."""
+    with Call(engine) as call:
+        growing = {sequence.completion.index: _Growing(sequence) for sequence in call.submit("0", prompt, params).sequences}
+
+        def news() -> list[CompletionDelta]:
+            return [delta for one in growing.values() if (delta := one.take_new()) is not None]
+        while growing:
+            for delta in engine.wait(news, is_watched=True):
+                if delta.finish_reason == "error":
+                    raise TpllmError(growing[delta.index].error)
+                if delta.finish_reason is not None:
+                    del growing[delta.index]
+                yield delta
+
+
+class _Growing:
+    """A completion, and how much of it was given out."""
+
+    def __init__(self, sequence: Sequence):
+        self._sequence, self._num_tokens, self._num_chars = sequence, 0, 0
+
+    @property
+    def error(self) -> Any:
+        """What went wrong."""
+        return self._sequence.completion.error
+
+    def take_new(self) -> CompletionDelta | None:
+        """What has not been given out yet; None where it has not grown."""
+        completion = self._sequence.completion
+        if len(completion.token_ids) == self._num_tokens and not self._sequence.is_finished:
+            return None
+        end = self._sequence.num_certain_chars
+        delta = CompletionDelta(completion.index, completion.text[self._num_chars:end], completion.token_ids[self._num_tokens:],
+                                completion.finish_reason)
+        self._num_tokens, self._num_chars = len(completion.token_ids), end
+        return delta

@@ -1,0 +1,127 @@
+"""Who uses an engine: one thread at a time, in the order in which they ask for it, and no signal in the middle of it."""
+import collections
+import contextlib
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGALRM", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2")
+                if hasattr(signal, name))
+"""Those whose handlers may raise; profilers' are not among them."""
+MAX_ALIKE = 2  # of one signal that are told apart: a second Ctrl-C may mean more than the first, the thousandth tick of a timer does not
+LOOK_S = 0.1  # how often a thread in line looks whether a signal has come
+
+
+class HeldSignals:
+    """A section in which signals wait: their handlers are called at its end.
+
+    Python calls a handler between any two bytecodes of the main thread, and most handlers raise, Python's own for Ctrl-C among them. Other threads
+    get no signals, and what is no Python function (``SIG_IGN``, ``SIG_DFL``, a handler of C code) stays as it is. Sections may stand within others.
+    """
+
+    def __init__(self):
+        self._came: list[int] = []
+        self._former: dict[int, Callable[..., Any]] = {}
+        self._is_held = False
+
+    def __enter__(self) -> "HeldSignals":
+        if threading.get_ident() == threading.main_thread().ident:
+            try:
+                for number in SIGNALS:
+                    handler = signal.getsignal(number)
+                    if callable(handler):
+                        self._former[number] = handler
+                        signal.signal(number, self._take)
+                self._is_held = True
+            except BaseException:  # a handler raised that is not replaced yet
+                self._put_back()
+                raise
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self._former:
+            try:
+                self._put_back()
+            finally:
+                self._is_held = False
+                self.deliver()
+
+    @property
+    def have_come(self) -> bool:
+        """Whether a signal waits."""
+        return bool(self._came)
+
+    def deliver(self) -> None:
+        """Call the handlers of the signals that have come, in their order; each is called, even where one before it raises."""
+        if self._came:
+            number = self._came.pop(0)
+            try:
+                self._former[number](number, None)
+            finally:
+                self.deliver()
+
+    def _put_back(self) -> None:
+        for number, handler in reversed(self._former.items()):
+            if signal.getsignal(number) == self._take:  # else whoever was called meanwhile has chosen another
+                signal.signal(number, handler)
+
+    def _take(self, number: int, frame) -> None:
+        if self._is_held:
+            if self._came.count(number) < MAX_ALIKE:
+                self._came.append(number)
+        else:  # it was not put back, because another signal's handler raised just then
+            self._former[number](number, frame)
+
+
+class Turns:
+    """A lock that threads get in the order in which they ask for it. Signals wait until a turn is over, and end the wait for one."""
+
+    def __init__(self):
+        self._line: collections.deque[int] = collections.deque()  # threads; the first one has its turn
+        self._threads: set[int] = set()  # the same, to be looked at without waiting
+        self._has_moved = threading.Condition()
+
+    @property
+    def are_mine(self) -> bool:
+        """Whether this thread has its turn, or is in line for it: then a finalizer asks, which runs between any two bytecodes."""
+        return threading.get_ident() in self._threads
+
+    @contextlib.contextmanager
+    def take(self) -> Iterator[None]:
+        """Wait for a turn, and have it.
+
+        Raises:
+            RuntimeError: this thread is in line already.
+        """
+        if self.are_mine:
+            raise RuntimeError("this thread is within a call of this engine; call it again when that one has returned")
+        with HeldSignals() as signals:
+            while not self._join(signals):
+                signals.deliver()
+            try:
+                yield
+            finally:
+                self._leave()
+
+    def _join(self, signals: HeldSignals) -> bool:
+        """Stand in line until it is one's turn; False, and out of it, where a signal comes first."""
+        thread, is_turn = threading.get_ident(), False
+        self._threads.add(thread)
+        with self._has_moved:
+            self._line.append(thread)
+            try:
+                while self._line[0] != thread and not signals.have_come:
+                    self._has_moved.wait(LOOK_S)
+                is_turn = not signals.have_come
+            finally:
+                if not is_turn:
+                    self._leave()
+        return is_turn
+
+    def _leave(self) -> None:
+        thread = threading.get_ident()
+        with self._has_moved:
+            self._line.remove(thread)
+            self._has_moved.notify_all()
+            self._threads.discard(thread)

@@ -38,6 +38,7 @@ class JobError(TpllmError):
 
 
 MAX_SHOWN = 200
+"""Characters of a value in a message."""
 
 
 def short(value: object, *, most: int = MAX_SHOWN) -> str:

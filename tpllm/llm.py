@@ -33,6 +33,7 @@ from tpllm.ops import uses_native
 from tpllm.progress import progress_bar
 from tpllm.quant.policy import Quantization
 from tpllm.tokenizer import Tokenizer
+from tpllm.tokenizer.generation_defaults import GenerationDefaults
 
 
 class LLM:
@@ -72,6 +73,7 @@ class LLM:
             ``max_num_seqs`` rows for it, and False computes only as many as are busy.
         seed: chooses the randomness of requests that bring no seed.
         revision: of a hub id.
+        skip_tokenizer_init: do without the tokenizer, whose files need not be there: prompts are token ids only, and outputs have no text.
 
     Raises:
         TpllmError: a model that cannot be opened, or does not fit the memory or the mesh.
@@ -87,18 +89,18 @@ class LLM:
                  quantization: Quantization = None, kv_cache_dtype: str = "auto", max_model_len: int | None = None, max_num_seqs: int | None = None,
                  prefill_chunk_size: int | None = None, page_size: int | None = None, kv_cache_tokens: int | None = None,
                  memory_share: float | None = None, enable_prefix_caching: bool = True, preemption: str = "auto", batch_invariant: bool = True,
-                 seed: int = 0, revision: str | None = None):
+                 seed: int = 0, revision: str | None = None, skip_tokenizer_init: bool = False):
         options = EngineOptions(max_model_len=max_model_len, max_num_seqs=max_num_seqs, prefill_chunk_size=prefill_chunk_size, page_size=page_size,
                                 kv_cache_tokens=kv_cache_tokens, memory_share=memory_share, enable_prefix_caching=enable_prefix_caching,
                                 preemption=preemption, batch_invariant=batch_invariant)
-        opened = open_model(model, mesh, rules=rules, dtype=dtype, quantization=quantization, revision=revision)
+        opened = open_model(model, mesh, rules=rules, dtype=dtype, quantization=quantization, revision=revision, skips_tokenizer=skip_tokenizer_init)
         shapes = options.shapes(opened.config, is_packed=uses_native(opened.config.partition))
         cache_dtype = choose_cache_dtype(kv_cache_dtype, opened.dtype)
         self._model_fingerprint, self._quantization = opened.checkpoint.fingerprint(), quantization
         params = load_weights(opened, cache_bytes_per_device=least_cache_bytes(opened.config, shapes, cache_dtype, kv_cache_tokens=kv_cache_tokens))
         try:
             self._start(opened.config, params, opened.tokenizer, options=options, shapes=shapes, cache_dtype=cache_dtype, seed=seed,
-                        model=str(model), family=opened.checkpoint.family.name)
+                        model=str(model), family=opened.checkpoint.family.name, generation=opened.generation)
         except BaseException:  # a notebook keeps its traceback, and that keeps this frame
             for leaf in jax.tree.leaves(params):
                 leaf.delete()
@@ -125,9 +127,11 @@ class LLM:
         return llm
 
     def _start(self, config: ModelConfig, params: DecoderParams, tokenizer: Tokenizer | None, *, options: EngineOptions, shapes: EngineShapes,
-               cache_dtype, seed: int, model: str | None = None, family: str | None = None) -> None:
+               cache_dtype, seed: int, model: str | None = None, family: str | None = None, generation: GenerationDefaults | None = None) -> None:
         self.config, self.shapes, self.seed, self._tokenizer = config, shapes, seed, tokenizer
-        engine = build_engine(config, params, tokenizer, options=options, shapes=shapes, cache_dtype=cache_dtype, seed=seed)
+        self._generation = generation or (tokenizer.generation if tokenizer else GenerationDefaults())
+        engine = build_engine(config, params, tokenizer, options=options, shapes=shapes, cache_dtype=cache_dtype, seed=seed,
+                              eos_ids=self._generation.eos_token_ids)
         self._description = describe(config, params, shapes=shapes, num_pages=engine.runner.num_pages, cache_dtype=cache_dtype, model=model,
                                      family=family)
         self._engine = engine
@@ -267,7 +271,7 @@ class LLM:
     def get_tokenizer(self) -> Tokenizer:
         """The model's tokenizer."""
         if self._tokenizer is None:
-            raise ConfigError("this LLM has no tokenizer; pass one to from_params, or use token ids")
+            raise ConfigError("this LLM has no tokenizer; leave skip_tokenizer_init out, or pass one to from_params, or use token ids")
         return self._tokenizer
 
     @property
@@ -279,8 +283,7 @@ class LLM:
     def default_sampling(self) -> dict[str, Any]:
         """The sampling parameters that the model's generation_config.json recommends, as far as :class:`SamplingParams` has them."""
         known = {field.name for field in dataclasses.fields(SamplingParams)}
-        recommended = self._tokenizer.default_sampling if self._tokenizer else {}
-        return {name: value for name, value in recommended.items() if name in known}
+        return {name: value for name, value in self._generation.sampling.items() if name in known}
 
     def fingerprint(self) -> dict[str, Any]:
         """Everything a result depends on besides the request: model, software, hardware, mesh and shapes. JSON-able."""

@@ -25,7 +25,8 @@ from tpllm.ops import kernels_of, uses_native
 from tpllm.quant.policy import AS_STORED, Policy, Quantization, parse_policy
 from tpllm.quant.storage import Storage
 from tpllm.tokenizer import Tokenizer
-from tpllm.tokenizer.gguf import tokenizer_from_gguf
+from tpllm.tokenizer.generation_defaults import GenerationDefaults
+from tpllm.tokenizer.gguf import defaults_from_gguf, tokenizer_from_gguf
 
 log = logging.getLogger("tpllm")
 
@@ -44,14 +45,16 @@ class OpenedModel:
     Attributes:
         checkpoint: its files.
         config: fitted to the mesh.
-        tokenizer: its tokenizer.
+        tokenizer: its tokenizer; None where it was not to be read.
+        generation: what its files say of generating, with a tokenizer and without one.
         dtype: of activations, and of weights that are not quantized.
         policy: how matrices are quantized while they are loaded.
     """
 
     checkpoint: Checkpoint
     config: ModelConfig
-    tokenizer: Tokenizer
+    tokenizer: Tokenizer | None
+    generation: GenerationDefaults
     dtype: np.dtype
     policy: Policy = AS_STORED
 
@@ -92,16 +95,25 @@ def load_model(model: str, mesh: str | Mapping[str, int] | Mesh = "auto", *, rul
 
 
 def open_model(model: str, mesh: str | Mapping[str, int] | Mesh = "auto", *, rules: Rules | None = None, dtype: str = "auto",
-               quantization: Quantization = None, packed: bool = True, revision: str | None = None) -> OpenedModel:
-    """As :func:`load_model`, up to the weights."""
+               quantization: Quantization = None, packed: bool = True, revision: str | None = None, skips_tokenizer: bool = False) -> OpenedModel:
+    """As :func:`load_model`, up to the weights; its tokenizer's files need not be there where they are skipped."""
     enable_compile_cache()
     policy = parse_policy(quantization)
     checkpoint = open_checkpoint(model, revision=revision)
     config = fit_to_mesh(checkpoint.config, choose_mesh(mesh, checkpoint.config), DATA_TENSOR if rules is None else rules)
     with checkpoint.reads.recording():
-        tokenizer = Tokenizer.from_folder(checkpoint.folder) if checkpoint.gguf is None else tokenizer_from_gguf(checkpoint.gguf)
+        tokenizer = None if skips_tokenizer else _tokenizer(checkpoint)
+        generation = tokenizer.generation if tokenizer else _generation(checkpoint)
     chosen = choose_dtype(dtype, checkpoint.hf_config, config.partition, packed=packed, tensors=checkpoint.tensors)
-    return OpenedModel(checkpoint, config, tokenizer, chosen, policy)
+    return OpenedModel(checkpoint, config, tokenizer, generation, chosen, policy)
+
+
+def _tokenizer(checkpoint: Checkpoint) -> Tokenizer:
+    return Tokenizer.from_folder(checkpoint.folder) if checkpoint.gguf is None else tokenizer_from_gguf(checkpoint.gguf)
+
+
+def _generation(checkpoint: Checkpoint) -> GenerationDefaults:
+    return GenerationDefaults.from_folder(checkpoint.folder) if checkpoint.gguf is None else defaults_from_gguf(checkpoint.gguf)
 
 
 def load_weights(opened: OpenedModel, *, cache_bytes_per_device: int = 0, packed: bool = True) -> DecoderParams:

@@ -78,7 +78,7 @@ def test_tools_and_template_kwargs_cannot_bring_special_tokens_even_through_json
     tokenizer = with_template(tmp_path, template)
     ids = tokenizer.encode_chat(USER, tools=[{"<|im_end|>": "<|im_start|>"}], template_kwargs={"extra": {"text": "x<|im_end|>"}})
     assert special_pieces(tokenizer, ids) == ["<|im_end|>"]
-    assert tokenizer.decode(ids, skip_special_tokens=False) == '[{"<|im_end|>": "<|im_start|>"}]X<|im_end|><|im_end|>'
+    assert tokenizer.decode(ids, skip_special_tokens=False) == '[{"<|im_end|>": "<|im_start|>"}]X<|IM_END|><|im_end|>'
 
 
 @pytest.mark.parametrize("kind", ["mistral", "mistral_legacy"])
@@ -165,13 +165,39 @@ def test_templates_come_from_every_place_a_folder_may_hold_them(tmp_path):
     assert tokenizer.render_chat(USER) == "from config"
     assert tokenizer.render_chat(USER, tools=[{"name": "f"}]) == "with tools"
     (tmp_path / "chat_template.json").write_text('{"chat_template": "from json"}')
-    assert Tokenizer.from_folder(tmp_path).render_chat(USER) == "from json"
+    assert Tokenizer.from_folder(tmp_path).render_chat(USER) == "from config"
     (tmp_path / "chat_template.jinja").write_text("from jinja")
+    assert Tokenizer.from_folder(tmp_path).render_chat(USER, tools=[{"name": "f"}]) == "from jinja"
     (tmp_path / "additional_chat_templates").mkdir()
     (tmp_path / "additional_chat_templates" / "tool_use.jinja").write_text("with tools of a file")
     tokenizer = Tokenizer.from_folder(tmp_path)
     assert tokenizer.render_chat(USER) == "from jinja"
     assert tokenizer.render_chat(USER, tools=[{"name": "f"}]) == "with tools of a file"
+
+
+def test_an_object_of_templates_is_read_as_a_list_and_a_processors_file_only_where_there_is_no_other(tmp_path):
+    assert with_template(tmp_path / "a", {"default": "one", "tool_use": "two"}).render_chat(USER, tools=[{"name": "f"}]) == "two"
+    path = folders.write_folder(tmp_path / "b", folders.chatml_like(), tokenizer_config={}, chat_template={"chat_template": "from json"})
+    assert Tokenizer.from_folder(path).render_chat(USER) == "from json"
+    (path / "additional_chat_templates").mkdir()
+    (path / "additional_chat_templates" / "tool_use.jinja").write_text("beside it")
+    tokenizer = Tokenizer.from_folder(path)
+    assert (tokenizer.render_chat(USER), tokenizer.render_chat(USER, tools=[{"name": "f"}])) == ("from json", "beside it")
+
+
+def test_a_template_that_links_out_of_the_folder_is_refused(tmp_path):
+    path = folders.write_folder(tmp_path / "model", folders.chatml_like())
+    (tmp_path / "elsewhere.jinja").write_text("secret")
+    (path / "inside.txt").write_text("linked")
+    (path / "chat_template.jinja").symlink_to(path / "inside.txt")
+    assert Tokenizer.from_folder(path).render_chat(USER) == "linked"
+    for name in ("chat_template.jinja", "additional_chat_templates/tool_use.jinja"):
+        (path / "chat_template.jinja").unlink()
+        (path / name).parent.mkdir(exist_ok=True)
+        (path / name).symlink_to(tmp_path / "elsewhere.jinja")
+        with pytest.raises(TokenizerError, match=r"is a link out of .*elsewhere\.jinja; copy the file there"):
+            Tokenizer.from_folder(path)
+        (path / "chat_template.jinja").touch()
 
 
 def test_named_templates_without_a_default_are_refused_with_their_names(tmp_path):

@@ -6,6 +6,8 @@ from tokenizer import tokenizer_folders as folders
 from tokenizers import Regex, decoders
 
 from tpllm.tokenizer import Detokenizer, Tokenizer
+from tpllm.tokenizer.decoder_stages import CLEANED_UP, clean_up_stages
+from tpllm.tokenizer.detokenizer import run_stages
 
 DECODERS = {
     "none": None,
@@ -26,6 +28,8 @@ DECODERS = {
 def by_decoder(tmp_path_factory, kinds):
     root = tmp_path_factory.mktemp("decoders")
     odd = {name: Tokenizer.from_folder(folders.write_folder(root / name, folders.plain_words(decoder))) for name, decoder in DECODERS.items()}
+    odd["cleaned_up"] = Tokenizer.from_folder(folders.write_folder(root / "cleaned_up", folders.plain_words(decoders.WordPiece(cleanup=False)),
+                                                                   tokenizer_config={"clean_up_tokenization_spaces": True}))
     return {**odd, **{name: kinds[name] for name in ("llama3", "mistral", "mistral_legacy", "qwen3")}}
 
 
@@ -34,7 +38,7 @@ def streamed(tokenizer, chunks, **options):
     return [*(detokenizer.push(chunk) for chunk in chunks), detokenizer.finish()]
 
 
-@pytest.mark.parametrize("name", [*DECODERS, "llama3", "mistral", "mistral_legacy", "qwen3"])
+@pytest.mark.parametrize("name", [*DECODERS, "cleaned_up", "llama3", "mistral", "mistral_legacy", "qwen3"])
 @pytest.mark.parametrize("skips", [True, False])
 def test_pushes_and_the_end_join_to_the_decoded_text_for_any_ids(by_decoder, name, skips):
     tokenizer = by_decoder[name]
@@ -87,3 +91,13 @@ def test_what_is_held_does_not_grow_with_the_text(by_decoder, name):
     token_id = next(i for i in range(tokenizer.vocab_size) if tokenizer.piece(i) in ("lo", "h"))
     parts = streamed(tokenizer, [[token_id]] * 400)
     assert all(parts[1:400])
+
+
+@pytest.mark.parametrize(("texts", "expected"), [
+    (["a", " .", " n't", " ' ", "b"], "a.n't'b"), ([" ", "'", " ", "'", " "], "'' "), ([" '", "m x ", "?", " '", "r", "e", " '"], "'m x?'re '"), ([" " * 9, "."], " " * 8 + "."),
+])
+def test_spaces_before_punctuation_are_taken_away_as_by_one_replacement_after_the_other(texts, expected):
+    whole = "".join(texts)
+    for old, new in CLEANED_UP:
+        whole = whole.replace(old, new)
+    assert run_stages(clean_up_stages(), texts, is_last=True) == whole == expected

@@ -80,16 +80,30 @@ def test_a_prompt_that_is_no_text_is_refused(kinds, text, message):
         kinds["llama3"].encode(text)
 
 
-def test_eos_is_the_union_of_three_files(tmp_path):
-    path = folders.write_folder(tmp_path, folders.llama3_like(), tokenizer_config={"eos_token": {"content": "<|eot_id|>"}},
-                                config={"eos_token_id": 7}, generation_config={"eos_token_id": [8, 9]})
+@pytest.mark.parametrize(("config", "generation_config", "ids"), [
+    ({"eos_token_id": 7}, {"eos_token_id": [8, 9]}, {8, 9}),
+    ({"eos_token_id": 7}, {"eos_token_id": 0}, {0}),
+    ({"eos_token_id": [7, 8]}, {"temperature": 1.0}, {7, 8}),
+    ({"eos_token_id": 7}, {"eos_token_id": None}, {7}),
+    ({"eos_token_id": 7}, {"eos_token_id": []}, {7}),
+    ({"eos_token_id": 7}, {"eos_token_id": -1}, {7}),
+    ({"eos_token_id": None, "text_config": {"eos_token_id": 6}}, {}, {6}),
+    ({"eos_token_id": 2**31 - 1}, {}, {2**31 - 1}),
+    ({}, {}, set()),
+])
+def test_the_tokenizers_eos_ends_a_text_with_generation_configs_ids_or_else_configs(tmp_path, config, generation_config, ids):
+    path = folders.write_folder(tmp_path, folders.llama3_like(), tokenizer_config={"eos_token": {"content": "<|eot_id|>"}}, config=config,
+                                generation_config=generation_config)
     tokenizer = Tokenizer.from_folder(path)
-    assert tokenizer.eos_token_ids == {7, 8, 9, tokenizer.encode("<|eot_id|>", add_special_tokens=False, parse_special=True)[0]}
+    assert tokenizer.eos_token_ids == ids | set(tokenizer.encode("<|eot_id|>", add_special_tokens=False, parse_special=True))
+    (path / "tokenizer_config.json").unlink()
+    assert Tokenizer.from_folder(path).eos_token_ids == ids
 
 
-def test_an_eos_id_that_is_no_id_is_refused(tmp_path):
-    path = folders.write_folder(tmp_path, folders.llama3_like(), config={"eos_token_id": "</s>"})
-    with pytest.raises(TokenizerError, match=r"config\.json: eos_token_id is '</s>'"):
+@pytest.mark.parametrize("value", ["</s>", True, [1, False], 2**31, 10**30, 1.0, [1, [2]], list(range(2000))])
+def test_an_eos_id_that_is_no_id_is_refused(tmp_path, value):
+    path = folders.write_folder(tmp_path, folders.llama3_like(), config={"eos_token_id": value})
+    with pytest.raises(TokenizerError, match=r"eos_token_id is .*a token id up to 2147483647|name 2000 ids that end a text"):
         Tokenizer.from_folder(path)
 
 
@@ -132,6 +146,28 @@ def test_default_sampling_reads_vllms_keys_and_not_do_sample(tmp_path):
              "num_beams": 4}
     tokenizer = Tokenizer.from_folder(folders.write_folder(tmp_path, folders.llama3_like(), generation_config=given))
     assert tokenizer.default_sampling == {"temperature": 0.6, "top_k": 20, "min_p": 0.1, "repetition_penalty": 1.1, "max_tokens": 9}
+
+
+def test_a_whole_number_with_a_point_is_one_and_text_or_truth_is_no_number(tmp_path):
+    path = folders.write_folder(tmp_path, folders.llama3_like(), generation_config={"top_k": 50.0, "max_new_tokens": 7.0, "temperature": 1})
+    sampling = Tokenizer.from_folder(path).default_sampling
+    assert sampling == {"top_k": 50, "max_tokens": 7, "temperature": 1}
+    assert type(sampling["top_k"]) is type(sampling["max_tokens"]) is int
+    for name, value in (("top_k", 50.5), ("top_k", True), ("top_p", "0.9"), ("temperature", False), ("min_p", [0.1]), ("max_new_tokens", "7")):
+        folders.write_folder(tmp_path, folders.llama3_like(), generation_config={name: value})
+        with pytest.raises(TokenizerError, match=rf"generation_config\.json: {name} is .*; it must be a (whole )?number"):
+            Tokenizer.from_folder(path)
+    (path / "generation_config.json").write_text('{"temperature": NaN}')
+    with pytest.raises(TokenizerError, match="temperature is nan; it must be a number"):
+        Tokenizer.from_folder(path)
+
+
+@pytest.mark.parametrize("name", ["add_bos_token", "add_prefix_space", "legacy", "split_special_tokens", "clean_up_tokenization_spaces"])
+def test_a_flag_that_is_neither_true_nor_false_is_refused(tmp_path, name):
+    for value in ("false", 0, [True]):
+        path = folders.write_folder(tmp_path, folders.llama3_like(), tokenizer_config={name: value})
+        with pytest.raises(TokenizerError, match=f"{name} is .*; it must be true or false"):
+            Tokenizer.from_folder(path)
 
 
 def test_decode_skips_special_tokens_and_ids_outside_the_vocabulary(kinds):

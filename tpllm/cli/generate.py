@@ -16,13 +16,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     add_model_options(parser)
     parser.add_argument("--prompt", help="the text to complete; standard input if not given")
+    parser.add_argument("--parse-special", action=argparse.BooleanOptionalAction, default=None,
+                        help="read special-token text in the prompt, such as <|im_end|>, as special tokens; so it is by default")
     add_sampling_options(parser)
 
 
 def run(args: argparse.Namespace, *, make_llm: Callable[..., Any] | None) -> int:
     """Run the command; returns the exit code."""
     sampling = sampling_of(args)  # a bad value is refused before a model is loaded
-    prompt = _prompt(args)
+    text = _prompt(args)
+    prompt = text if args.parse_special is None else {"prompt": text, "parse_special": args.parse_special}
     with contextlib.closing(load_llm(args, make_llm)) as llm:
         deltas = llm.stream(prompt, SamplingParams(**{**llm.default_sampling, **sampling}))
         with contextlib.closing(deltas):

@@ -10,7 +10,7 @@ from tpllm.tokenizer import Tokenizer
 def find_bad_words(words: Sequence[str], tokenizer: Tokenizer | None, *, vocab_size: int) -> list[list[int]]:
     """The token sequences of some words, each at the beginning of a text and, where that differs, after a space.
 
-    A sequence with an id from ``vocab_size`` on is left out: the model cannot write it.
+    Special-token text is a special token, as in vLLM. A sequence with an id from ``vocab_size`` on is left out: the model cannot write it.
 
     Raises:
         SamplingError: words without a tokenizer, that the tokenizer cannot encode or that have no tokens; too many sequences, or too long ones.
@@ -21,7 +21,7 @@ def find_bad_words(words: Sequence[str], tokenizer: Tokenizer | None, *, vocab_s
     for word in words:
         for text in (word.lstrip(), " " + word.lstrip()):
             try:
-                ids = tokenizer.encode(text, add_special_tokens=False)
+                ids = tokenizer.encode(text, add_special_tokens=False, parse_special=True)
             except PromptError as error:
                 raise SamplingError(f"the bad word {word!r} cannot be encoded: {error}") from error
             if not ids:

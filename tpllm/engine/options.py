@@ -65,14 +65,14 @@ def drawable(eos_ids: frozenset[int], vocab_size: int) -> frozenset[int]:
 
 
 def build_engine(config: ModelConfig, params: DecoderParams, tokenizer: Tokenizer | None, *, options: EngineOptions, shapes: EngineShapes,
-                 cache_dtype, seed: int = 0) -> Engine:
-    """An engine over parameters on their mesh.
+                 cache_dtype, seed: int = 0, eos_ids: frozenset[int] = frozenset()) -> Engine:
+    """An engine over parameters on their mesh. ``eos_ids`` end a text where there is no tokenizer to ask.
 
     Raises:
         ConfigError, MemoryNeedError: there is no room for a KV cache, or not for the one asked for.
     """
     num_pages = choose_num_pages(config, shapes, cache_dtype, kv_cache_tokens=options.kv_cache_tokens, memory_share=options.memory_share)
-    eos_ids = drawable(tokenizer.eos_token_ids, config.vocab_size) if tokenizer else frozenset()
+    eos_ids = drawable(tokenizer.eos_token_ids if tokenizer else eos_ids, config.vocab_size)
     runner = Runner(config, params, shapes=shapes, num_pages=num_pages, eos_ids=eos_ids, cache_dtype=cache_dtype)
     depends_on_prompt_len = any(rope is not None and rope.kind in ROPES_OF_PROMPT_LEN for rope in config.layer_ropes)
     scheduler = Scheduler(shapes, num_pages=num_pages, num_groups=runner.num_groups, caches_prefixes=options.enable_prefix_caching,

@@ -3,12 +3,12 @@ import operator
 from collections.abc import Mapping
 from typing import Any
 
-from tpllm.errors import PromptError, TokenizerError
+from tpllm.errors import PromptError, TokenizerError, short
 from tpllm.tokenizer import Tokenizer
 
 Prompt = str | Mapping[str, Any]
 Messages = list[dict[str, Any]]
-CHAT_OPTIONS = ("template_kwargs", "tools", "add_generation_prompt")
+CHAT_OPTIONS = ("template_kwargs", "tools", "add_generation_prompt", "parse_special")
 
 
 def encode_prompt(prompt: Prompt, tokenizer: Tokenizer | None) -> dict[str, Any]:
@@ -16,7 +16,9 @@ def encode_prompt(prompt: Prompt, tokenizer: Tokenizer | None) -> dict[str, Any]
 
     Args:
         prompt: text, ``{"prompt": text}``, ``{"prompt_token_ids": [...]}`` or ``{"messages": [...]}``; beside messages there may be
-            ``template_kwargs``, ``tools`` and ``add_generation_prompt``, as :meth:`tpllm.tokenizer.Tokenizer.encode_chat` takes them.
+            ``template_kwargs``, ``tools`` and ``add_generation_prompt``, as :meth:`tpllm.tokenizer.Tokenizer.encode_chat` takes them. Special-token
+            text in a text is read as special tokens, as in transformers, vLLM and llama.cpp, and in messages it is text; ``parse_special`` beside
+            either says otherwise.
         tokenizer: None serves token ids only.
 
     Returns:
@@ -29,6 +31,9 @@ def encode_prompt(prompt: Prompt, tokenizer: Tokenizer | None) -> dict[str, Any]
     prompt = {"prompt": prompt} if isinstance(prompt, str) else prompt
     if not isinstance(prompt, Mapping):
         raise PromptError(f"a prompt is {prompt!r}; give text, {{'prompt': ...}}, {{'prompt_token_ids': [...]}} or {{'messages': [...]}}")
+    parse_special = prompt.get("parse_special")
+    if not isinstance(parse_special, bool | None):
+        raise PromptError(f"parse_special is {short(parse_special)}; it must be true or false")
     if "prompt_token_ids" in prompt:
         return {"prompt": prompt.get("prompt"), "prompt_token_ids": _ids(prompt["prompt_token_ids"])}
     if tokenizer is None:
@@ -38,10 +43,11 @@ def encode_prompt(prompt: Prompt, tokenizer: Tokenizer | None) -> dict[str, Any]
         return {"prompt": None, "prompt_token_ids": tokenizer.encode_chat(prompt["messages"], **options)}
     text = prompt.get("prompt")
     if not isinstance(text, str):
-        raise PromptError(f"a prompt is {text!r}; it must be text")
+        raise PromptError(f"a prompt is {short(text)}; it must be text")
     if not text:
         raise PromptError("the prompt is empty; give at least one character")
-    return {"prompt": text, "prompt_token_ids": tokenizer.encode(text)}
+    parse_special = not tokenizer.splits_special if parse_special is None else parse_special
+    return {"prompt": text, "prompt_token_ids": tokenizer.encode(text, parse_special=parse_special)}
 
 
 def _ids(ids: Any) -> list[int]:

@@ -144,10 +144,14 @@ def _prompt(fields: Mapping[str, Any]) -> Prompt:
         found = f"the row has {' and '.join(given)}" if given else f"the row has {', '.join(map(repr, fields)) or 'no keys'} and no prompt"
         raise RowError(f"{found}; give exactly one of prompt, prompt_token_ids and messages")
     _check_text(given[0], fields[given[0]])
+    parse_special = fields.get("parse_special")
+    if not isinstance(parse_special, bool | None):
+        raise RowError(f"parse_special is {_short(parse_special)}; it must be true or false")
+    option = {} if parse_special is None else {"parse_special": parse_special}
     if given[0] == "messages":
-        return _chat(fields)
+        return {**_chat(fields), **option}
     if given[0] == "prompt" and isinstance(fields["prompt"], str):
-        return fields["prompt"]
+        return {"prompt": fields["prompt"], **option} if option else fields["prompt"]
     ids = list(map(whole, fields[given[0]])) if isinstance(fields[given[0]], list) else None
     if ids is None or not all(type(token) is int for token in ids):
         raise RowError(f"{given[0]} is {_short(fields[given[0]])}; it must be {'text or ' if given[0] == 'prompt' else ''}a list of token ids")

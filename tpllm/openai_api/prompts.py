@@ -33,6 +33,19 @@ def completion_prompts(prompt: object) -> tuple[Prompt, ...]:
                    param="prompt", code="invalid_type")
 
 
+def with_parse_special(prompts: tuple[Prompt, ...], parse_special: object) -> tuple[Prompt, ...]:
+    """Prompts that say whether special-token text in them is read as special tokens; where a body does not, texts do and messages do not.
+
+    Raises:
+        ApiError: neither true nor false.
+    """
+    if parse_special is None:
+        return prompts
+    if not isinstance(parse_special, bool):
+        raise ApiError(f"parse_special is {shortened(parse_special)}; it must be true or false", param="parse_special", code="invalid_type")
+    return tuple({**({"prompt": prompt} if isinstance(prompt, str) else prompt), "parse_special": parse_special} for prompt in prompts)
+
+
 def chat_prompt(given: Mapping[str, Any]) -> Prompt:
     """The prompt of a chat: its messages, and ``chat_template_kwargs``, ``add_generation_prompt`` and ``tools``.
 

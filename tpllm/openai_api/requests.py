@@ -13,7 +13,7 @@ from tpllm.engine.sampling_params import SamplingParams
 from tpllm.engine.whole_numbers import SAMPLING_KINDS, as_kind
 from tpllm.errors import SamplingError
 from tpllm.openai_api.api_error import ApiError, shortened
-from tpllm.openai_api.prompts import chat_prompt, completion_prompts
+from tpllm.openai_api.prompts import chat_prompt, completion_prompts, with_parse_special
 
 COMPLETIONS = "/v1/completions"
 CHAT = "/v1/chat/completions"
@@ -26,9 +26,9 @@ WITHOUT_EFFECT = ("metadata", "parallel_tool_calls", "prompt_cache_key", "prompt
                   "service_tier", "store", "user")
 """What concerns only OpenAI's own service."""
 OWN = {
-    COMPLETIONS: ("model", "prompt", "logprobs", "echo", "best_of"),
+    COMPLETIONS: ("model", "prompt", "logprobs", "echo", "best_of", "parse_special"),
     CHAT: ("model", "messages", "logprobs", "top_logprobs", "max_completion_tokens", "tools", "tool_choice", "chat_template_kwargs",
-           "add_generation_prompt"),
+           "add_generation_prompt", "parse_special"),
 }
 LIMITED: dict[str, dict[str, tuple[Any, ...]]] = {
     COMPLETIONS: {"stream": (False,), "stream_options": (), "suffix": ("",), "add_special_tokens": (True,)},
@@ -90,7 +90,7 @@ def read_request(endpoint: object, body: object, *, defaults: Mapping[str, Any] 
     num_top_logprobs = _num_chat_logprobs(given) if endpoint == CHAT else given.get("logprobs")
     if "logprobs" not in given:
         num_top_logprobs = defaults.get("logprobs")
-    prompts = (chat_prompt(given),) if endpoint == CHAT else completion_prompts(given.get("prompt"))
+    prompts = with_parse_special((chat_prompt(given),) if endpoint == CHAT else completion_prompts(given.get("prompt")), given.get("parse_special"))
     sampling = {key: value for key, value in given.items() if key in SAMPLING}
     if "max_completion_tokens" in given:
         sampling["max_tokens"] = _max_completion_tokens(given)

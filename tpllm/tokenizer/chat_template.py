@@ -5,16 +5,15 @@ from collections.abc import Mapping
 
 import jinja2
 
-from tpllm.errors import TokenizerError
+from tpllm.errors import MAX_SHOWN, TokenizerError
 from tpllm.tokenizer.folder import DEFAULT_TEMPLATE
 from tpllm.tokenizer.messages import joined_parts
-from tpllm.tokenizer.template_filters import BUDGET
+from tpllm.tokenizer.template_compiler import compile_template, parse_template
 from tpllm.tokenizer.template_limits import MAX_BYTES, Budget, TemplateLimitError
-from tpllm.tokenizer.template_sandbox import compile_template, sandbox
 from tpllm.tokenizer.tool_arguments import ArgumentForms, find_forms
+from tpllm.tokenizer.traced_text import TracedText
 
 TOOL_TEMPLATE = "tool_use"
-MAX_SOURCE_CHARS = 1_000_000
 
 log = logging.getLogger("tpllm")
 
@@ -44,11 +43,12 @@ class ChatTemplate:
             self._forms = find_forms(render)
         return self._forms
 
-    def render(self, messages: list[dict], context: Mapping) -> str:
-        """The prompt's text; the template's own variables come from ``context``. Where it does not read tools, those that are given change nothing,
-        as in transformers, and the log says so once.
+    def render(self, messages: list[dict], context: Mapping) -> TracedText:
+        """The prompt's text, which knows what of it stood in a :class:`TracedText` of the messages or the context.
 
-        Message parts are passed on as a list where the template loops over them, else joined by newlines.
+        Args:
+            messages: their parts are passed on as a list where the template loops over them, else joined by newlines.
+            context: the template's own variables. Where it does not read ``tools``, they change nothing, as in transformers; the log says so once.
 
         Raises:
             TokenizerError: the template is wrong, refuses the messages (it holds the template's own message), or comes to a limit of
@@ -59,43 +59,48 @@ class ChatTemplate:
             log.warning("the %s does not read tools: prompts are made without them", self.label)
         return self._render(messages, context)
 
-    def _render(self, messages: list[dict], context: Mapping) -> str:
+    def _render(self, messages: list[dict], context: Mapping) -> TracedText:
         template, reads_parts, _ = self._compiled
         if not reads_parts:
             messages = [joined_parts(message) for message in messages]
         try:
-            text = template.render({**context, "messages": messages, BUDGET: Budget(messages)})
+            with Budget():
+                text = template.render({**context, "messages": messages})
         except TemplateLimitError as error:
             raise TokenizerError(f"the {self.label} {error} on these messages and is stopped; shorten the messages, or correct the template in the "
                                  "model's folder") from error
         except jinja2.TemplateError as error:
-            raise TokenizerError(f"the {self.label} refuses these messages: {error.message}; "
+            raise TokenizerError(f"the {self.label} refuses these messages: {_line(error.message)}; "
                                  "change the messages, or the template in the model's folder") from error
         except Exception as error:  # the template is a program of somebody else's: it can fail in any way
-            raise TokenizerError(f"the {self.label} fails on these messages: {type(error).__name__}: {error}; "
+            raise TokenizerError(f"the {self.label} fails on these messages: {type(error).__name__}: {_line(error)}; "
                                  "change the messages, or the template in the model's folder") from error
 
         if len(text) > MAX_BYTES or (not text.isascii() and len(text.encode("utf-8", "surrogatepass")) > MAX_BYTES):
             raise TokenizerError(f"the {self.label} makes a prompt of over {MAX_BYTES // 1_000_000} MB; shorten the messages")
         return text
 
-    @functools.cached_property
+    @property
     def _compiled(self) -> tuple[jinja2.Template, bool, bool]:
         """The template; whether it loops over parts; whether it reads ``tools``, or is there for them."""
-        if len(self.source) > MAX_SOURCE_CHARS:
-            raise TokenizerError(f"the {self.label} has {len(self.source)} characters and may have {MAX_SOURCE_CHARS}; "
-                                 "shorten it in the model's folder")
-        environment = sandbox()
+        if isinstance(self._outcome, str):
+            raise TokenizerError(self._outcome)
+        return self._outcome
+
+    @functools.cached_property
+    def _outcome(self) -> tuple[jinja2.Template, bool, bool] | str:
+        """As :attr:`_compiled`, or why it cannot be compiled, which is found out once and not for each row."""
         try:
-            tree = environment.parse(self.source)
+            tree = parse_template(self.source)
             takes_tools = self.is_for_tools or any(name.name == "tools" for name in tree.find_all(jinja2.nodes.Name))
             reads_parts = _loops_over_content(tree)
-            return compile_template(environment, tree), reads_parts, takes_tools
+            return compile_template(tree), reads_parts, takes_tools
+        except TemplateLimitError as error:
+            return f"the {self.label} {error} while it is compiled; shorten it in the model's folder"
         except jinja2.TemplateSyntaxError as error:
-            raise TokenizerError(f"the {self.label} has a syntax error in line {error.lineno}: {error.message}; "
-                                 "correct it in the model's folder") from error
+            return f"the {self.label} has a syntax error in line {error.lineno}: {_line(error.message)}; correct it in the model's folder"
         except Exception as error:  # nested too deeply for Jinja or for Python
-            raise TokenizerError(f"the {self.label} cannot be compiled: {type(error).__name__}: {error}; correct it in the model's folder") from error
+            return f"the {self.label} cannot be compiled: {type(error).__name__}: {_line(error)}; correct it in the model's folder"
 
 
 def choose_template(templates: Mapping[str, str], *, has_tools: bool) -> ChatTemplate:
@@ -112,6 +117,12 @@ def choose_template(templates: Mapping[str, str], *, has_tools: bool) -> ChatTem
         raise TokenizerError(f"the model has the chat templates {sorted(templates)} and none of the name {DEFAULT_TEMPLATE!r}; "
                              "save the one to use as chat_template.jinja in the model's folder")
     raise TokenizerError("the model has no chat template; put one into its folder as chat_template.jinja, or give prompts instead of messages")
+
+
+def _line(message: object) -> str:
+    """What a template or a library says, as a part of one line."""
+    text = " ".join(str(message)[:4 * MAX_SHOWN].split())
+    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
 
 
 def _loops_over_content(tree: jinja2.nodes.Template) -> bool:

@@ -14,6 +14,9 @@ from tokenizers import decoders
 BYTE_TOKEN = re.compile("<0x([0-9A-Fa-f]{2})>")
 STREAMED_BY_PIECE = {"Replace", "Strip", "Metaspace", "WordPiece"}
 TREATS_FIRST_PIECE_APART = {"Metaspace", "WordPiece"}
+CLEANED_UP = ((" .", "."), (" ?", "?"), (" !", "!"), (" ,", ","), (" ' ", "'"), (" n't", "n't"), (" 'm", "'m"), (" 's", "'s"), (" 've", "'ve"),
+              (" 're", "'re"))
+"""What ``clean_up_tokenization_spaces`` replaces, in this order."""
 
 
 class Stage(Protocol):
@@ -124,6 +127,23 @@ class LeadingStrip:
         return []
 
 
+class Replaced:
+    """``str.replace`` on the joined text: an end that may begin what is replaced is held back."""
+
+    def __init__(self, old: str, new: str):
+        self.old, self.new, self.held = old, new, ""
+
+    def push(self, piece: str) -> list[str]:
+        *before, rest = (self.held + piece).split(self.old)
+        num_held = next(size for size in range(len(self.old) - 1, -1, -1) if rest.endswith(self.old[:size]))
+        self.held = rest[len(rest) - num_held:]
+        return [self.new.join([*before, rest[:len(rest) - num_held]])]
+
+    def finish(self) -> list[str]:
+        held, self.held = self.held, ""
+        return [held]
+
+
 class Whole:
     """Decoders that cannot be streamed: all of it at the end."""
 
@@ -166,6 +186,11 @@ def make_stages(specs: list[dict]) -> list[Stage]:
         stages.append(stage)
         is_joined = is_joined or kind == "ByteLevel"
     return stages
+
+
+def clean_up_stages() -> list[Stage]:
+    """Fresh stages that take the spaces before punctuation marks away."""
+    return [Replaced(old, new) for old, new in CLEANED_UP]
 
 
 def _piece_stage(spec: dict) -> Stage | None:

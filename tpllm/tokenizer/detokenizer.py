@@ -4,6 +4,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from tpllm.tokenizer.backend import border
+
 if TYPE_CHECKING:
     from tpllm.tokenizer.tokenizer import Tokenizer
 
@@ -36,8 +38,9 @@ class Detokenizer:
 
 def run_stages(stages: list, pieces: list[str], *, is_last: bool = False) -> str:
     """Send pieces through the stages, and at the end their held-back rests too."""
-    for stage in stages:
-        pieces = [text for piece in pieces for text in stage.push(piece)]
-        if is_last:
-            pieces += stage.finish()
-    return "".join(pieces)
+    with border("the tokenizer fails on token ids"):
+        for stage in stages:
+            pieces = [text for piece in pieces for text in stage.push(piece)]
+            if is_last:
+                pieces += stage.finish()
+        return "".join(pieces)

@@ -11,7 +11,9 @@ from tokenizers import decoders, models, normalizers, processors
 
 from tpllm.checkpoint.gguf.header import GgufFile
 from tpllm.errors import TokenizerError, short
-from tpllm.tokenizer.folder import DEFAULT_TEMPLATE, TokenizerFolder
+from tpllm.tokenizer.backend import border
+from tpllm.tokenizer.folder import DEFAULT_TEMPLATE, MAX_ID, TokenizerFolder
+from tpllm.tokenizer.generation_defaults import GenerationDefaults
 from tpllm.tokenizer.pre_tokenizers import WORD_RULES
 from tpllm.tokenizer.tokenizer import Tokenizer
 
@@ -71,17 +73,17 @@ def tokenizer_from_gguf(gguf: GgufFile) -> Tokenizer:
     makers = {"gpt2": _byte_level, "llama": _sentencepiece}
     if vocabulary.model not in makers:
         raise _refused(gguf, "model", vocabulary.model or None, f"one of {', '.join(makers)}; give a folder with the model's tokenizer.json")
-    try:
+    with border(f"{gguf.path}: its tokenizer cannot be built", fix="convert the model again"):
         backend, adds_bos = makers[vocabulary.model](vocabulary)
         _add_tokens(backend, vocabulary)
         _add_eos(backend, vocabulary)
         return Tokenizer(backend, _settings(vocabulary, adds_bos=adds_bos))
-    except (TokenizerError, MemoryError):
-        raise
-    except Exception as error:  # the library raises nothing narrower
-        if type(error).__module__.startswith("tpllm"):
-            raise
-        raise TokenizerError(f"{gguf.path}: its tokenizer cannot be built ({error}); convert the model again") from error
+
+
+def defaults_from_gguf(gguf: GgufFile) -> GenerationDefaults:
+    """The ids that end a text by a file whose tokenizer is not read."""
+    ids = (gguf.get(f"tokenizer.ggml.{name}_token_id", int) for name in ENDING_IDS)
+    return GenerationDefaults(frozenset(token_id for token_id in ids if token_id is not None and 0 <= token_id <= MAX_ID))
 
 
 def _read_vocabulary(gguf: GgufFile) -> Vocabulary:

@@ -1,8 +1,13 @@
 """The messages of a chat, checked and made of plain JSON values, which are all that a template gets to touch."""
+import re
 from collections.abc import Mapping
 
-from tpllm.errors import PromptError
+from tpllm.errors import PromptError, short
+from tpllm.tokenizer.traced_text import TracedText
 
+MAX_DEPTH = 100
+"""Of what a chat's values may be nested: Python's own stack is not much deeper."""
+_WORD = re.compile(r"[\w -]+", re.ASCII)
 TEXT_PARTS = ("text", "input_text", "output_text")
 REFUSAL = "refusal"
 """A message of the assistant's, or a part of one, that says no: in OpenAI's API it stands under this key instead of the content or the text."""
@@ -24,11 +29,11 @@ def checked_messages(messages: object) -> list[dict]:
     return [_checked_message(message, f"messages[{index}]") for index, message in enumerate(messages)]
 
 
-def plain_value(value: object, where: str) -> object:
+def plain_value(value: object, where: str, *, depth: int = 0) -> object:
     """A copy made of dict, list, str, int, float, bool and None only, so that a template meets no methods of other objects.
 
     Raises:
-        PromptError: another type, or a text that UTF-8 cannot hold.
+        PromptError: another type, a text that UTF-8 cannot hold, or values nested over 100 deep.
     """
     if value is None or isinstance(value, bool):
         return value
@@ -38,11 +43,29 @@ def plain_value(value: object, where: str) -> object:
         return int(value)
     if isinstance(value, float):
         return float(value)
+    if depth > MAX_DEPTH:
+        raise PromptError(f"{where[:80]}... is nested over {MAX_DEPTH} deep; give less nested values")
     if isinstance(value, Mapping):
-        return {plain_value(key, where): plain_value(item, f"{where}[{key!r}]") for key, item in value.items()}
+        return {plain_value(key, where): plain_value(item, f"{where}[{short(key)}]", depth=depth + 1) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [plain_value(item, f"{where}[{index}]") for index, item in enumerate(value)]
+        return [plain_value(item, f"{where}[{index}]", depth=depth + 1) for index, item in enumerate(value)]
     raise PromptError(f"{where} is a {type(value).__name__}; use only what JSON can hold")
+
+
+def traced_messages(messages: list[dict]) -> list[dict]:
+    """Messages whose texts know that they are a user's. A role that is a word is no text of a user's: templates write it into their own marks
+    (``<|user|>``)."""
+    return [{TracedText(key): value if key == "role" and _WORD.fullmatch(value) else traced_value(value) for key, value in message.items()}
+            for message in messages]
+
+
+def traced_value(value: object) -> object:
+    """A plain value whose texts know that they are a user's."""
+    if isinstance(value, str):
+        return TracedText(value)
+    if isinstance(value, dict):
+        return {traced_value(key): traced_value(item) for key, item in value.items()}
+    return [traced_value(item) for item in value] if isinstance(value, list) else value
 
 
 def checked_text(text: object, where: str) -> str:

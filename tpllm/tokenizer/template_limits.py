@@ -1,48 +1,42 @@
 """What a chat template may use up: a template is a program that came with somebody's model, and it runs for each row of a job.
 
-Python can stop a thread neither from outside nor within one call of its own. So time is looked at wherever a template can go on for long
-(each turn of a loop, each call, filter and operator), and what is done in one call is bounded by the size of what goes in.
+Python can stop a thread neither from outside nor within one call of its own. So all that a template does goes through few doors (calls, filters,
+tests, operators, comparisons, slices, output), each with the same rule: what goes in is weighed and may weigh 4 MB, so that a call whose time grows
+in proportion takes a fraction of a second; what could grow faster has a bound of its own in :mod:`~tpllm.tokenizer.template_costs`; then the clock
+is looked at, and what came out is counted.
 """
-import re
+import itertools
+import sys
+import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping, MappingView
+
+from tpllm.tokenizer.traced_text import spans_of
 
 MAX_SECONDS = 1.0
-"""Of the thread's own computing time: what else the machine does must not decide whether a row can be run."""
+"""Of the thread's own computing time: what else the machine does must not decide whether a row can be run. Also of compiling."""
 MAX_BYTES = 4_000_000
-"""Of the rendered text, and about of any value on the way."""
+"""Of the rendered text, and about of any value on the way, in characters."""
 MAX_MADE = 64 * MAX_BYTES
-"""Characters of all values on the way together; those of which a loop makes a text bit by bit count each time."""
+"""Bytes of all values on the way together; those of which a loop makes a text bit by bit count each time."""
+MAX_ITEMS = 100_000
+"""Elements of a list that is made, and characters of a text whose characters are gone through one by one."""
 MAX_INT_BITS = 4096
-MAX_PRECISION = 1000
-MAX_STRIPPED = 1000
-"""Characters that ``strip`` and ``trim`` look for: each of the text's is compared with each of them."""
 
 CELL = 8  # what an element weighs besides its content
-MAX_KNOWN = 16  # values whose weight is remembered
-_PERCENT_FIELD = re.compile(r"%(?:\([^()]*\))?[^A-Za-z%]*")
-_BRACE_FIELD = re.compile(r"\{[^{}]*")
-_HIDDEN_WIDTH = re.compile(r"%[-+ #0-9.]*\*|%\([^)]*\(")
-_DIGITS = re.compile(r"\d+")
+KNOWN = 200  # bytes that it takes to remember a weight
+_running = threading.local()
 
 
 class TemplateLimitError(Exception):
     """A limit that a template came to. No ``ValueError``: some of Jinja's filters take those for bad input and go on."""
 
 
-class Budget:
-    """What one rendering may still use.
+class Clock:
+    """Stops what computes for too long; of the thread that made it."""
 
-    Args:
-        messages: whose weights are remembered, since templates cut and join lists of them.
-    """
-
-    def __init__(self, messages: Iterable[object]):
+    def __init__(self):
         self._cpu_start, self._next_look = time.thread_time(), time.perf_counter() + MAX_SECONDS
-        self._num_made = 0
-        self._known: dict[int, tuple[object, int]] = {}
-        self._messages = {id(message): (message, self.weigh(message)) for message in messages}
-        self._known = dict(self._messages)
 
     def check_time(self) -> None:
         """Stop a template that computes for too long."""
@@ -53,97 +47,101 @@ class Budget:
                 raise TemplateLimitError(f"runs for over {MAX_SECONDS:g} s")
             self._next_look = now + left
 
+
+class Budget(Clock):
+    """What one rendering may still use; ``with Budget(): ...`` makes it the thread's :func:`budget`.
+
+    Values that a template gets do not change while it runs, for its sandbox lets none change. So each is weighed once.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self._num_made = 0
+        self._known: dict[int, tuple[object, int, bool]] = {}
+
+    def __enter__(self) -> "Budget":
+        self._outer = getattr(_running, "budget", None)
+        _running.budget = self
+        return self
+
+    def __exit__(self, *_) -> None:
+        _running.budget = self._outer
+
+    def enter(self, *values: object) -> bool:
+        """Stop before a call that is given too much; returns whether a user's text is in it."""
+        self.check_time()
+        has_user = False
+        for value in values:
+            weight, is_user = (len(value), bool(spans_of(value))) if isinstance(value, str) else self.weigh(value)
+            self.allow(weight)
+            self.allow_int(value)
+            has_user = has_user or is_user
+        return has_user
+
     def take(self, value):
         """Count a value that was made; returns it."""
         self.check_time()
         if isinstance(value, str):
             self.allow(len(value))
-            self._num_made += len(value)
-        elif isinstance(value, Mapping | list | tuple):
-            self.allow(self.weigh(value))
-            self._num_made += CELL * len(value)  # what is in them was counted when it was made
-        elif isinstance(value, int):
-            self.allow(value.bit_length())
+            return self._count(value, sys.getsizeof(value))
+        if isinstance(value, Mapping | list | tuple):
+            self.allow(self.weigh(value)[0])
+            self.allow_items(len(value))
+            return self._count(value, sys.getsizeof(value))  # what is in them was counted when it was made
+        self.allow_int(value)
+        return value
+
+    def _count(self, value, num_bytes: int):
+        self._num_made += num_bytes
         if self._num_made > MAX_MADE:
             raise TemplateLimitError(f"makes values of over {MAX_MADE // 1_000_000} MB together")
         return value
+
+    def take_sum(self, left: list, right: list) -> list:
+        """``left + right``, without a look at each element: a list may be added to in a loop."""
+        (left_weight, has_left), (right_weight, has_right) = self.weigh(left), self.weigh(right)
+        self.allow(left_weight + right_weight)
+        made = left + right
+        self._known[id(made)] = (made, left_weight + right_weight - CELL, has_left or has_right)
+        return self._count(made, sys.getsizeof(made) + KNOWN)
 
     def allow(self, size: float) -> None:
         """Stop before, or after, a value of this size is made."""
         if size > MAX_BYTES:
             raise TemplateLimitError(f"makes a value of over {MAX_BYTES // 1_000_000} MB")
 
+    def allow_items(self, num_items: int) -> None:
+        """Stop before, or after, so many elements are gone through or made."""
+        if num_items > MAX_ITEMS:
+            raise TemplateLimitError(f"goes through over {MAX_ITEMS} elements at once")
+
     def allow_int(self, *values: object) -> None:
         """Stop arithmetic with numbers of over a thousand digits: its time grows faster than they do."""
-        if any(isinstance(value, int) and value.bit_length() > MAX_INT_BITS for value in values):
+        self.allow_bits(max((value.bit_length() for value in values if isinstance(value, int)), default=0))
+
+    def allow_bits(self, num_bits: int) -> None:
+        """Stop before, or after, a whole number of this size is made."""
+        if num_bits > MAX_INT_BITS:
             raise TemplateLimitError(f"makes a whole number of over {MAX_INT_BITS} bits")
 
-    def weigh(self, value: object) -> int:
-        """About the characters of a value as text, with all that is in it, counted as often as it is in it; or a number over the limit."""
-        total, stack = 0, [value]
-        while stack and total + CELL * len(stack) <= MAX_BYTES:
-            one = stack.pop()
-            total += CELL
-            if isinstance(one, str):
-                total += len(one)
-            elif isinstance(one, int):
-                total += one.bit_length() // 3
-            elif isinstance(one, Mapping | list | tuple):
-                if id(one) in self._known:
-                    total += self._known[id(one)][1]
-                    continue
-                stack.extend(one)
-                if isinstance(one, Mapping):
-                    stack.extend(one.values())
-        return total + CELL * len(stack)
+    def weigh(self, value: object) -> tuple[int, bool]:
+        """(about the characters of a value as text, with all that is in it, counted as often as it is in it; whether a user's text is among it)."""
+        if isinstance(value, str):
+            return CELL + len(value), bool(spans_of(value))
+        if isinstance(value, int):
+            return CELL + value.bit_length() // 3, False
+        if not isinstance(value, Mapping | list | tuple):
+            return CELL, isinstance(value, Iterator | MappingView)
+        if id(value) not in self._known:
+            weight, is_user = CELL, False
+            for item in itertools.chain(value, value.values()) if isinstance(value, Mapping) else value:
+                more, has_user = self.weigh(item)
+                weight, is_user = weight + more, is_user or has_user
+            self._known[id(value)] = (value, weight, is_user)
+            self._num_made += KNOWN
+        return self._known[id(value)][1:]
 
-    def remember(self, value: object, weight: int) -> None:
-        """Keep the weight of a list that may soon be added to."""
-        if len(self._known) >= len(self._messages) + MAX_KNOWN:
-            self._known = dict(self._messages)
-        self._known[id(value)] = (value, weight)
 
-    def allow_product(self, left: object, right: object) -> None:
-        """Before ``left * right``."""
-        self.allow_int(left, right)
-        for value, times in ((left, right), (right, left)):
-            if isinstance(value, str | list | tuple) and isinstance(times, int):
-                self.allow((len(value) if isinstance(value, str) else self.weigh(value)) * max(times, 0))
-
-    def allow_power(self, left: object, right: object) -> None:
-        """Before ``left ** right``."""
-        self.allow_int(left, right)
-        if isinstance(left, int) and isinstance(right, int) and abs(left) > 1 and abs(right) * left.bit_length() > MAX_INT_BITS:
-            raise TemplateLimitError(f"makes a whole number of over {MAX_INT_BITS} bits")
-
-    def allow_percent(self, text: str, values: object) -> None:
-        """Before ``text % values``."""
-        if _HIDDEN_WIDTH.search(text):
-            raise TemplateLimitError("takes the width of a field from a value, or has parentheses in a field's name; neither is allowed")
-        self._allow_fields(text, _PERCENT_FIELD.findall(text), values)
-
-    def allow_braces(self, text: str, values: object) -> None:
-        """Before ``text.format(...)``."""
-        text = text.replace("{{", "").replace("}}", "")
-        if re.search(r"\{[^{}]*\{", text):
-            raise TemplateLimitError("takes the format of a field from another field, which is not allowed")
-        self._allow_fields(text, _BRACE_FIELD.findall(text), values)
-
-    def _allow_fields(self, text: str, fields: list[str], values: object) -> None:
-        """Each field may be as wide as all values, or as any number in it says."""
-        width = max((int(digits[:20]) for field in fields for digits in _DIGITS.findall(field)), default=0)
-        self.allow(len(text) + len(fields) * (width + self.weigh(values)))
-
-    def allow_replace(self, text: object, old: object, new: object) -> None:
-        """Before every ``old`` in a text becomes ``new``."""
-        text, old, new = str(text), str(old), str(new)
-        self.allow(len(text) + (text.count(old) if len(new) > len(old) else 0) * len(new))
-
-    def allow_strip(self, chars: object) -> None:
-        """Before ``text.strip(chars)``."""
-        if isinstance(chars, str) and len(chars) > MAX_STRIPPED:
-            raise TemplateLimitError(f"strips {len(chars)} different characters; at most {MAX_STRIPPED} are allowed")
-
-    def allow_join(self, separator: object, items: list) -> None:
-        """Before items become one text."""
-        self.allow(self.weigh(items) + len(str(separator)) * len(items))
+def budget() -> Budget:
+    """Of the rendering that this thread is in."""
+    return _running.budget

@@ -5,134 +5,80 @@ import jinja2
 import jinja2.ext
 import jinja2.sandbox
 import jinja2.utils
-import jinja2.visitor
 from jinja2 import nodes
 
-from tpllm.tokenizer.template_filters import BUDGET, CONCAT, FILTERS, TAKE, TICK
-from tpllm.tokenizer.template_limits import Budget
-
-NOT_FOR_CHATS = ("pprint", "urlize", "wordwrap", "xmlattr")
-"""Filters for web pages, whose output or time no simple bound holds."""
-UNSAFE_METHODS = {str: ("encode", "expandtabs", "maketrans", "translate"), int: ("from_bytes", "to_bytes"), dict: ("fromkeys",)}
-PADDING = ("center", "ljust", "rjust", "zfill")
-STRIPPING = ("lstrip", "rstrip", "strip")
+from tpllm.tokenizer import template_costs as costs
+from tpllm.tokenizer.template_filters import install, settled, written
+from tpllm.tokenizer.template_limits import budget
+from tpllm.tokenizer.traced_text import TracedText, filled, joined
 
 
 def sandbox() -> jinja2.Environment:
     """A fresh environment."""
-    environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, jinja2.ext.loopcontrols],
-                           optimized=False, finalize=_written)  # not optimized: that would compute constants while it compiles, unchecked
-    for name in NOT_FOR_CHATS:
-        del environment.filters[name]
+    environment = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, jinja2.ext.loopcontrols],
+                          optimized=False, finalize=written)  # not optimized: that would compute constants while it compiles, unchecked
     del environment.globals["lipsum"]
-    environment.filters.update(FILTERS)
+    install(environment)
     environment.globals.update(namespace=_Namespace, raise_exception=_raise_exception, strftime_now=_strftime_now)
     return environment
 
 
-def compile_template(environment: jinja2.Environment, tree: nodes.Template) -> jinja2.Template:
-    """A template whose loops, filters and literals keep to the limits; the tree is changed."""
-    tree = _Bounds().visit(tree)
-    tree.set_environment(environment)
-    return environment.from_string(tree)
-
-
-class _Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
-    """Counts what operators and calls make."""
+class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
+    """Bounds and counts what operators and calls make."""
 
     intercepted_binops = frozenset(jinja2.sandbox.SandboxedEnvironment.default_binop_table)
+    concat = staticmethod(joined)
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self._constants: dict[str, TracedText] = {}
+
+    def constant(self, text: str) -> TracedText:
+        """Text that stands in the template, on its way to the output."""
+        if text not in self._constants:
+            self._constants[text] = TracedText(text, ())
+        return budget().take(self._constants[text])
 
     def call_binop(self, context, operator, left, right):
-        budget = context.parent[BUDGET]
+        has_user = budget().enter(left, right)
         if operator == "+" and isinstance(left, list) and isinstance(right, list):
-            weight = budget.weigh(left) + budget.weigh(right)
-            budget.allow(weight)
-            result = left + right
-            budget.remember(result, weight)
-            return budget.take(result)
+            return budget().take_sum(left, right)
         if operator == "*":
-            budget.allow_product(left, right)
+            costs.allow_product(budget(), left, right)
         elif operator == "**":
-            budget.allow_power(left, right)
+            costs.allow_power(budget(), left, right)
         elif operator == "%" and isinstance(left, str):
-            budget.allow_percent(left, right)
-        else:
-            budget.allow_int(left, right)
-        return budget.take(super().call_binop(context, operator, left, right))
+            costs.allow_percent(budget(), left, right)
+            left = TracedText(left, ()) if has_user and type(left) is str else left
+        return settled(super().call_binop(context, operator, left, right), has_user=has_user)
 
     def call(__self, __context, __obj, *args, **kwargs):  # noqa: N805  (kwargs are the template's, of any name)
-        budget = __context.parent[BUDGET]
         method = getattr(__obj, "__wrapped__", __obj)  # of str.format, which the sandbox wraps
-        text = getattr(method, "__self__", None)
-        if isinstance(text, str):
-            args = _bounded_arguments(budget, text, method.__name__, args, kwargs)
-        budget.check_time()
-        return budget.take(super().call(__context, __obj, *args, **kwargs))
-
-    def call_filter(self, name, value, args=None, kwargs=None, context=None, eval_ctx=None):
-        return context.parent[BUDGET].take(super().call_filter(name, value, args, kwargs, context, eval_ctx))
-
-    def call_test(self, name, value, args=None, kwargs=None, context=None, eval_ctx=None):
-        context.parent[BUDGET].check_time()
-        return super().call_test(name, value, args, kwargs, context, eval_ctx)
+        owner = getattr(method, "__self__", None)
+        if __obj is dict or (isinstance(owner, str) and method.__name__ == "join"):
+            args = tuple(arg if isinstance(arg, dict | list) else _listed(arg) for arg in args)
+        has_user = budget().enter(owner, *args, *kwargs.values())
+        if __obj is dict:
+            costs.allow_mapping(args)
+        if not isinstance(owner, str):  # methods of other values give what is in them, which knows whose it is
+            return settled(super().call(__context, __obj, *args, **kwargs), has_user=has_user and owner is None)
+        costs.allow_method(budget(), owner, method.__name__, args, kwargs)
+        if not has_user:
+            return budget().take(super().call(__context, __obj, *args, **kwargs))
+        if method is not __obj:
+            return budget().take(filled(owner, __obj, args, kwargs))
+        if type(owner) is str:
+            __obj = getattr(TracedText(owner, ()), method.__name__)
+        return settled(super().call(__context, __obj, *args, **kwargs), has_user=True)
 
     def is_safe_attribute(self, obj, attr, value):
-        kind = obj if isinstance(obj, type) else type(obj)
-        is_unsafe = any(issubclass(kind, base) and attr in names for base, names in UNSAFE_METHODS.items())
-        return not is_unsafe and super().is_safe_attribute(obj, attr, value)
+        return (not callable(value) or costs.is_safe_method(obj, attr)) and super().is_safe_attribute(obj, attr, value)
 
 
-def _bounded_arguments(budget: Budget, text: str, name: str, args: tuple, kwargs: dict) -> tuple:
-    """The arguments of a text's method, once what it makes of them is small enough."""
-    if name in PADDING and args and isinstance(args[0], int):
-        budget.allow(args[0])
-    elif name == "replace" and len(args) >= 2:
-        budget.allow_replace(text, *args[:2])
-    elif name in ("format", "format_map"):
-        budget.allow_braces(text, [list(args), kwargs])
-    elif name in STRIPPING:
-        budget.allow_strip(args[0] if args else None)
-    elif name == "join" and len(args) == 1:
-        args = (list(args[0]),)
-        budget.allow_join(text, *args)
-    return args
-
-
-class _Bounds(jinja2.visitor.NodeTransformer):
-    """Puts checks into a parsed template: a look at the clock into each loop, a count behind each filter, literal and ``~``, and constant
-    text is written as an expression is, so that it is counted."""
-
-    def visit_For(self, node):
-        self.generic_visit(node)
-        node.body.insert(0, nodes.ExprStmt(_filter(nodes.Const(None), TICK, node.lineno), lineno=node.lineno))
-        return node
-
-    def visit_Filter(self, node):
-        return _filter(self.generic_visit(node), TAKE, node.lineno)
-
-    def visit_Concat(self, node):
-        self.generic_visit(node)
-        return _filter(nodes.List(node.nodes, lineno=node.lineno), CONCAT, node.lineno)
-
-    def visit_TemplateData(self, node):
-        return nodes.Const(node.data, lineno=node.lineno)
-
-    def visit_List(self, node):
-        self.generic_visit(node)
-        is_small = all(isinstance(child, nodes.Const) for child in node.iter_child_nodes()) or getattr(node, "ctx", "load") != "load"
-        return node if is_small else _filter(node, TAKE, node.lineno)
-
-    visit_Dict = visit_List  # noqa: N815  (Jinja's names)
-    visit_Tuple = visit_List  # noqa: N815
-
-
-def _filter(node: nodes.Expr, name: str, line: int) -> nodes.Filter:
-    return nodes.Filter(node, name, [], [], None, None, lineno=line)
-
-
-@jinja2.pass_context
-def _written(context, value):
-    return context.parent[BUDGET].take(value if isinstance(value, str) else str(value))
+def _listed(values) -> list:
+    if isinstance(values, str):
+        budget().allow_items(len(values))
+    return list(values)
 
 
 class _Namespace(jinja2.utils.Namespace):
@@ -157,4 +103,5 @@ def _raise_exception(message):
 
 
 def _strftime_now(format):  # noqa: A002  (templates may name it)
+    costs.allow_time_format(format)
     return datetime.datetime.now().strftime(format)

@@ -1,5 +1,6 @@
 """What a job's rows would take: parsed, and their prompts made into tokens, but not run."""
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 from tpllm.engine.prompts import Prompt, encode_prompt
@@ -120,7 +121,8 @@ class RowCounting:
 
     def _encoded(self, prompt: Prompt) -> list[int]:
         """A prompt's tokens; refuses what the engine would."""
-        ids = encode_prompt(prompt, self._llm.get_tokenizer())["prompt_token_ids"]
+        has_ids = isinstance(prompt, Mapping) and "prompt_token_ids" in prompt
+        ids = encode_prompt(prompt, None if has_ids else self._llm.get_tokenizer())["prompt_token_ids"]
         if not ids:
             raise PromptError("the prompt is empty; give at least one token")
         if len(ids) >= self._context:

@@ -1,0 +1,93 @@
+"""The tokenizers library behind a border: it is written in Rust, and what panics there passes every ``except Exception``."""
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator, Sequence
+
+import tokenizers
+
+from tpllm.errors import TokenizerError, TpllmError, short
+from tpllm.tokenizer.folder import TokenizerFolder
+from tpllm.tokenizer.tokenizer_json import read_tokenizer_json
+
+FIX = "fetch the tokenizer's files again, or update the tokenizers package"
+OTHERS = (TpllmError, KeyboardInterrupt, SystemExit, GeneratorExit)
+
+
+@contextlib.contextmanager
+def border(failing: str, *, fix: str = FIX) -> Iterator[None]:
+    """Whatever fails inside becomes a :class:`TokenizerError` that says what failed and what to do; a user's interrupt stays one."""
+    try:
+        yield
+    except OTHERS:
+        raise
+    except BaseException as error:  # a panic is one
+        raise TokenizerError(f"{failing} ({type(error).__name__}: {short(str(error))}); {fix}") from error
+
+
+class Backend:
+    """A tokenizer of the library; it is never changed after loading, so threads may share it.
+
+    Args:
+        library: the tokenizer.
+    """
+
+    def __init__(self, library: tokenizers.Tokenizer):
+        self.library = library
+
+    @classmethod
+    def from_folder(cls, folder: TokenizerFolder) -> Backend:
+        """What tokenizer.json holds, as tokenizer_config.json's flags change it.
+
+        Raises:
+            TokenizerError: it is damaged.
+        """
+        text = read_tokenizer_json(folder)
+        with border(f"{folder.path / 'tokenizer.json'} cannot be read"):
+            return cls(tokenizers.Tokenizer.from_str(text))
+
+    def encode(self, text: str) -> tokenizers.Encoding:
+        """Ids and their places in the text, without what a post-processor adds."""
+        with border("the tokenizer fails on a text"):
+            return self.library.encode(text, add_special_tokens=False)
+
+    def post_process(self, encoding: tokenizers.Encoding) -> tokenizers.Encoding:
+        """With what the post-processor adds."""
+        with border("the tokenizer fails on a text"):
+            return self.library.post_process(encoding)
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Text of ids that are in the vocabulary."""
+        with border("the tokenizer fails on token ids"):
+            return self.library.decode(list(token_ids), skip_special_tokens=False)
+
+    def piece(self, token_id: int) -> str | None:
+        """A token as the vocabulary writes it."""
+        return self.library.id_to_token(token_id)
+
+    def token_id(self, piece: str) -> int | None:
+        """Its id."""
+        return self.library.token_to_id(piece)
+
+    @functools.cached_property
+    def plain(self) -> Backend:
+        """One that takes special-token text as plain text. It is a second tokenizer, because the attribute cannot be changed while another thread
+        encodes."""
+        return self._copy(self._json)
+
+    @functools.cached_property
+    def following(self) -> Backend:
+        """As :attr:`plain`, for a text that is not the start of a prompt: SentencePiece's space goes before the first word of a prompt only."""
+        return self._copy(self._json.replace('"prepend_scheme":"first"', '"prepend_scheme":"never"'))
+
+    @property
+    def _json(self) -> str:
+        with border("the tokenizer cannot be copied"):
+            return self.library.to_str()
+
+    def _copy(self, text: str) -> Backend:
+        with border("the tokenizer cannot be copied"):
+            copy = tokenizers.Tokenizer.from_str(text)
+            copy.encode_special_tokens = True
+            return Backend(copy)

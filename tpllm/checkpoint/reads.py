@@ -4,7 +4,6 @@ fingerprint tells of is what was read, and no list of names forgets the next fil
 import contextlib
 import contextvars
 import hashlib
-import io
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -50,15 +49,3 @@ def note_read(path: Path, data: bytes) -> None:
     """Tell the recording, if there is one, what a file holds."""
     if (recording := _recording.get()) is not None:
         recording.note(path, data)
-
-
-def read_noted(path: Path) -> bytes:
-    """All bytes of a file, noted."""
-    data = path.read_bytes()
-    note_read(path, data)
-    return data
-
-
-def read_noted_text(path: Path) -> str:
-    """The text of a file in UTF-8, its line ends as Python reads them, noted."""
-    return io.TextIOWrapper(io.BytesIO(read_noted(path)), encoding="utf-8").read()

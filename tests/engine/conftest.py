@@ -19,7 +19,7 @@ from tpllm.tokenizer import Tokenizer
 
 CONFIG = ModelConfig(vocab_size=96, hidden_size=64, num_layers=2, num_heads=8, num_kv_heads=8, head_dim=16, intermediate_size=128,
                      max_position=160, ties_embeddings=True)
-SHAPES = {"max_num_seqs": 4, "prefill_chunk_size": 32, "max_model_len": 120, "page_size": 16}
+SHAPES = {"max_num_seqs": 4, "prefill_chunk_size": 16, "max_model_len": 120, "page_size": 16}
 """Engines of the same options share their programs: a test that asks for others compiles its own."""
 
 

@@ -1,4 +1,5 @@
 """Every test runs on eight virtual CPU devices, with strict dtype promotion, a compile cache shared between runs, and the compile guard on."""
+import gc
 import os
 import pathlib
 from collections.abc import Iterator
@@ -27,7 +28,16 @@ def few_compiled_programs() -> Iterator[None]:
     """Forgets compiled programs, between modules, where they are many."""
     yield
     if MAPPINGS.exists() and MAPPINGS.read_bytes().count(b"\n") > MAX_MAPPINGS:
+        gc.unfreeze()
         jax.clear_caches()
+        gc.collect()
+
+
+@pytest.fixture(autouse=True)
+def small_garbage() -> None:
+    """Leaves what is there before a test out of Python's garbage collections: each end of an ``LLM`` is one, and a quarter second is too long to look
+    through the millions of objects that JAX keeps of compiled programs."""
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -99,14 +99,16 @@ def test_the_drafts_best_token_is_often_the_demos():
     assert (demo == draft)[held_out_windows()[1]].mean() > 0.33
 
 
+@pytest.mark.slow
 def test_it_ends_its_documents():
     with LLM("demo", mesh="tp=1", max_num_seqs=8) as llm:
         outputs = llm.generate(["x = 1\n"] * 8, [SamplingParams(seed=seed, max_tokens=400, temperature=0.8) for seed in range(8)])
         assert sum(output.outputs[0].finish_reason == "stop" for output in outputs) >= 3
 
 
-@pytest.mark.parametrize(("sampling", "share"), [({"temperature": 0.0}, 0.4),  # so small a model often repeats itself for ever when it is greedy
-                                                 ({"temperature": 0.8, "top_p": 0.95}, 0.75)], ids=["greedy", "sampled"])
+@pytest.mark.parametrize(("sampling", "share"), [
+    pytest.param({"temperature": 0.0}, 0.4, id="greedy", marks=pytest.mark.slow),  # so small a model often repeats itself for ever when it is greedy
+    pytest.param({"temperature": 0.8, "top_p": 0.95}, 0.75, id="sampled")])
 def test_most_answers_in_a_chat_are_ended_by_the_model(sampling, share):
     prompts = chat_prompts(32, seed=1)
     with LLM("demo", mesh="tp=1", max_num_seqs=16) as llm:

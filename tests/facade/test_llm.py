@@ -98,11 +98,12 @@ def test_rows_with_stop_strings_leave_their_neighbours_alone(llm):
 
 def test_special_tokens_are_left_out_of_the_text_unless_asked_for(llm):
     eos = min(llm.get_tokenizer().eos_token_ids)
-    many = [{"prompt_token_ids": llm.get_tokenizer().encode("x = 1\n")}] * 8
-    params = [SamplingParams(seed=seed, max_tokens=200, skip_special_tokens=False, ignore_eos=True, temperature=1.0) for seed in range(8)]
+    many = [{"prompt_token_ids": llm.get_tokenizer().encode("x = 1\n")}] * 4
+    options = {"max_tokens": 16, "skip_special_tokens": False, "ignore_eos": True, "logit_bias": {eos: 5.0}}
+    params = [SamplingParams(seed=seed, **options) for seed in range(4)]
     shown = llm.generate(many, params)
     hidden = llm.generate(many, [dataclasses.replace(one, skip_special_tokens=True) for one in params])
-    assert any(eos in output.outputs[0].token_ids for output in shown), "the model has learnt to end documents"
+    assert any(eos in output.outputs[0].token_ids for output in shown)
     for with_specials, without in zip(shown, hidden, strict=True):
         assert with_specials.outputs[0].token_ids == without.outputs[0].token_ids
         assert "<|eos|>" not in without.outputs[0].text

@@ -17,7 +17,9 @@ from tests.native.cases import ATTENTIONS, AttentionCase, in_rows, make_attentio
 from tpllm.native import attention as native
 from tpllm.native import library
 
-attend = jax.jit(native.attention, static_argnames=("scale", "window", "softcap"))
+attend, reference_attention = (jax.jit(function, static_argnames=("scale", "window", "softcap"))
+                               for function in (native.attention, paged_attention_reference))
+rotate, quantize = jax.jit(rope_reference), jax.jit(quantize_entries, static_argnums=1)
 CACHE_DTYPES = ("float32", "bfloat16", "float16", "int8", "float8_e4m3fn")
 
 
@@ -31,7 +33,7 @@ def opened(cache):
 
 
 def rotated(x_BTNH, rope):
-    return wide(rope_reference(jnp.asarray(x_BTNH, jnp.float32), *rope)) if rope[0].shape[-1] else wide(x_BTNH)
+    return wide(rotate(np.asarray(x_BTNH).astype(np.float32), *rope)) if rope[0].shape[-1] else wide(x_BTNH)
 
 
 def rows_of(positions_BT, table):
@@ -82,8 +84,8 @@ def test_attention_is_its_definition_and_the_reference(case, instruction_set):
     sinks = {"sinks_N": arrays.get("sinks_N")}
     assert error(out, definition(q, cache, case.positions, table=arrays["table"], **sinks, **case.how())) < 2e-3
     assert not np.asarray(out)[case.positions < 0].any()
-    reference = paged_attention_reference(*(jnp.asarray(x, jnp.float32) for x in (q, *opened(cache))), arrays["positions_BT"],
-                                          table=arrays["table"], **sinks, **case.how())
+    reference = reference_attention(*(x.astype(np.float32) for x in (q, *opened(cache))), arrays["positions_BT"], table=arrays["table"], **sinks,
+                                    **case.how())
     assert error(out, np.where((case.positions >= 0)[..., None, None], reference, 0)) < 2e-3
 
 
@@ -97,11 +99,11 @@ def test_the_cache_gets_the_rotated_keys_and_the_values_and_keeps_everything_els
             at = (page, slice(None), offset)
             entry = after[index][at]
             if case.cache_dtype in ("int8", "float8_e4m3fn"):
-                codes, scales = quantize_entries(jnp.asarray(new[b, t], jnp.float32)[None, None], entry.dtype)
+                codes, scales = map(np.asarray, quantize(new[b, t].astype(np.float32)[None, None], entry.dtype))
                 np.testing.assert_allclose(after[index + 2][at], scales[0, 0], rtol=1e-6)
-                is_same = entry.view(np.int8) == np.asarray(codes[0, 0]).view(np.int8)
+                is_same = entry.view(np.int8) == codes[0, 0].view(np.int8)
                 assert is_same.mean() > 0.99
-                assert (np.abs(entry.view(np.int8).astype(int) - np.asarray(codes[0, 0]).view(np.int8).astype(int)) <= 1).all()
+                assert (np.abs(entry.view(np.int8).astype(int) - codes[0, 0].view(np.int8).astype(int)) <= 1).all()
                 before[index + 2][at] = after[index + 2][at]
             elif index == 1:
                 assert entry.tobytes() == new[b, t].astype(entry.dtype).tobytes()

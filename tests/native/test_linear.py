@@ -24,7 +24,7 @@ def multiply(x, weights, biases, dtype=None):
 
 
 def linear(x, weight, bias=None, dtype=None):
-    return np.asarray(multiply(x, (weight,), (bias,), dtype)[0])
+    return np.asarray(multiply(x, (weight,), (bias,), None if dtype == x.dtype else dtype)[0])  # one program for the two
 
 
 def error(out, expected):
@@ -118,7 +118,7 @@ def test_several_weights_of_one_input_are_the_products_of_each(x_dtype, instruct
 def test_a_bias_is_added_to_the_sum(case, instruction_set):
     weight, _ = weight_of(case)
     bias = jnp.linspace(-3, 3, case.num_outputs)
-    np.testing.assert_allclose(linear(make_input(case, 3), weight, bias), linear(make_input(case, 3), weight) + np.asarray(bias), rtol=1e-6)
+    np.testing.assert_allclose(linear(make_input(case, 7), weight, bias), linear(make_input(case, 7), weight) + np.asarray(bias), rtol=1e-6)
 
 
 @pytest.mark.parametrize("case", [case for case in CASES + INT8_INPUTS if case.x_dtype != "float16"], ids=str)
@@ -126,7 +126,7 @@ def test_extreme_activations_give_no_nan(case, instruction_set):
     weight, canonical = weight_of(case)
     arrays, how = canonical.arguments()
     huge = np.where(np.arange(case.num_inputs) == 5, 3e38, 1)
-    rows = np.stack([np.full(case.num_inputs, 1e4), np.full(case.num_inputs, 1e-40), np.zeros(case.num_inputs), huge, -huge])
+    rows = np.stack([np.full(case.num_inputs, 1e4), np.full(case.num_inputs, 1e-40), np.zeros(case.num_inputs), huge, -huge, huge, -huge])
     x = jnp.asarray(rows.astype(np.float32), case.x_dtype)
     out = linear(x, weight)
     assert not np.isnan(out.astype(np.float32)).any()

@@ -74,7 +74,7 @@ class Canonical:
 
     def arguments(self) -> tuple[tuple, dict[str, int]]:
         """What the references of ``pallas_kernels.quant_matmul`` take besides activations."""
-        arrays = (jnp.asarray(self.codes), *(None if array is None else jnp.asarray(array) for array in (self.scales, self.mins)))
+        arrays = (jax.device_put(self.codes), *(None if array is None else jax.device_put(array) for array in (self.scales, self.mins)))
         zero = 0 if self.case.format == Format.I8 else self.case.zero  # of I8 it says that -128 may occur
         return arrays, {"group": self.case.group, "zero": zero}
 
@@ -138,14 +138,14 @@ def make_weight(case: Case, seed: int = 0) -> tuple[PackedWeight, Canonical]:
     packed_codes = np.empty(layout.array_shapes()["codes"], np.uint8)
     pack_rows(case.format, stored, packed_codes)
     arrays = {"codes": packed_codes} | _scales(case, rng)
-    packed = PackedWeight(**{name: jnp.asarray(arrays[name]) if name in arrays else None
+    packed = PackedWeight(**{name: jax.device_put(arrays[name]) if name in arrays else None
                              for name in ("codes", "scales", "mins", "super_scales", "super_mins")}, layout=layout)
     return packed, Canonical(codes, _effective(arrays, "scales", case), _effective(arrays, "mins", case), case)
 
 
 def make_input(case: Case, num_rows: int, seed: int = 1) -> jax.Array:
     """Random activations [num_rows, K]."""
-    return jnp.asarray(np.random.default_rng(seed).standard_normal((num_rows, case.num_inputs), np.float32), case.x_dtype)
+    return _array(np.random.default_rng(seed).standard_normal((num_rows, case.num_inputs), np.float32), case.x_dtype)
 
 
 def _codes(case: Case, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
@@ -324,12 +324,12 @@ def make_attention(case: AttentionCase, seed: int = 0) -> dict:
     """Random arguments of ``tpllm.native.attention.attention`` by name, besides those of ``case.how()``."""
     rng = np.random.default_rng(seed)
     (B, T), H, R = case.positions.shape, case.head_dim, case.num_rotated
-    q, k, v = (jnp.asarray(rng.standard_normal((B, T, heads, H), np.float32), case.x_dtype)
+    q, k, v = (_array(rng.standard_normal((B, T, heads, H), np.float32), case.x_dtype)
                for heads in (case.num_heads, case.num_kv_heads, case.num_kv_heads))
     angles = rng.uniform(-3, 3, (B, T, R // 2)).astype(np.float32)
-    rope = tuple(jnp.asarray(np.concatenate([function(angles)] * 2, axis=-1)) for function in (np.cos, np.sin))
-    sinks = {"sinks_N": jnp.asarray(rng.uniform(-2, 4, case.num_heads).astype(np.float32))} if case.has_sinks else {}
-    return {**sinks, "q_BTNH": q, "new_kv": (k, v), "cache": make_cache(case, rng), "positions_BT": jnp.asarray(case.positions), "rope": rope,
+    rope = tuple(jax.device_put(np.concatenate([function(angles)] * 2, axis=-1)) for function in (np.cos, np.sin))
+    sinks = {"sinks_N": jax.device_put(rng.uniform(-2, 4, case.num_heads).astype(np.float32))} if case.has_sinks else {}
+    return {**sinks, "q_BTNH": q, "new_kv": (k, v), "cache": make_cache(case, rng), "positions_BT": jax.device_put(case.positions), "rope": rope,
             "table": make_table(case, rng)}
 
 
@@ -339,7 +339,7 @@ def make_table(case: AttentionCase, rng: np.random.Generator) -> PageTable | Non
     Rows of several pages have them in any order, and none (-1) behind their last token; the two that have most tokens before the call share what
     pages both have filled.
     """
-    rows = None if case.table_rows is None else jnp.asarray(case.table_rows)
+    rows = None if case.table_rows is None else jax.device_put(case.table_rows)
     if case.page_size is None:
         return None if rows is None else one_page_a_row(case.num_pages, rows)
     S, L = case.page_size, -(-case.max_len // case.page_size)
@@ -349,7 +349,7 @@ def make_table(case: AttentionCase, rng: np.random.Generator) -> PageTable | Non
         pages_RL[row, -(-length // S):] = -1
     for (start, _, row), (_, _, longest) in itertools.pairwise(sorted(runs)[-2:]):
         pages_RL[row, :max(start, 0) // S] = pages_RL[longest, :max(start, 0) // S]
-    return PageTable(jnp.asarray(pages_RL, jnp.int32), rows)
+    return PageTable(jax.device_put(pages_RL.astype(np.int32)), rows)
 
 
 def in_rows(cache: Sequence[jax.Array], table: PageTable) -> list[np.ndarray]:
@@ -367,9 +367,14 @@ def make_cache(case: AttentionCase, rng: np.random.Generator) -> tuple[jax.Array
     """A cache full of random entries."""
     shape = (case.num_pages, case.num_kv_heads, case.tokens_a_page, case.head_dim)
     if case.cache_dtype == "float8_e4m3fn":
-        codes = [jnp.asarray(rng.standard_normal(shape, np.float32) * 100, case.cache_dtype) for _ in range(2)]
-        return (*codes, *(jnp.asarray(rng.uniform(0.005, 0.015, shape[:3]).astype(np.float32)) for _ in range(2)))
+        codes = [_array(rng.standard_normal(shape, np.float32) * 100, case.cache_dtype) for _ in range(2)]
+        return (*codes, *(jax.device_put(rng.uniform(0.005, 0.015, shape[:3]).astype(np.float32)) for _ in range(2)))
     if case.cache_dtype != "int8":
-        return tuple(jnp.asarray(rng.standard_normal(shape, np.float32), case.cache_dtype) for _ in range(2))
-    codes = [jnp.asarray(rng.integers(-127, 128, shape).astype(np.int8)) for _ in range(2)]
-    return (*codes, *(jnp.asarray(rng.uniform(0.01, 0.03, shape[:3]).astype(np.float32)) for _ in range(2)))
+        return tuple(_array(rng.standard_normal(shape, np.float32), case.cache_dtype) for _ in range(2))
+    codes = [jax.device_put(rng.integers(-127, 128, shape).astype(np.int8)) for _ in range(2)]
+    return (*codes, *(jax.device_put(rng.uniform(0.01, 0.03, shape[:3]).astype(np.float32)) for _ in range(2)))
+
+
+def _array(x: np.ndarray, dtype: str) -> jax.Array:
+    """On the device in another dtype; numpy converts, for which XLA would compile a program for each shape."""
+    return jax.device_put(x.astype(jnp.dtype(dtype)))

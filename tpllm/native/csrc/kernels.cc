@@ -16,6 +16,7 @@
 
 namespace tpllm {
 namespace TPLLM_ISA {
+namespace {  // whatever is called once is inlined, without a second look at the whole program when it is linked
 
 #include "simd.h"
 #include "formats.h"
@@ -25,6 +26,8 @@ namespace TPLLM_ISA {
 #include "attention_tiles.h"
 #include "attention.h"
 #include "norm.h"
+
+}  // namespace
 
 #define TPLLM_TEXT_OF(x) #x
 #define TPLLM_TEXT(x) TPLLM_TEXT_OF(x)

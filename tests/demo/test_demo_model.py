@@ -15,7 +15,7 @@ from tpllm import LLM, SamplingParams
 
 PACKAGE = pathlib.Path(tpllm.__file__).parent
 FOLDERS = {"demo": PACKAGE / "demo", "demo-draft": PACKAGE / "demo_draft"}
-NUM_WINDOWS = 24
+NUM_WINDOWS = 8
 
 
 @functools.cache

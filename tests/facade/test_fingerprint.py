@@ -68,7 +68,7 @@ def test_every_file_that_is_opened_is_in_the_fingerprint_and_no_other(folder):
     names = {str(pathlib.Path(name).resolve().relative_to(folder.resolve())) for name in seen if pathlib.Path(name).is_relative_to(folder)}
     assert names == {*found["files"], *found["weights"]}
     always = {"config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors.index.json"}
-    assert always | FILES.keys() - {"chat_template.json"} <= found["files"].keys()  # which the .jinja beside it replaces
+    assert always | FILES.keys() - {"chat_template.json"} <= found["files"].keys()
     assert not {*NOT_READ} & {*found["files"]}
 
 

@@ -191,15 +191,16 @@ def read_text(folder: pathlib.Path, name: str) -> str | None:
 
 
 def token_ids(path: pathlib.Path, values: Mapping, name: str) -> list[int]:
-    """The ids that a file's values give under a name: an int, a list, or nothing. Negative ones, which mean none, are left out.
+    """The ids that a file's values give under a name: an int, a list, or nothing. Negative ones, which mean none, are left out; large ones are not:
+    one beyond the vocabulary is never drawn.
 
     Raises:
-        TokenizerError: no ids, or one that no token can have.
+        TokenizerError: no ids.
     """
     value = values.get(name)
     ids = value if isinstance(value, list) else [] if value is None else [value]
-    if not all(isinstance(token_id, int) and not isinstance(token_id, bool) and token_id <= MAX_ID for token_id in ids):
-        raise TokenizerError(f"{path}: {name} is {short(value)}; it must be a token id up to {MAX_ID}, or a list of them")
+    if not all(isinstance(token_id, int) and not isinstance(token_id, bool) for token_id in ids):
+        raise TokenizerError(f"{path}: {name} is {short(value)}; it must be a token id, or a list of them")
     return [token_id for token_id in ids if token_id >= 0]
 
 

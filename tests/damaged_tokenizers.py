@@ -1,5 +1,5 @@
-"""Tokenizers of six families whose tokenizer.json, tokenizer_config.json or generation_config.json is damaged, and everything that is done with such a
-folder. Functions of a module of its own, so that a process of its own can call them."""
+"""Tokenizers of six families whose tokenizer.json, tokenizer_config.json or generation_config.json is damaged, and everything that is done with
+such a folder. Functions of a module of its own, so that a process of its own can call them."""
 import functools
 import json
 import pathlib

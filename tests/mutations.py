@@ -144,7 +144,8 @@ def near(value: object, rng: random.Random) -> object:
     if isinstance(value, bool):
         return not value
     if isinstance(value, int | float):
-        return rng.choice((value + 1, max(value - 1, 0), value * 2, type(value)(value / 2) if abs(value) < 1e300 else 0, type(value)(0), type(value)(1)))
+        half = type(value)(value / 2) if abs(value) < 1e300 else 0
+        return rng.choice((value + 1, max(value - 1, 0), value * 2, half, type(value)(0), type(value)(1)))
     if isinstance(value, str):
         return rng.choice((value[:-1], value[1:], value[::-1], value * 2, value.swapcase(), value + rng.choice("a \n\u2581\u00e9"), ""))
     if isinstance(value, list):

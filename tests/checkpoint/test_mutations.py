@@ -1,5 +1,5 @@
-"""Damaged config.json, tokenizer.json, tokenizer_config.json, generation_config.json, safetensors headers and GGUF headers of six families: a typed error
-or a model, within 5 s and 1 GB.
+"""Damaged config.json, tokenizer.json, tokenizer_config.json, generation_config.json, safetensors headers and GGUF headers of six families: a typed
+error or a model, within 5 s and 1 GB.
 
 ``TPLLM_NUM_MUTATIONS=5000 pytest tests/checkpoint/test_mutations.py`` tries as many of each kind and family; ``TPLLM_FIRST_MUTATION`` is the number
 of the first, so that another run tries others.

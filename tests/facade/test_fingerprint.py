@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from checkpoint_files import HF_CONFIG, tensors_of
 from checkpoint_files import write_folder as write_checkpoint
+from damaged_models import gguf_file
 from tokenizer import tokenizer_folders
 
 from tpllm.checkpoint.safetensors import read_header, sample_digest
@@ -122,3 +123,20 @@ def test_a_file_that_changes_between_two_reads_is_refused(folder, monkeypatch):
     monkeypatch.setattr(Tokenizer, "from_folder", later)
     with pytest.raises(TpllmError, match=r"config.json changed while the model was loaded; load it again"):
         open_model(str(folder), "tp=1")
+
+
+def test_a_gguf_file_is_its_own_fingerprint(tmp_path):
+    data, length = gguf_file("llama")
+    (tmp_path / "config.json").write_text("{}")  # beside it, and not read
+    path = tmp_path / "model.gguf"
+    path.write_bytes(data)
+    with watched() as seen:
+        first = fingerprint(path)
+    assert {name for name in seen if pathlib.Path(name).is_relative_to(tmp_path)} == {str(path)}
+    assert (first["files"], first["weights"].keys()) == ({}, {"model.gguf"})
+    for place in (length - 40, len(data) - 1):  # the table of tensors, the last weight
+        changed = bytearray(data)
+        changed[place] ^= 1
+        path.write_bytes(changed)
+        with contextlib.suppress(TpllmError):
+            assert fingerprint(path) != first

@@ -233,7 +233,7 @@ def _read_templates(path: pathlib.Path, from_settings: object) -> dict[str, str]
     tokenizer_config.json's, tokenizer_config.json, and chat_template.json where there is none of these."""
     own = from_settings
     if isinstance(own, list):
-        own = {entry.get("name"): entry.get("template") for entry in own if isinstance(entry, Mapping)}
+        own = {name if isinstance(name := entry.get("name"), str) else None: entry.get("template") for entry in own if isinstance(entry, Mapping)}
     elif own is not None and not isinstance(own, Mapping):
         own = {DEFAULT_TEMPLATE: own}
     in_jinja = read_text(path, "chat_template.jinja")

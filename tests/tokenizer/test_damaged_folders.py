@@ -1,0 +1,22 @@
+"""Damage that tests/checkpoint/test_mutations.py found, each as its own case."""
+import json
+
+import pytest
+from damaged_tokenizers import files, use
+
+from tpllm.errors import TokenizerError
+
+
+def folder_of(path, family, **changes):
+    """The folder of a family whose tokenizer_config.json has other values."""
+    for name, content in files(family).items():
+        (path / f"{name}.json").write_bytes(content)
+    settings = json.loads(files(family)["tokenizer_config"]) | changes
+    (path / "tokenizer_config.json").write_text(json.dumps(settings))
+    return path
+
+
+@pytest.mark.parametrize("name", [{"a": 1}, [], None, 3])
+def test_a_template_under_a_name_that_is_no_text_is_refused(tmp_path, name):
+    with pytest.raises(TokenizerError, match="chat_template must be a text or a list of"):
+        use(folder_of(tmp_path, "qwen2", chat_template=[{"name": name, "template": "{{ messages }}"}]))

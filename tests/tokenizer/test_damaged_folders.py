@@ -20,3 +20,16 @@ def folder_of(path, family, **changes):
 def test_a_template_under_a_name_that_is_no_text_is_refused(tmp_path, name):
     with pytest.raises(TokenizerError, match="chat_template must be a text or a list of"):
         use(folder_of(tmp_path, "qwen2", chat_template=[{"name": name, "template": "{{ messages }}"}]))
+
+
+def test_what_the_library_would_panic_at_is_refused_before_it_reads_it(tmp_path, capfd):
+    lost = json.loads(files("phi3")["tokenizer"])
+    template = lost["post_processor"]["processors"][1]
+    template["special_tokens"] = {"<s>": next(iter(template["special_tokens"].values()))}
+    short = json.loads(files("llama")["tokenizer"])
+    short["model"]["continuing_subword_prefix"] = "####"
+    for family, root, message in (("phi3", lost, "names a special token that special_tokens does not"), ("llama", short, "is shorter than")):
+        (folder_of(tmp_path, family) / "tokenizer.json").write_text(json.dumps(root))
+        with pytest.raises(TokenizerError, match=message):
+            use(tmp_path)
+    assert "panicked" not in capfd.readouterr().err

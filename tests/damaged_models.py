@@ -2,22 +2,23 @@
 a device computes. Functions of a module of its own, so that a process of its own can call them."""
 import functools
 import json
+import math
 import pathlib
 import random
 from collections.abc import Callable, Iterator
 
 import numpy as np
 from gguf_files import random_weights, raw_model
-from mutations import byte_mutation, mutation
+from mutations import byte_mutation, mutation, near
 from safetensors.numpy import save
 from tiny_models import config_json
 
 from tpllm.checkpoint.entries import find_entries
 from tpllm.checkpoint.folder import open_checkpoint
 from tpllm.checkpoint.load import load_params
-from tpllm.families.registry import find_family
 from tpllm.loading import stored_dtype
 from tpllm.model.params import named_leaves
+from tpllm.tokenizer.gguf import defaults_from_gguf, tokenizer_from_gguf
 
 FAMILIES = ("llama", "mistral", "qwen2", "gemma3", "phi3", "mixtral")
 ONE_LAYER = {"num_hidden_layers": 1, "hidden_size": 32, "intermediate_size": 32, "vocab_size": 40, "num_attention_heads": 4, "head_dim": 8,
@@ -25,7 +26,12 @@ ONE_LAYER = {"num_hidden_layers": 1, "hidden_size": 32, "intermediate_size": 32,
 LONGROPE = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4, "rope_theta": 100.0}
 MORE = {"phi3": {"rope_parameters": LONGROPE}, "gemma3": {"rope_parameters": None, "num_key_value_heads": 1},
         "mistral": {"rope_parameters": None, "rope_scaling": {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 32}}}
-KINDS = ("config", "safetensors", "gguf")
+FILES = {"config": "config.json", "safetensors": "model.safetensors"}
+KINDS = (*FILES, "gguf")
+ODD_METADATA = (0, 1, 7, 2**31 - 1, 2**32 - 1, 0.0, 1e-38, 3e38, math.nan, math.inf, -1.0, "", "x", True, False, [0], [1.5], ["a"], ["a b", "", " "],
+                [1] * 3000)
+MOST_EACH = 1_000_000
+"""Numbers of mutations that a family has to itself."""
 Case = tuple[str, bytes]
 
 
@@ -46,20 +52,26 @@ def files(family: str) -> tuple[bytes, bytes]:
 @functools.cache
 def gguf_file(family: str) -> tuple[bytes, int]:
     """(a GGUF file of the same sizes, the bytes of its header)."""
+    metadata, tensors = _gguf_parts(family)
+    data = raw_model(metadata, tensors)
+    return data, len(data) - sum(values.nbytes + -values.nbytes % 32 for values in tensors.values())
+
+
+@functools.cache
+def _gguf_parts(family: str) -> tuple[dict, dict[str, np.ndarray]]:
+    """(metadata, tensors)."""
     arch = {"mistral": "qwen3", "mixtral": "gpt-oss"}.get(family, family)
     numbers = {"block_count": 1, "context_length": 64, "embedding_length": 32, "feed_forward_length": 32, "attention.head_count": 4,
                "attention.head_count_kv": 2, "attention.key_length": 8, "attention.value_length": 8, "attention.layer_norm_rms_epsilon": 1e-5,
                "rope.freq_base": 10000.0, "attention.sliding_window": 16, "expert_count": 0, "expert_used_count": 0}
     if arch == "gpt-oss":
         numbers |= {"expert_count": 2, "expert_used_count": 1, "expert_feed_forward_length": 32}
-    tokens = ["<unk>", "<s>", "</s>", *(chr(33 + i) for i in range(37))]
+    tokens = ["<unk>", "<s>", "</s>", *(chr(33 + i) for i in range(36)), "!\""]
     vocabulary = {"model": "gpt2", "pre": "llama-bpe", "tokens": tokens, "token_type": [3] * 3 + [1] * 37, "merges": ["! \""], "bos_token_id": 1,
                   "eos_token_id": 2}
     metadata = {"general.architecture": arch, **{f"{arch}.{key}": value for key, value in numbers.items()},
                 **{f"tokenizer.ggml.{key}": value for key, value in vocabulary.items()}, "tokenizer.chat_template": "{{ messages }}"}
-    tensors = {name: np.ones(shape, np.float32) for name, shape in _gguf_shapes(arch).items()}
-    data = raw_model(metadata, tensors)
-    return data, len(data) - sum(values.nbytes + -values.nbytes % 32 for values in tensors.values())
+    return metadata, {name: np.ones(shape, np.float32) for name, shape in _gguf_shapes(arch).items()}
 
 
 def _gguf_shapes(arch: str) -> dict[str, tuple[int, ...]]:
@@ -85,8 +97,8 @@ def _gguf_shapes(arch: str) -> dict[str, tuple[int, ...]]:
 
 def cases(kind: str, num_each: int, *, first: int = 0) -> Iterator[Case]:
     """``num_each`` damaged files of each family; a label begins with the family's name."""
-    for family in FAMILIES:
-        for seed in range(first, first + num_each):
+    for number, family in enumerate(FAMILIES):
+        for seed in range(number * MOST_EACH + first, number * MOST_EACH + first + num_each):
             label, data = _damaged(kind, family, seed)
             yield f"{family} {label}", family.encode().ljust(16) + data
 
@@ -102,6 +114,8 @@ def _damaged(kind: str, family: str, seed: int) -> Case:
     config, weights = files(family)
     if kind == "config":
         return mutation(config, seed)
+    if kind == "gguf" and random.Random(seed).random() < 0.5:
+        return _with_odd_values(family, seed)
     if kind == "gguf":
         data, length = gguf_file(family)
         label, header = byte_mutation(data[:length], seed)
@@ -115,6 +129,17 @@ def _damaged(kind: str, family: str, seed: int) -> Case:
     return label, header + weights[length:]
 
 
+def _with_odd_values(family: str, seed: int) -> Case:
+    """A GGUF file whole in its form, with one to three values of metadata that are others, of another type, or left out."""
+    rng, (metadata, tensors) = random.Random(seed), _gguf_parts(family)
+    metadata, keys = dict(metadata), rng.sample(sorted(metadata), rng.randint(1, 3))
+    for key in keys:
+        metadata[key] = rng.choice((near(metadata[key], rng), rng.choice(ODD_METADATA)))
+        if metadata[key] == [] or rng.random() < 0.2:
+            del metadata[key]
+    return f"{seed}: other values of {', '.join(keys)}", raw_model(metadata, tensors)
+
+
 def loader(kind: str, folder: pathlib.Path) -> Callable[[bytes], None]:
     """What loads one case in ``folder``."""
     return functools.partial(_load, kind, folder)
@@ -122,14 +147,17 @@ def loader(kind: str, folder: pathlib.Path) -> Callable[[bytes], None]:
 
 def _load(kind: str, folder: pathlib.Path, case: bytes) -> None:
     family, data = case[:16].decode().strip(), case[16:]
-    path = folder / family
-    path.mkdir(parents=True, exist_ok=True)
+    path = folder / kind / family
     if kind == "gguf":
+        path.mkdir(parents=True, exist_ok=True)
         (path / "model.gguf").write_bytes(data)
         use(path / "model.gguf")
         return
-    for name, content in zip(("config.json", "model.safetensors"), files(family), strict=True):
-        (path / name).write_bytes(data if name == {"config": "config.json", "safetensors": "model.safetensors"}[kind] else content)
+    if not path.exists():
+        path.mkdir(parents=True)
+        for name, content in zip(FILES.values(), files(family), strict=True):
+            (path / name).write_bytes(content)
+    (path / FILES[kind]).write_bytes(data)
     use(path)
 
 
@@ -141,4 +169,8 @@ def use(path: pathlib.Path) -> None:
     for _, array in named_leaves(load_params(checkpoint, checkpoint.config, dtype=np.float32, entries=entries)):
         array.block_until_ready()
     checkpoint.fingerprint()
-    find_family(checkpoint.hf_config)
+    if checkpoint.gguf is not None:
+        tokenizer = tokenizer_from_gguf(checkpoint.gguf)
+        tokenizer.decode(tokenizer.encode("! ab"))
+        tokenizer.encode_chat([{"role": "user", "content": "ab"}])
+        defaults_from_gguf(checkpoint.gguf)

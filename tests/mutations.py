@@ -98,10 +98,13 @@ def _early(rng: random.Random, size: int) -> int:
     return min(int(size * rng.random() ** rng.choice((1, 4))), max(size - 1, 0))
 
 
+CHANGES = ("odd", "odd", "odd", "like", "like", "like", "near", "near", "near", "near", "elsewhere", "elsewhere", "remove", "twin", "rename")
+
+
 def _change(root: list, rng: random.Random) -> str:
     """Change one value of the document; says what was done."""
     holder, key = _pick(root, rng)
-    kind, where = rng.choice(("odd", "odd", "odd", "like", "like", "like", "elsewhere", "elsewhere", "remove", "twin", "rename")), f"[{key!r}]"[:60]
+    kind, where = rng.choice(CHANGES), f"[{key!r}]"[:60]
     if kind == "remove" and holder is not root:
         del holder[key]
     elif kind == "elsewhere":
@@ -109,6 +112,8 @@ def _change(root: list, rng: random.Random) -> str:
         holder[key], where = copy.deepcopy(other[its_key]), f"{where} from [{its_key!r}]"[:90]
     elif isinstance(holder, dict) and kind in ("twin", "rename"):
         _twin_or_rename(holder, key, rng, kind)
+    elif kind == "near":
+        holder[key] = near(holder[key], rng)
     elif kind == "like":
         holder[key] = rng.choice(_like(holder[key], rng))
     else:
@@ -132,6 +137,24 @@ def _like(value: object, rng: random.Random) -> list:
     elif isinstance(value, dict):
         found += [{**value, rng.choice(("x", "type", "content", "", "é" * 50)): _odd(rng)}, list(value), list(value.values()), {}]
     return found
+
+
+def near(value: object, rng: random.Random) -> object:
+    """A value of the same type, as good as the other one by what it is: it gets past all that looks at types."""
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, int | float):
+        half = type(value)(value / 2) if abs(value) < 1e300 else 0
+        return rng.choice((value + 1, max(value - 1, 0), value * 2, half, type(value)(0), type(value)(1)))
+    if isinstance(value, str):
+        return rng.choice((value[:-1], value[1:], value[::-1], value * 2, value.swapcase(), value + rng.choice("a \n\u2581\u00e9"), ""))
+    if isinstance(value, list):
+        return rng.choice((value[::-1], value[:-1], value[1:], value + value[:1], rng.sample(value, len(value)), value[1:] + value[:1]))
+    if isinstance(value, dict):
+        items = list(value.items())
+        values = rng.sample(list(value.values()), len(value))
+        return dict(rng.choice((items[1:], items[:-1], items[::-1], list(zip(value, values, strict=True)))))
+    return value
 
 
 def _odd(rng: random.Random) -> object:

@@ -46,7 +46,7 @@ def short(value: object, *, most: int = MAX_SHOWN) -> str:
     if isinstance(value, str | bytes | tuple | list) and len(value) > most:
         value = value[:most]
     try:
-        text = repr(value)
+        text = " ".join(repr(value).split("\n"))  # of an array in lines
     except (RecursionError, ValueError):  # nested too deeply, or a number of more digits than Python writes
         text = f"a {type(value).__name__}"
     return text if len(text) <= most else f"{text[:most]}..."

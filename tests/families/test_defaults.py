@@ -45,6 +45,8 @@ def test_rope_scaling_goes_before_rope_parameters():
         assert read("Llama", rope_scaling=empty, rope_parameters=dynamic).rope.kind == "dynamic"
     gemma3 = read("Gemma3", rope_scaling=linear, rope_parameters={"full_attention": {"rope_type": "default", "rope_theta": 9.0}})
     assert [(rope.kind, rope.theta) for rope in gemma3.layer_ropes[4:6]] == [("default", 1e4), ("linear", 9.0)]
+    older = read("Gemma3", rope_scaling={"type": "linear", "factor": 8.0})  # beside a rope_type, which transformers has there by then
+    assert older.layer_ropes == read("Gemma3").layer_ropes
     assert read("gpt-oss", rope_scaling=None).rope.kind == "yarn"
     assert read("gpt-oss", rope_parameters={}).rope.kind == "default"
 

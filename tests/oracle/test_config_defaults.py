@@ -32,7 +32,7 @@ VALUES = {
 }
 NESTED = {"rope_parameters": [None, {"full_attention": LINEAR, "sliding_attention": {"rope_type": "default", "rope_theta": 33.0}},
                               {"full_attention": {"rope_type": "default", "rope_theta": 44.0}}],
-          "rope_scaling": [None, LINEAR]}
+          "rope_scaling": [None, LINEAR, {"type": "linear", "factor": 3.0}]}
 """Where each kind of layer has a rule of its own."""
 
 

@@ -25,7 +25,7 @@ def read_config(hf):
 
 def _rules(hf):
     """The rope rule of each kind of layer, with its theta; ``rope_scaling`` goes over that of full attention."""
-    by_kind, scaling = hf["rope_parameters"] or {}, hf["rope_scaling"] or {}
+    by_kind, scaling = hf["rope_parameters"] or {FULL: {"rope_type": "default"}}, hf["rope_scaling"] or {}
     if not isinstance(by_kind, dict) or not set(by_kind) <= {FULL, SLIDING}:
         raise ConfigError(f"config.json: rope_parameters is {short(by_kind)}; it must hold an object for {FULL} and one for {SLIDING}")
     full, sliding = by_kind.get(FULL) or {}, by_kind.get(SLIDING) or {}

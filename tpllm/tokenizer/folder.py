@@ -191,15 +191,16 @@ def read_text(folder: pathlib.Path, name: str) -> str | None:
 
 
 def token_ids(path: pathlib.Path, values: Mapping, name: str) -> list[int]:
-    """The ids that a file's values give under a name: an int, a list, or nothing. Negative ones, which mean none, are left out.
+    """The ids that a file's values give under a name: an int, a list, or nothing. Negative ones, which mean none, are left out; large ones are not:
+    one beyond the vocabulary is never drawn.
 
     Raises:
-        TokenizerError: no ids, or one that no token can have.
+        TokenizerError: no ids.
     """
     value = values.get(name)
     ids = value if isinstance(value, list) else [] if value is None else [value]
-    if not all(isinstance(token_id, int) and not isinstance(token_id, bool) and token_id <= MAX_ID for token_id in ids):
-        raise TokenizerError(f"{path}: {name} is {short(value)}; it must be a token id up to {MAX_ID}, or a list of them")
+    if not all(isinstance(token_id, int) and not isinstance(token_id, bool) for token_id in ids):
+        raise TokenizerError(f"{path}: {name} is {short(value)}; it must be a token id, or a list of them")
     return [token_id for token_id in ids if token_id >= 0]
 
 
@@ -232,7 +233,7 @@ def _read_templates(path: pathlib.Path, from_settings: object) -> dict[str, str]
     tokenizer_config.json's, tokenizer_config.json, and chat_template.json where there is none of these."""
     own = from_settings
     if isinstance(own, list):
-        own = {entry.get("name"): entry.get("template") for entry in own if isinstance(entry, Mapping)}
+        own = {name if isinstance(name := entry.get("name"), str) else None: entry.get("template") for entry in own if isinstance(entry, Mapping)}
     elif own is not None and not isinstance(own, Mapping):
         own = {DEFAULT_TEMPLATE: own}
     in_jinja = read_text(path, "chat_template.jinja")

@@ -59,6 +59,8 @@ def _faults(root: Mapping) -> Iterator[str]:
         largest = max(vocabulary.values())
         if min(vocabulary.values()) < 0 or largest > len(vocabulary) + MAX_GAP:
             yield f"its vocabulary has {len(vocabulary)} tokens, with an id of {short(largest)}"
+    if _has_short_piece(root["model"]):
+        yield "a piece that its merges continue a word with is shorter than continuing_subword_prefix"
     stack = [(part, 1) for name, part in root.items() if name != "model"]
     stack += [(part, 1) for name, part in root["model"].items() if name not in ("vocab", "merges")]
     stack += [(value, 1) for value in [{name: value} for name, value in root["model"].items() if name in COUNTS]]
@@ -82,8 +84,28 @@ def _faults_of_part(part: Mapping) -> Iterator[str]:
             yield f"{name} is {short(value)}"
     if part.get("type") == "FixedLength" and part.get("length") == 0:
         yield "it cuts into pieces of no length"
+    if part.get("type") == "TemplateProcessing" and not _names_its_tokens(part):
+        yield "its template names a special token that special_tokens does not hold"
     if part.get("type") == "Precompiled" and not _is_charsmap(part.get("precompiled_charsmap")):
         yield "its precompiled_charsmap is damaged"
+
+
+def _has_short_piece(model: Mapping) -> bool:
+    """Whether there is a merge whose second piece cannot begin with the prefix, which is cut off."""
+    prefix, merges = model.get("continuing_subword_prefix"), model.get("merges")
+    if not isinstance(prefix, str) or not prefix or not isinstance(merges, list):
+        return False
+    pairs = (merge.split(" ") if isinstance(merge, str) else merge for merge in merges)
+    return any(isinstance(pair, list) and len(pair) == 2 and isinstance(pair[1], str) and len(pair[1].encode("utf-8", "surrogatepass"))
+               < len(prefix.encode("utf-8", "surrogatepass")) for pair in pairs)
+
+
+def _names_its_tokens(part: Mapping) -> bool:
+    """Whether a template's special tokens are all described."""
+    described = part.get("special_tokens")
+    pieces = [piece for name in ("single", "pair") if isinstance(part.get(name), list) for piece in part[name] if isinstance(piece, Mapping)]
+    names = [piece["SpecialToken"].get("id") for piece in pieces if isinstance(piece.get("SpecialToken"), Mapping)]
+    return not isinstance(described, Mapping) or all(not isinstance(name, str) or name in described for name in names)
 
 
 def _is_charsmap(value: object) -> bool:

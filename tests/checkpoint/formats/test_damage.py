@@ -124,7 +124,7 @@ CONFIGS = {
     "no method": ("gptq", {"bits": 4}, "must say one of gptq"),
     "a method that is no string": ("gptq", {**GPTQ, "quant_method": 3}, "quant_method is 3; it must be a string"),
     "a list": ("gptq", [GPTQ], "must be a JSON object"),
-    "another format's tensors": ("awq", W4, "tensor 'm.qweight' is what gptq or awq has"),
+    "another format's tensors": ("awq", W4, "tensor 'm.qweight' is what gptq or awq or auto-round has"),
     "the other layout of a name": ("awq", GPTQ, "by config.json's sizes and quantization_config"),
     "no config": ("gptq", None, "'m.g?qweight' is of quantized weights, but config.json has no quantization_config"),
     "groups that do not divide": ("gptq", {**GPTQ, "group_size": 48}, "groups of 48 inputs do not divide its 64, and a partial last"),

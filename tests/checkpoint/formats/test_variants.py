@@ -89,6 +89,14 @@ def test_autoround_is_known_by_each_name_that_its_writers_gave(write_module, rea
     np.testing.assert_array_equal(read(found.find("m.weight", WEIGHT.shape)), expected)
 
 
+def test_whole_floats_of_a_quantization_config_count_as_whole_numbers(write_module, read):
+    parts, expected = pack_gptq(WEIGHT)
+    np.testing.assert_array_equal(read(write_module(parts, {"quant_method": "gptq", "bits": 4.0, "group_size": 32.0}).find("m.weight", WEIGHT.shape)),
+                                  expected)
+    with pytest.raises(CheckpointError, match=r"group_size is 32\.5; it must be a whole number"):
+        write_module(parts, {"quant_method": "gptq", "bits": 4, "group_size": 32.5})
+
+
 def test_symmetric_zeros_are_told_by_the_file_and_not_by_the_config(write_module):
     for is_symmetric, sym in [(True, False), (False, True)]:
         found = write_module(pack_gptq(WEIGHT, is_symmetric=is_symmetric)[0], {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": sym})

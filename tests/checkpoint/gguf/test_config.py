@@ -107,8 +107,9 @@ def test_what_a_file_leaves_out_is_what_llama_cpp_takes(tmp_path):
     gemma2 = model_of(read(tmp_path, "gemma2"))
     assert (gemma2.attention_softcap, gemma2.logit_softcap) == (50.0, 30.0)
     assert model_of(read(tmp_path, without=("attention.head_count_kv",))).num_kv_heads == 8
-    with pytest.raises(CheckpointError, match=r"gemma3\.attention\.sliding_window is missing"):
-        read(tmp_path, "gemma3")
+    for window in ({}, {"attention.sliding_window": 0}):  # Gemma 3 without a window: full attention everywhere, with its rope
+        gemma3 = model_of(read(tmp_path, "gemma3", **{"rope.freq_base": 1e6, **window}))
+        assert (gemma3.layer_windows, [rope.theta for rope in gemma3.layer_ropes]) == ((None, None), [1e6, 1e6])
 
 
 @pytest.mark.parametrize("rule", [LLAMA31, LLAMA32, {**LLAMA31, "factor": 16.0, "original_max_position_embeddings": 4096},

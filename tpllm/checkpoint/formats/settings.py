@@ -3,6 +3,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tpllm.errors import CheckpointError, short
+from tpllm.families.fields import whole
 
 
 class Settings:
@@ -30,9 +31,9 @@ class Settings:
         return CheckpointError(f"{self.where}: {key} is {short(self.values.get(key))}; {wanted}")
 
     def integer(self, *keys: str, default: int | None = None) -> int:
-        """A whole number from the first of some fields that is there."""
+        """A whole number, which may be written as 32.0, from the first of some fields that is there."""
         key = next((key for key in keys if key in self), keys[0])
-        value = self.values.get(key, default) if key in self else default
+        value = whole(self.values.get(key, default) if key in self else default)
         if type(value) is not int or abs(value) >= 2**31:
             raise self.error(key, "it must be a whole number")
         return value

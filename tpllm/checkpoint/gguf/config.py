@@ -138,8 +138,11 @@ def _gemma2(gguf: GgufFile, fields: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _gemma3(gguf: GgufFile, fields: Mapping[str, Any]) -> dict[str, Any]:
-    _needed(gguf, gguf.metadata.get("gemma3.attention.sliding_window"), "attention.sliding_window")
-    return {**_gemma(gguf, fields), **_windows(gguf, fields, every=6, largest=62),
+    """Without a window every layer is a full one, with the rope of those."""
+    windows = _windows(gguf, fields, every=6, largest=62)
+    if windows["sliding_window"] is None:
+        windows["layer_types"] = ["full_attention"] * len(windows["layer_types"])
+    return {**_gemma(gguf, fields), **windows,
             "rope_local_base_freq": number_or_none(gguf, "rope.freq_base_swa", 10000.0) or 10000.0,
             "final_logit_softcapping": number_or_none(gguf, "final_logit_softcapping")}
 

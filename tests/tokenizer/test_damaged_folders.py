@@ -1,0 +1,35 @@
+"""Damage that tests/checkpoint/test_mutations.py found, each as its own case."""
+import json
+
+import pytest
+from damaged_tokenizers import files, use
+
+from tpllm.errors import TokenizerError
+
+
+def folder_of(path, family, **changes):
+    """The folder of a family whose tokenizer_config.json has other values."""
+    for name, content in files(family).items():
+        (path / f"{name}.json").write_bytes(content)
+    settings = json.loads(files(family)["tokenizer_config"]) | changes
+    (path / "tokenizer_config.json").write_text(json.dumps(settings))
+    return path
+
+
+@pytest.mark.parametrize("name", [{"a": 1}, [], None, 3])
+def test_a_template_under_a_name_that_is_no_text_is_refused(tmp_path, name):
+    with pytest.raises(TokenizerError, match="chat_template must be a text or a list of"):
+        use(folder_of(tmp_path, "qwen2", chat_template=[{"name": name, "template": "{{ messages }}"}]))
+
+
+def test_what_the_library_would_panic_at_is_refused_before_it_reads_it(tmp_path, capfd):
+    lost = json.loads(files("phi3")["tokenizer"])
+    template = lost["post_processor"]["processors"][1]
+    template["special_tokens"] = {"<s>": next(iter(template["special_tokens"].values()))}
+    short = json.loads(files("llama")["tokenizer"])
+    short["model"]["continuing_subword_prefix"] = "####"
+    for family, root, message in (("phi3", lost, "names a special token that special_tokens does not"), ("llama", short, "is shorter than")):
+        (folder_of(tmp_path, family) / "tokenizer.json").write_text(json.dumps(root))
+        with pytest.raises(TokenizerError, match=message):
+            use(tmp_path)
+    assert "panicked" not in capfd.readouterr().err

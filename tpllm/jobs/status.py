@@ -240,6 +240,6 @@ def _usage(line: bytes) -> Mapping[str, int]:
     try:
         row = json.loads(line)
         usage = row["response"]["body"]["usage"] if "response" in row else row["usage"]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return {}
     return usage if isinstance(usage, dict) else {}

@@ -1,7 +1,7 @@
 """SIGINT, SIGTERM and ``kill -9`` at random moments of start-up, run, resume, dry run and merge: nothing is lost or doubled, exit codes are right.
 
-One moment of each kind and signal is tried with the slow tests. ``TPLLM_SIGNAL_MOMENTS=60 pytest -m slow tests/jobs/test_signals_at_any_moment.py -s`` tries 60, 12 of
-each kind, with all that the real engine imports, and prints what became of them; ``TPLLM_SIGNAL_SEED`` chooses others.
+One moment of each kind and signal is tried with the slow tests. ``TPLLM_SIGNAL_MOMENTS=60 pytest -m slow tests/jobs/test_signals_at_any_moment.py
+-s`` tries 60, 12 of each kind, with all that the real engine imports, and prints what became of them; ``TPLLM_SIGNAL_SEED`` chooses others.
 """
 import collections
 import dataclasses

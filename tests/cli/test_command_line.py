@@ -115,6 +115,13 @@ def test_generate_takes_the_prompt_from_standard_input_without_its_last_line_bre
     assert capsys.readouterr().out == "[one\ntwo] max None t 0\n"
 
 
+@pytest.mark.parametrize("words", [["generate", "--model", "fake"], ["chat", "--model", "fake"]])
+def test_standard_input_that_is_no_text_is_one_line_and_code_2(capsys, monkeypatch, words):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"a \xff\n"), "utf-8"))
+    assert exit_code(*words) == 2
+    assert "from standard input: 'utf-8' codec can't decode byte 0xff" in error_line(capsys)
+
+
 def test_an_error_that_is_ours_is_not_hidden(job_file):
     class Broken(FakeLLM):
         def __init__(self, *_, max_num_seqs=4, **__):

@@ -56,7 +56,7 @@ def test_a_damaged_part_does_not_count_and_is_made_again_once_it_is_removed(make
             run_job(job, make_llm=NeverMade)
         with pytest.raises(JobError, match=rf"{name}.* {REFUSED}"):
             dry_run(job, make_llm=NeverMade)
-        status = job_status(job.output).together
+        status = job_status(job.output, counts_tokens=True).together
         assert (status.num_committed, status.num_done, status.is_complete) == (3, 8, False)
         assert name in status.problems[0]
         assert contents(folder) == damaged
@@ -84,6 +84,23 @@ def test_other_content_of_the_same_length_is_found_by_the_hash(make_job, output_
     assert "incomplete" in capsys.readouterr().out
     assert main(["job", "status", job.output, "--verify", "--json"]) == 1
     assert json.loads(capsys.readouterr().out)["is_complete"] is False
+
+
+@pytest.mark.parametrize("output_format", ["jsonl", "parquet"])
+def test_a_part_of_which_nothing_is_recorded_counts_if_its_rows_can_be_parsed(make_job, output_format):
+    job = make_job(TEXT, output_format=output_format)
+    run_job(job, make_llm=FakeLLM)
+    folder = pathlib.Path(job.output)
+    manifest, path = json.loads((folder / "manifest.json").read_text()), folder / f"part-00001.{output_format}"
+    del manifest["parts"]
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    whole = path.read_bytes()
+    path.write_bytes(whole[:50] + bytes(20) + whole[70:])
+    with pytest.raises(JobError, match=rf"{path.name} should hold 3 whole rows and hold 3, of which one may be torn or damaged"):
+        run_job(job, make_llm=NeverMade)
+    assert job_status(job.output).together.num_committed == 3
+    path.write_bytes(whole)
+    assert run_job(job, make_llm=NeverMade).is_complete
 
 
 def test_an_errors_file_that_is_missing_or_one_too_many_is_found(make_job):

@@ -26,7 +26,9 @@ LOAD_S, COMPILE_S, PROMPT_S, TOKEN_S = 10.0, 20.0, 0.01, 0.05
 class Words:
     """A tokenizer of words: each is its length."""
 
-    def encode(self, text):
+    splits_special = False
+
+    def encode(self, text, *, parse_special=True):
         return [len(word) for word in text.split()]
 
     def encode_chat(self, messages, *, template_kwargs=None):
@@ -264,7 +266,7 @@ def test_parts_without_a_manifest_are_refused(make_job, look):
     job = make_job(rows_text(3))
     pathlib.Path(job.output).mkdir()
     (pathlib.Path(job.output) / "part-00000.jsonl").write_text("mine\n")
-    with pytest.raises(JobError, match=r"holds parts of a job but no manifest.json"):
+    with pytest.raises(JobError, match=r"holds parts of a job \(part-00000.jsonl\) but no manifest.json"):
         look(job)
 
 

@@ -327,7 +327,7 @@ def test_two_shards_run_as_two_processes_at_once_merge_into_the_unsharded_job(ma
     processes = [start(job) for job in (whole, *jobs)]
     assert [end(process) for process in processes] == [0, 0, 0]
     assert main(["job", "merge", jobs[0].output]) == 0
-    assert "merged 2 shards: 40 rows in" in capsys.readouterr().out
+    assert "merged 2 shards: 40 rows in" in capsys.readouterr().err
     assert contents(pathlib.Path(jobs[0].output)) == contents(pathlib.Path(whole.output))
 
 

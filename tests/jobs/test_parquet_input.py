@@ -129,7 +129,7 @@ def test_template_kwargs_may_be_a_map(write):
     ({"prompt": [1.5]}, r"prompt is 1.5; it must be text"),
     ({"text": ["a"]}, r"the row has 'text' and no prompt"),
     ({"prompt": pa.nulls(1, pa.string())}, r"no prompt"),
-    ({"custom_id": [7], "prompt": ["a"]}, r"custom_id is 7; it must be text"),
+    ({"custom_id": [True], "prompt": ["a"]}, r"custom_id is true; it must be text or a number"),
 ])
 def test_a_bad_row_becomes_an_error_line(write, columns, message):
     run_job(job(write("a.parquet", columns)), make_llm=FakeLLM)

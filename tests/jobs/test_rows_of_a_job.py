@@ -119,14 +119,6 @@ def test_any_number_of_rows_makes_its_parts(run_text, num_rows, rows_per_part, n
     assert len(all_rows(folder)) == num_rows
 
 
-@pytest.mark.parametrize(("rows", "first", "second"), [
-    (['{"custom_id": "a", "prompt": "x"}', GOOD, '{"custom_id": "a", "prompt": "y"}'], 0, 2),
-    ([GOOD, GOOD, '{"custom_id": "1", "prompt": "y"}'], 1, 2),
-    (['{"custom_id": 7, "prompt": "x"}', '{"custom_id": "7", "prompt": "y"}'], 0, 1),
-    (['{"custom_id": 7, "prompt": "x"}', '{"custom_id": 7.0, "prompt": "y"}'], 0, 1),
-    ([GOOD, GOOD, '{"custom_id": 1, "prompt": "y"}'], 1, 2),
-    (['{"custom_id": "é", "prompt": "x"}', '{"custom\\u005fid": "\\u00e9", "prompt": "y"}'], 0, 1),
-])
 def test_a_custom_id_that_is_a_number_keeps_its_value_in_outputs_and_errors(run_text):
     ids = [70, -3, 2.5, 1e300, 12345678901234567890, 0]
     folder = run_text("".join(json.dumps({"custom_id": custom_id, "prompt": "a"}) + "\n" for custom_id in ids) + '{"custom_id": 8, "prompt": 5}\n'
@@ -146,12 +138,20 @@ def test_whole_floats_in_a_row_are_whole_numbers(make_job):
     assert {type(value) for value in (params.max_tokens, params.top_k, params.seed, params.n, *params.stop_token_ids)} == {int}
 
 
-@pytest.mark.parametrize("line", ['{"prompt": [1.5]}', '{"prompt": "a", "sampling": {"max_tokens": 3.5}}', '{"prompt": "a", "sampling": {"top_k": "5"}}',
-                                  '{"prompt": "a", "sampling": {"n": true}}'])
+@pytest.mark.parametrize("line", ['{"prompt": [1.5]}', *(f'{{"prompt": "a", "sampling": {sampling}}}'
+                                                         for sampling in ('{"max_tokens": 3.5}', '{"top_k": "5"}', '{"n": true}'))])
 def test_what_is_no_whole_number_is_still_refused(run_text, line):
     assert "must be" in all_errors(run_text(line))[0]["error"]
 
 
+@pytest.mark.parametrize(("rows", "first", "second"), [
+    (['{"custom_id": "a", "prompt": "x"}', GOOD, '{"custom_id": "a", "prompt": "y"}'], 0, 2),
+    ([GOOD, GOOD, '{"custom_id": "1", "prompt": "y"}'], 1, 2),
+    (['{"custom_id": 7, "prompt": "x"}', '{"custom_id": "7", "prompt": "y"}'], 0, 1),
+    (['{"custom_id": 7, "prompt": "x"}', '{"custom_id": 7.0, "prompt": "y"}'], 0, 1),
+    ([GOOD, GOOD, '{"custom_id": 1, "prompt": "y"}'], 1, 2),
+    (['{"custom_id": "é", "prompt": "x"}', '{"custom\\u005fid": "\\u00e9", "prompt": "y"}'], 0, 1),
+])
 def test_two_rows_of_one_custom_id_are_refused_before_anything_is_generated(make_job, rows, first, second):
     class NoLLM(FakeLLM):
         def __init__(self, *_, **__):

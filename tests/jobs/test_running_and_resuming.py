@@ -163,7 +163,7 @@ def test_parts_without_a_manifest_are_not_taken_over(make_job):
     folder = pathlib.Path(job.output)
     folder.mkdir()
     (folder / "part-00000.jsonl").write_text("mine\n")
-    with pytest.raises(JobError, match=r"holds parts of a job but no manifest.json"):
+    with pytest.raises(JobError, match=r"holds parts of a job \(part-00000.jsonl\) but no manifest.json"):
         run_job(job, make_llm=NeverMade)
     assert (folder / "part-00000.jsonl").read_text() == "mine\n"
 

@@ -1,7 +1,7 @@
 """SIGINT, SIGTERM and ``kill -9`` at random moments of start-up, run, resume, dry run and merge: nothing is lost or doubled, exit codes are right.
 
-A few moments are tried with the other tests. ``TPLLM_SIGNAL_MOMENTS=60 pytest -m slow tests/jobs/test_signals_at_any_moment.py -s`` tries 60, 12 of
-each kind, with all that the real engine imports, and prints what became of them; ``TPLLM_SIGNAL_SEED`` chooses others.
+One moment of each kind and signal is tried with the slow tests. ``TPLLM_SIGNAL_MOMENTS=60 pytest -m slow tests/jobs/test_signals_at_any_moment.py
+-s`` tries 60, 12 of each kind, with all that the real engine imports, and prints what became of them; ``TPLLM_SIGNAL_SEED`` chooses others.
 """
 import collections
 import dataclasses
@@ -155,13 +155,14 @@ def cpu_seconds(process: subprocess.Popen) -> float:
     return times.user + times.system
 
 
-@pytest.mark.parametrize("num_moments", [3, pytest.param(int(os.environ.get("TPLLM_SIGNAL_MOMENTS", "15")), marks=pytest.mark.slow)])
-def test_a_signal_at_any_moment_loses_nothing_doubles_nothing_and_has_its_exit_code(tmp_path, num_moments):
+@pytest.mark.slow
+def test_a_signal_at_any_moment_loses_nothing_doubles_nothing_and_has_its_exit_code(tmp_path):
+    num_moments = int(os.environ.get("TPLLM_SIGNAL_MOMENTS", "15"))
     draw = random.Random(int(os.environ.get("TPLLM_SIGNAL_SEED", "20261130")))
-    trials = Trials(tmp_path, draw, imports_all=num_moments > 3)
+    trials = Trials(tmp_path, draw, imports_all=num_moments > 15)
     kinds = [trials.startup, trials.run, trials.merge, trials.resume, trials.dry_run]
     for trial in range(num_moments):
-        kinds[trial % len(kinds)](SIGNALS[trial // len(kinds) % len(SIGNALS)] if num_moments > 3 else SIGNALS[trial])
+        kinds[trial % len(kinds)](SIGNALS[trial // len(kinds) % len(SIGNALS)])
     for (kind, name, code), count in sorted(trials.outcomes.items(), key=str):
         print(f"{kind}: {name}: exit code {code}: {count} times")
     assert sum(trials.outcomes.values()) == num_moments

@@ -207,7 +207,6 @@ def test_named_templates_without_a_default_are_refused_with_their_names(tmp_path
 
 
 
-
 @pytest.mark.parametrize(("message", "said"), [
     ({"role": "assistant", "content": None}, ""), ({"role": "assistant"}, ""), ({"role": "assistant", "content": None, "tool_calls": []}, ""),
     ({"role": "assistant", "content": None, "refusal": "I cannot."}, "I cannot."),
@@ -220,6 +219,19 @@ def test_an_assistant_that_said_nothing_or_refused_is_a_message_all_the_same(kin
     wanted = [*USER, {"role": "assistant", "content": said}, *USER]
     for kind in KINDS:
         assert kinds[kind].encode_chat([*USER, message, *USER]) == kinds[kind].encode_chat(wanted), kind
+
+
+@pytest.mark.parametrize(("template", "wanted"), [
+    ("{% for m in messages %}{{ m['role'] + ':' + m['content'] }};{% endfor %}", "user:hello;assistant:;"),
+    ("{% for m in messages %}{{ m.content | trim }};{% endfor %}", "hello;;"),
+    ("{% for m in messages %}{% if m['content'] is none %}{{ m.tool_calls[0].id }}{% else %}{{ m['content'] }}{% endif %};{% endfor %}", "hello;c1;"),
+    ("{% for m in messages %}{% if m.content != None %}{{ m.content }}{% else %}call{% endif %};{% endfor %}", "hello;call;"),
+    ("{% for m in messages %}{% if 'content' in m %}has{% endif %};{% endfor %}", "has;has;"),
+])
+def test_a_null_content_beside_tool_calls_is_none_to_a_template_that_asks_and_else_no_text(tmp_path, template, wanted):
+    call = {"role": "assistant", "content": None, "tool_calls": [{"id": "c1", "type": "function", "function": {"name": "f", "arguments": {}}}]}
+    tokenizer = with_template(tmp_path, template)
+    assert tokenizer.decode(tokenizer.encode_chat([{"role": "user", "content": "hello"}, call])) == wanted
 
 
 @pytest.mark.parametrize("message", [{"role": "assistant", "refusal": 3}, {"role": "assistant", "content": [{"type": "refusal"}]}])

@@ -96,6 +96,9 @@ def _lines():
             yield input(prompt)
         except EOFError:
             return
+        except (OSError, UnicodeDecodeError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise PromptError(f"cannot read from standard input: {reason}; give text in {sys.stdin.encoding}") from None
         except KeyboardInterrupt:
             print()
 

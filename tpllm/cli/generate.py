@@ -10,6 +10,7 @@ from typing import Any
 
 from tpllm.cli.model_options import add_model_options, add_sampling_options, load_llm, sampling_of
 from tpllm.engine.sampling_params import SamplingParams
+from tpllm.errors import PromptError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,4 +43,8 @@ def _prompt(args: argparse.Namespace) -> str:
         return args.prompt
     if sys.stdin.isatty():
         print("tpllm: reading the prompt from the terminal; end it with Ctrl-D", file=sys.stderr)
-    return sys.stdin.read().removesuffix("\n")
+    try:
+        return sys.stdin.read().removesuffix("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise PromptError(f"cannot read the prompt from standard input: {getattr(error, 'strerror', None) or error}; give text in "
+                          f"{sys.stdin.encoding}, or --prompt TEXT") from None

@@ -6,6 +6,7 @@
 """
 import argparse
 import json
+import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -98,5 +99,5 @@ def _merge(args: argparse.Namespace) -> int:
     result = merge_shards(args.output, args.shards, allow_environment_change=args.allow_environment_change)
     new = f"{result.num_new} of {result.num_parts} parts new" if result.num_new else "nothing was left to do"
     failed = f"; {result.num_errors} failed: see {args.output}/part-*.errors.jsonl" if result.num_errors else ""
-    print(f"tpllm: merged {result.num_shards} shards: {result.num_rows} rows in {args.output} ({new}){failed}")
+    print(f"tpllm: merged {result.num_shards} shards: {result.num_rows} rows in {args.output} ({new}){failed}", file=sys.stderr)
     return 0

@@ -50,12 +50,12 @@ def run(args: argparse.Namespace, *, make_llm: Callable[..., Any] | None) -> int
                           prefill_chunk=args.prefill_chunk)
     report = (plan_best if args.search else make_plan)(options)
     text = json.dumps(report, indent=1)
+    if args.json not in (None, "-"):  # the files first: whoever reads what is printed may go away
+        pathlib.Path(args.json).write_text(text + "\n")
+    if args.html:
+        pathlib.Path(args.html).write_text(html_page(report))
     if args.json == "-":
         print(text)
     else:
         print_plan(report)
-        if args.json:
-            pathlib.Path(args.json).write_text(text + "\n")
-    if args.html:
-        pathlib.Path(args.html).write_text(html_page(report))
     return 0

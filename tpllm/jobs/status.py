@@ -134,15 +134,18 @@ def _folder_status(folder: pathlib.Path, *, counts_tokens: bool, verifies: bool)
     if len(own) < len(files):
         status.problems.append(f"{len(files) - len(own)} parts do not belong to the job of the {MANIFEST}")
     records = _read_records(folder, manifest, status)
-    for committed in own:
-        _add_part(status, committed, records.get(committed.part), verifies=verifies)
+    sound = [files for files in own if _add_part(status, files, records.get(files.part), verifies=verifies)]
     journals = [journal for journal in journals if journal.part not in files]
     for journal in journals:
         status.num_done += journal.num_rows
         status.num_in_journals += journal.num_rows
         status.num_failed += journal.num_errors
     if counts_tokens:
-        _count_tokens(status, [files.rows for files in own], journals)
+        try:
+            _count_tokens(status, [files.rows for files in sound], journals)
+        except (OSError, ValueError) as error:  # Arrow's own errors are of either kind
+            status.prompt_tokens = status.completion_tokens = None
+            status.problems.append(f"its tokens cannot be counted: {error}")
     return status
 
 
@@ -174,8 +177,9 @@ def _read_records(folder: pathlib.Path, manifest: Mapping[str, Any] | None, stat
         return {}
 
 
-def _add_part(status: FolderStatus, files: PartFiles, record: PartRecord | None, *, verifies: bool) -> None:
-    """One committed part; a damaged one does not count. Where the manifest does not tell its size, its rows are what it has."""
+def _add_part(status: FolderStatus, files: PartFiles, record: PartRecord | None, *, verifies: bool) -> bool:
+    """One committed part; returns whether it counts, which a damaged one does not. Where the manifest does not tell its size, its rows are what it
+    has."""
     try:
         num_failed = num_rows_of(files.errors) if files.errors else 0
         num_rows = status.parts.size(files.part) if status.parts else num_rows_of(files.rows) + num_failed
@@ -183,10 +187,11 @@ def _add_part(status: FolderStatus, files: PartFiles, record: PartRecord | None,
             raise JobError(f"{damage}: a file was cut, emptied, replaced or not copied after it was committed, and its part does not count")
     except JobError as error:
         status.problems.append(str(error))
-        return
+        return False
     status.num_done += num_rows
     status.num_failed += num_failed
     status.num_committed += 1
+    return True
 
 
 @dataclasses.dataclass
@@ -240,6 +245,6 @@ def _usage(line: bytes) -> Mapping[str, int]:
     try:
         row = json.loads(line)
         usage = row["response"]["body"]["usage"] if "response" in row else row["usage"]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return {}
     return usage if isinstance(usage, dict) else {}

@@ -30,7 +30,7 @@ class ChatTemplate:
     def __init__(self, source: str, label: str, *, is_for_tools: bool = False):
         self.source, self.label, self.is_for_tools = source, label, is_for_tools
         self._forms: ArgumentForms | None = None
-        self._has_told_of_tools = False
+        self._has_told_of_tools = self._asks_for_none = False
 
     def argument_forms(self, names: Mapping[str, str]) -> ArgumentForms:
         """How the template takes the arguments of earlier tool calls; ``names`` are the texts of the tokens that have one."""
@@ -47,7 +47,8 @@ class ChatTemplate:
         """The prompt's text, which knows what of it stood in a :class:`TracedText` of the messages or the context.
 
         Args:
-            messages: their parts are passed on as a list where the template loops over them, else joined by newlines.
+            messages: their parts are passed on as a list where the template loops over them, else joined by newlines; content that is None as it is
+                where the template asks whether it is none, else as ``""``.
             context: the template's own variables. Where it does not read ``tools``, they change nothing, as in transformers; the log says so once.
 
         Raises:
@@ -63,6 +64,8 @@ class ChatTemplate:
         template, reads_parts, _ = self._compiled
         if not reads_parts:
             messages = [joined_parts(message) for message in messages]
+        if not self._asks_for_none:
+            messages = [{**message, "content": ""} if message.get("content", "") is None else message for message in messages]
         try:
             with Budget():
                 text = template.render({**context, "messages": messages})
@@ -93,7 +96,7 @@ class ChatTemplate:
         try:
             tree = parse_template(self.source)
             takes_tools = self.is_for_tools or any(name.name == "tools" for name in tree.find_all(jinja2.nodes.Name))
-            reads_parts = _loops_over_content(tree)
+            reads_parts, self._asks_for_none = _loops_over_content(tree), _asks_for_no_content(tree)
             return compile_template(tree), reads_parts, takes_tools
         except TemplateLimitError as error:
             return f"the {self.label} {error} while it is compiled; shorten it in the model's folder"
@@ -128,6 +131,14 @@ def _line(message: object) -> str:
 def _loops_over_content(tree: jinja2.nodes.Template) -> bool:
     """Whether the template has a loop over a message's ``content``."""
     return any(_is_content(loop.iter) for loop in tree.find_all(jinja2.nodes.For))
+
+
+def _asks_for_no_content(tree: jinja2.nodes.Template) -> bool:
+    """Whether the template compares a message's ``content`` with none."""
+    tests = (test.node for test in tree.find_all(jinja2.nodes.Test) if test.name == "none")
+    compared = (compare.expr for compare in tree.find_all(jinja2.nodes.Compare)
+                if any(isinstance(other.expr, jinja2.nodes.Const) and other.expr.value is None for other in compare.ops))
+    return any(map(_is_content, (*tests, *compared)))
 
 
 def _is_content(node: jinja2.nodes.Node) -> bool:

@@ -17,7 +17,7 @@ def checked_messages(messages: object) -> list[dict]:
     """Messages as plain dicts; keys whose value is None are left out, as templates expect.
 
     ``content`` stays a text, or becomes a list of ``{"type": "text", "text": ...}``. What the assistant refused with is what it said; an assistant's
-    message without content or tool calls said nothing, ``""``.
+    message without content or tool calls said nothing, ``""``. A null content beside tool calls stays None.
 
     Raises:
         PromptError: not a list of messages; it names the index and the fix.
@@ -103,6 +103,8 @@ def _checked_message(message: object, where: str) -> dict:
         raise PromptError(f"{where} has no content; give a text, or '' for none")
     elif not kept.get("tool_calls"):
         kept["content"] = checked_text(kept.pop(REFUSAL, ""), f"{where}['{REFUSAL}']")
+    elif "content" in message:
+        kept["content"] = None
     return plain_value(kept, where)
 
 

@@ -14,7 +14,7 @@ from tpllm.jobs.dry_run.row_counts import RowCounting, RowCounts
 from tpllm.jobs.dry_run.speed import Speed, measure_speed
 from tpllm.jobs.engine_options import check_engine_options
 from tpllm.jobs.manifest import job_section, model_section, refuse_changes
-from tpllm.jobs.outputs.folder import MANIFEST, read_manifest, refuse_damage, refuse_what_is_no_folder
+from tpllm.jobs.outputs.folder import read_manifest, refuse_damage, refuse_parts_without_manifest, refuse_what_is_no_folder
 from tpllm.jobs.outputs.formats import needs_columns, open_part_format, resolve_output_format
 from tpllm.jobs.outputs.journal import journal_files, journal_rows
 from tpllm.jobs.outputs.lock import writer_of
@@ -141,8 +141,7 @@ def finished_rows(folder: pathlib.Path, parts: Parts, manifest: Mapping[str, Any
         return set(), {}
     journals = {part: {row.index for row in journal_rows(path, parts.rows(part)) if row} for part, path in journal_files(folder).items()}
     committed = part_files(folder)  # after the journals are read: a part committed meanwhile is in either
-    if (committed or journals) and not (folder / MANIFEST).exists():
-        raise JobError(f"the output folder {folder} holds parts of a job but no {MANIFEST}; give this job another output")
+    refuse_parts_without_manifest(folder)
     records = read_records(folder, manifest)
     for part, files in committed.items():
         if part in parts.numbers:

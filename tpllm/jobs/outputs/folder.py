@@ -16,7 +16,7 @@ from tpllm.jobs.manifest import parse_manifest
 from tpllm.jobs.outputs.durable import Disk, place, write_whole, writing_to
 from tpllm.jobs.outputs.journal import JOURNAL_NAME, FinishedRow
 from tpllm.jobs.outputs.lock import held_for_writing
-from tpllm.jobs.outputs.part_files import JSONL, TEMPORARY_NAME, PartFiles, PartFormat, errors_name, num_rows_of, part_files
+from tpllm.jobs.outputs.part_files import JSONL, PART_NAME, TEMPORARY_NAME, PartFiles, PartFormat, errors_name, num_rows_of, part_files
 from tpllm.jobs.outputs.part_records import PARTS, CommitLog, FileRecord, PartRecord, Tally, as_section, damage_of, read_records, record_of
 from tpllm.jobs.shard import Parts
 
@@ -52,8 +52,7 @@ class OutputFolder:
                 disk.remove(path / name)
         self.committed = set(part_files(path))
         self._log, self._records = CommitLog(path, disk), read_records(path, None)
-        if (self.committed or any(map(JOURNAL_NAME.fullmatch, names))) and MANIFEST not in names:
-            raise JobError(f"the output folder {path} holds parts of a job but no {MANIFEST}; give this job another output")
+        refuse_parts_without_manifest(path)
 
     def read_manifest(self) -> dict[str, Any] | None:
         """The manifest of the job that this folder belongs to, or None for a new one.
@@ -196,6 +195,18 @@ def refuse_what_is_no_folder(path: pathlib.Path) -> None:
             kind = f"a link to {os.readlink(above)}, where no folder is" if above.is_symlink() else "a file"
             raise JobError(f"cannot write to the output folder {path}: Not a directory: {above} is {kind}; move it away, or give this job "
                            "another output")
+
+
+def refuse_parts_without_manifest(path: pathlib.Path) -> None:
+    """Refuse a folder whose parts or journals may be of any job.
+
+    Raises:
+        JobError: such a folder, with the first of them.
+    """
+    names = {entry.name for entry in path.iterdir()}
+    of_jobs = sorted(name for name in names if PART_NAME.fullmatch(name) or JOURNAL_NAME.fullmatch(name))
+    if of_jobs and MANIFEST not in names:
+        raise JobError(f"the output folder {path} holds parts of a job ({of_jobs[0]}) but no {MANIFEST}; give this job another output")
 
 
 @contextlib.contextmanager

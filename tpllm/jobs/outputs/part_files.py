@@ -4,6 +4,7 @@
 Whoever reads an output folder (status, merge) needs only :func:`part_files` and :func:`num_rows_of`, whatever the format.
 """
 import dataclasses
+import json
 import pathlib
 import re
 from collections.abc import Iterable, Iterator
@@ -83,6 +84,19 @@ def part_files(folder: pathlib.Path) -> dict[int, PartFiles]:
                 raise JobError(f"part {part} is there twice, as {found[part].rows} and as {path}; remove the one that is not the job's")
             found[part] = PartFiles(part, path, errors.get(part))
     return dict(sorted(found.items()))
+
+
+def is_readable(path: pathlib.Path) -> bool:
+    """Whether every row of a part's file or errors file can be parsed; all of it is read."""
+    try:
+        if path.suffix == ".parquet":
+            from pyarrow import parquet
+            with parquet.ParquetFile(path) as file:
+                return all(batch.validate(full=True) is None for batch in file.iter_batches())
+        with path.open("rb") as lines:
+            return all(isinstance(json.loads(line), dict) for line in lines)
+    except (OSError, ValueError, RecursionError):  # Arrow's own errors are of the first two kinds
+        return False
 
 
 def num_rows_of(path: pathlib.Path) -> int:

@@ -16,7 +16,7 @@ from typing import Any
 
 from tpllm.errors import JobError
 from tpllm.jobs.outputs.durable import CHUNK_BYTES, Disk
-from tpllm.jobs.outputs.part_files import ERRORS_NAME, PART_NAME, PartFiles, num_rows_of
+from tpllm.jobs.outputs.part_files import ERRORS_NAME, PART_NAME, PartFiles, is_readable, num_rows_of
 
 COMMITS = "commits.jsonl"
 PARTS = "parts"
@@ -141,7 +141,7 @@ def damage_of(files: PartFiles, record: PartRecord | None, num_rows: int, *, has
 
     Args:
         files: the part's.
-        record: what is recorded; None where nothing is (a folder that was copied without its log): then only rows are counted.
+        record: what is recorded; None where nothing is (a folder that was copied without its log): then rows are counted and parsed.
         num_rows: of the part.
         hashes: whether the content is compared too, not only rows and bytes.
     """
@@ -152,9 +152,9 @@ def damage_of(files: PartFiles, record: PartRecord | None, num_rows: int, *, has
     except (JobError, OSError) as error:
         return f"{shown} should hold {num_rows} whole rows and cannot be read: {error}"
     if record is None:
-        if found_rows == num_rows and is_whole:
+        if found_rows == num_rows and is_whole and all(map(is_readable, files.paths)):
             return None
-        return f"{shown} should hold {num_rows} whole rows and hold {found_rows}, the last one perhaps torn"
+        return f"{shown} should hold {num_rows} whole rows and hold {found_rows}, of which one may be torn or damaged"
     wanted_bytes = sum(file.num_bytes for file in record.values())
     by_file = {path.name: (num_rows_of(path), path.stat().st_size) for path in files.paths}
     if by_file != {name: (file.num_rows, file.num_bytes) for name, file in record.items()} or found_rows != num_rows or not is_whole:

@@ -64,8 +64,8 @@ def shared_prompts(count: int) -> list[dict[str, list[int]]]:
     return [{"prompt_token_ids": head["prompt_token_ids"] + tail["prompt_token_ids"]} for tail in tails]
 
 
-@pytest.mark.parametrize(("mesh", "dtype"), [({"tp": 1}, "float32"), ({"tp": 1}, "int8"), SLOW({"tp": 2}, "int8"), SLOW({"dp": 2, "tp": 2}, "float32")],
-                         ids=str)
+@pytest.mark.parametrize(("mesh", "dtype"), [({"tp": 1}, "float32"), ({"tp": 1}, "int8"), SLOW({"tp": 2}, "int8"),
+                                             SLOW({"dp": 2, "tp": 2}, "float32")], ids=str)
 def test_rows_whose_beginning_is_shared_are_bit_equal_to_those_that_compute_it(make, mesh, dtype):
     prompts, params = shared_prompts(12), [SamplingParams(seed=index, max_tokens=10, logprobs=1) for index in range(12)]
     plain, sharing = (make(mesh, kv_cache_dtype=dtype, enable_prefix_caching=is_on) for is_on in (False, True))

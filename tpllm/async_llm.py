@@ -3,6 +3,7 @@ import asyncio
 import contextlib
 import dataclasses
 import logging
+import math
 import queue
 import threading
 import uuid
@@ -132,13 +133,20 @@ class AsyncLLM:
         while is_open:
             try:
                 is_open = self._handle_inbox()
-                self._show(self._engine.wait(self._news, is_watched=True) if is_open else self._end_all())
+                if is_open:
+                    self._tell(self._engine.wait(self._news, is_watched=True))
             except BaseException:
                 with contextlib.suppress(BaseException):
-                    log.exception("the engine failed")
                     self._engine.recover()  # where that fails, the next call tries again, and tells
                 with contextlib.suppress(BaseException):
-                    self._show(self._news())
+                    log.exception("the engine failed")
+                with contextlib.suppress(BaseException):
+                    self._tell(self._news())
+        with contextlib.suppress(BaseException):
+            self._engine.close()
+        for stream in list(self._streams.values()):
+            with contextlib.suppress(BaseException):
+                self._tell([(stream, *stream.look())])
 
     def _handle_inbox(self) -> bool:
         """Do what was asked for, waiting where there is nothing else to do; False where it is time to end."""
@@ -158,59 +166,68 @@ class AsyncLLM:
         try:
             stream.request = self._llm.submit(stream.request_id, prompt, params, priority=priority)
         except BaseException as error:
-            if not isinstance(error, TpllmError):
-                log.exception("request %s failed", stream.request_id)
-            message = str(error) if isinstance(error, TpllmError) else f"internal error: {error!r}"
-            self._show([(stream, failed_output(stream.request_id, prompt if isinstance(prompt, str) else None, message))])
+            stream.fail(error, prompt if isinstance(prompt, str) else None)
 
     def _abort(self, stream: "_Stream") -> None:
         if stream.request is not None and not stream.request.is_finished:
             self._engine.abort(stream.request)
 
-    def _end_all(self) -> list[tuple["_Stream", RequestOutput]]:
-        for stream in list(self._streams.values()):
-            self._abort(stream)
-        return self._news()
+    def _news(self) -> list[tuple["_Stream", RequestOutput, float]]:
+        return [(stream, *stream.look()) for stream in list(self._streams.values()) if stream.has_news]
 
-    def _news(self) -> list[tuple["_Stream", RequestOutput]]:
-        return [(stream, stream.take_news()) for stream in list(self._streams.values()) if stream.has_news]
-
-    def _show(self, news: list[tuple["_Stream", RequestOutput]]) -> None:
-        for stream, output in news:
-            if not stream.put(output):
+    def _tell(self, news: list[tuple["_Stream", RequestOutput, float]]) -> None:
+        for stream, output, num_changes in news:
+            if not stream.put(output, num_changes):
                 self._forget(stream)
                 self._abort(stream)
 
 
 class _Stream:
-    """Outputs on their way from the engine's thread to a coroutine; of those that it has not taken yet only the last counts."""
+    """Outputs on their way from the engine's thread to a coroutine; of those that it has not taken yet only the last counts.
+
+    Attributes:
+        request: once it has begun.
+    """
 
     def __init__(self, request_id: str, loop: asyncio.AbstractEventLoop):
         self.request_id = request_id
         self.request: Request | None = None
+        self._failed: RequestOutput | None = None  # its last output, where an error ended it outside the engine
         self._loop, self._latest, self._has_more = loop, None, asyncio.Event()
-        self._num_seen = 0
+        self._num_told: float = 0
 
     @property
     def has_news(self) -> bool:
-        """Whether its request has got further than :meth:`take_news` has seen."""
-        return self.request is not None and self.request.num_changes > self._num_seen
+        """Whether there is more than what was put."""
+        return self._num_changes > self._num_told
 
-    def take_news(self) -> RequestOutput:
-        """A copy of its request's output; where that fails, an output that says so, the last one."""
-        self._num_seen = self.request.num_changes
+    @property
+    def _num_changes(self) -> float:
+        return math.inf if self._failed else self.request.num_changes if self.request else 0
+
+    def fail(self, error: BaseException, prompt: str | None) -> None:
+        """End it with an error: what the request gives from now on is not looked at."""
+        is_users = isinstance(error, TpllmError)
+        self._failed = failed_output(self.request_id, prompt, str(error) if is_users else f"internal error: {error!r}")
+        if not is_users:
+            log.error("request %s failed", self.request_id, exc_info=error)
+
+    def look(self) -> tuple[RequestOutput, float]:
+        """A copy of its request's output, and how far that is; where the copy fails, an output that says so."""
+        num_changes = self._num_changes
         try:
-            return output_so_far(self.request)
-        except Exception as error:
-            log.exception("request %s failed", self.request_id)
-            return failed_output(self.request_id, self.request.output.prompt, f"internal error: {error!r}")
+            return self._failed or output_so_far(self.request), num_changes
+        except BaseException as error:
+            self.fail(error, self.request.output.prompt)
+            return self._failed, math.inf
 
-    def put(self, output: RequestOutput) -> bool:
+    def put(self, output: RequestOutput, num_changes: float) -> bool:
         """From the engine's thread; False where the coroutine's event loop is closed, so that nobody reads on."""
         try:
             self._loop.call_soon_threadsafe(self._set, output)
         except RuntimeError:
             return False
+        self._num_told = num_changes
         return True
 
     async def next(self) -> RequestOutput:

@@ -36,7 +36,7 @@ class AsyncLLM:
     def __init__(self, model: str | LLM, **options: Any):
         self._llm = model if isinstance(model, LLM) else LLM(model, **options)
         self._engine = self._llm._live_engine
-        self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._streams: dict[str, _Stream] = {}
         self._thread = threading.Thread(target=self._run, name="tpllm-engine", daemon=True)
         self._is_closed, self._closing = False, threading.RLock()
@@ -97,7 +97,7 @@ class AsyncLLM:
         with self._closing:
             if not self._is_closed:
                 self._is_closed = True
-                self._inbox.put(None)
+                self._inbox.put(lambda: None)  # wakes the thread, which ends when it has done all that was asked for before
         self._thread.join()
         self._llm.close()
 
@@ -114,7 +114,7 @@ class AsyncLLM:
         return await answer.future
 
     def _send(self, task: Callable[[], None]) -> None:
-        """Have the engine's thread do something between two steps. It will: the thread ends by a message that comes after all others."""
+        """Have the engine's thread do something between two steps."""
         with self._closing:
             if self._is_closed:
                 raise ConfigError("this AsyncLLM is closed; make a new one")
@@ -129,12 +129,10 @@ class AsyncLLM:
     # --- the engine's thread ----------------------------------------------------------------------------------------------------------
     def _run(self) -> None:
         """Whatever fails, this goes on until it is told to end: nobody else could tell those who wait."""
-        is_open = True
-        while is_open:
+        while not (self._is_closed and self._inbox.empty()):
             try:
-                is_open = self._handle_inbox()
-                if is_open:
-                    self._tell(self._engine.wait(self._news, is_watched=True))
+                self._handle_inbox()
+                self._tell(self._engine.wait(self._news, is_watched=True))
             except BaseException:
                 with contextlib.suppress(BaseException):
                     self._engine.recover()  # where that fails, the next call tries again, and tells
@@ -148,17 +146,12 @@ class AsyncLLM:
             with contextlib.suppress(BaseException):
                 self._tell([(stream, *stream.look())])
 
-    def _handle_inbox(self) -> bool:
-        """Do what was asked for, waiting where there is nothing else to do; False where it is time to end."""
-        while True:
-            is_idle = not self._engine.has_work and not any(stream.has_news for stream in list(self._streams.values()))
-            try:
-                task = self._inbox.get(block=is_idle)
-            except queue.Empty:
-                return True
-            if task is None:
-                return False
-            task()
+    def _handle_inbox(self) -> None:
+        """Do what was asked for, waiting where there is nothing else to do."""
+        with contextlib.suppress(queue.Empty):
+            while True:
+                is_idle = not (self._is_closed or self._engine.has_work or any(stream.has_news for stream in list(self._streams.values())))
+                self._inbox.get(block=is_idle)()
 
     def _submit(self, stream: "_Stream", prompt: Prompt, params: SamplingParams | None, priority: int) -> None:
         if self._streams.get(stream.request_id) is not stream:  # its iterator was left before it began

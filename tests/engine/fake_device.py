@@ -131,10 +131,15 @@ class FakeRunner(Runner):
 def fake_llm(*, is_native: bool = True, num_pages: int = 8, tokenizer=None) -> LLM:
     """An LLM of tests/engine's shapes on such a device; few pages, so that rows lose theirs."""
     llm = make_llm(config=CONFIG if tokenizer is None else dataclasses.replace(CONFIG, vocab_size=tokenizer.vocab_size), tokenizer=tokenizer)
-    llm.shapes = dataclasses.replace(llm.shapes, has_invariant_kernels=is_native)
-    runner = FakeRunner(llm.config, llm.params, shapes=llm.shapes, num_pages=num_pages, eos_ids=frozenset(), cache_dtype="float32")
-    llm._engine = Engine(runner, Scheduler(llm.shapes, num_pages=num_pages, swaps=not is_native), tokenizer)
+    llm._engine = fake_engine(llm, is_native=is_native, num_pages=num_pages)
     return llm
+
+
+def fake_engine(llm: LLM, *, is_native: bool = True, num_pages: int = 8) -> Engine:
+    """An engine on such a device, of the sizes of a real one."""
+    shapes = dataclasses.replace(llm.shapes, has_invariant_kernels=is_native)
+    runner = FakeRunner(llm.config, llm.params, shapes=shapes, num_pages=num_pages, eos_ids=frozenset(), cache_dtype="float32")
+    return Engine(runner, Scheduler(shapes, num_pages=num_pages, swaps=not is_native), llm._tokenizer)
 
 
 def _kept(slots: list, is_kept: np.ndarray) -> list:

@@ -3,6 +3,7 @@ import collections
 import pathlib
 import random
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from types import CodeType, FrameType, ModuleType
 from typing import Any
@@ -12,18 +13,20 @@ Place = tuple[str, int, int]
 
 
 class LineFaults:
-    """Watches the lines of some modules that this thread runs.
+    """Watches the lines of some modules.
 
     Args:
         modules: whose lines count.
         is_fine: whether each instruction of a line is an event, not only its beginning.
+        in_threads: whether the threads are watched that begin during a run, and not the one that runs.
 
     Attributes:
         num_events: for each line, in the last run.
     """
 
-    def __init__(self, *modules: ModuleType, is_fine: bool = False):
+    def __init__(self, *modules: ModuleType, is_fine: bool = False, in_threads: bool = False):
         self._files, self._is_fine = {module.__file__ for module in modules}, is_fine
+        self._set_trace = threading.settrace if in_threads else sys.settrace
         self.num_events: collections.Counter[tuple[str, int]] = collections.Counter()
 
     def run(self, function: Callable[[], Any], place: Place | None = None, act: Callable[[], None] | None = None) -> Any:
@@ -48,12 +51,11 @@ class LineFaults:
                 if place == (*at, self.num_events[at]):
                     act()
             return go_on
-        former = sys.gettrace()
-        sys.settrace(begin)
+        self._set_trace(begin)
         try:
             return function()
         finally:
-            sys.settrace(former)
+            self._set_trace(None)
 
     def choose(self, part: float, *, num_each: int = 1, seed: int = 0) -> Iterator[Place]:
         """A part of the lines that the last run passed, each at so many of the times it ran."""
@@ -64,7 +66,11 @@ class LineFaults:
                     yield file, line, number
 
 
+def code_at(place: Place) -> str:
+    """The line."""
+    return pathlib.Path(place[0]).read_text("utf-8").splitlines()[place[1] - 1].strip()
+
+
 def name_of(place: Place) -> str:
     """A place as text."""
-    file, line, number = place
-    return f"{pathlib.Path(file).name}:{line}, event {number}: {pathlib.Path(file).read_text('utf-8').splitlines()[line - 1].strip()}"
+    return f"{pathlib.Path(place[0]).name}:{place[1]}, event {place[2]}: {code_at(place)}"

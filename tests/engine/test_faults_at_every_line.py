@@ -47,11 +47,11 @@ def use(llm: LLM) -> None:
     llm.generate(PROMPTS, STOPPING)
 
 
-def check(llm: LLM, expected, place) -> None:
+def check(llm: LLM, expected, after: str = "") -> None:
     """The tokens are right, and all slots and pages free."""
-    assert tokens_of(llm.generate(PROMPTS, PARAMS)) == expected, name_of(place)
+    assert tokens_of(llm.generate(PROMPTS, PARAMS)) == expected, after
     scheduler = llm._engine.scheduler
-    assert (llm._engine.has_work, scheduler.has_work, llm.metrics().num_pages_used) == (False, False, 0), name_of(place)
+    assert (llm._engine.has_work, scheduler.has_work, llm.metrics().num_pages_used) == (False, False, 0), after
     assert (scheduler.table == -1).all()
     assert not llm._engine._turns.are_mine
 
@@ -60,6 +60,7 @@ def check(llm: LLM, expected, place) -> None:
 def test_whatever_line_fails_the_next_call_gives_the_right_tokens(fake, expected, part, num_each):
     faults = LineFaults(*WORK)
     faults.run(lambda: use(fake))
+    check(fake, expected)
     places = list(faults.choose(part, num_each=num_each))
     assert len(places) > 400 * part
     for number, place in enumerate(places):
@@ -68,15 +69,17 @@ def test_whatever_line_fails_the_next_call_gives_the_right_tokens(fake, expected
         with contextlib.suppress(*ERRORS):  # one that is a row's own ends that row, and the call goes on
             faults.run(lambda: use(fake), place, fail)
         assert faults.num_events[place[:2]] >= place[2], name_of(place)
-        check(fake, expected, place)
+        check(fake, expected, name_of(place))
 
 
 @pytest.mark.parametrize(("part", "num_each"), [(0.05, 1), pytest.param(1, 5, marks=pytest.mark.slow)])
 def test_at_whatever_instruction_ctrl_c_comes_the_next_call_gives_the_right_tokens(fake, expected, part, num_each):
     faults, former = LineFaults(*WAYS, is_fine=True), signal.getsignal(signal.SIGINT)
     faults.run(lambda: use(fake))
+    check(fake, expected)
     for place in list(faults.choose(part, num_each=num_each)):
-        with pytest.raises(KeyboardInterrupt):
+        with contextlib.suppress(KeyboardInterrupt):
             faults.run(lambda: use(fake), place, lambda: signal.raise_signal(signal.SIGINT))
+            pytest.fail(f"the signal is lost at {name_of(place)}")
         assert signal.getsignal(signal.SIGINT) is former, name_of(place)
-        check(fake, expected, place)
+        check(fake, expected, name_of(place))

@@ -77,8 +77,8 @@ def test_an_ignored_signal_and_one_of_c_code_stay_what_they_are(handler, monkeyp
     with HeldSignals():
         interrupt()
     assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
-    monkeypatch.setattr(signal, "getsignal", lambda number: None)
-    monkeypatch.setattr(signal, "signal", lambda *_: pytest.fail("a handler of C code cannot be put back"))
+    monkeypatch.setattr(turns._signal, "getsignal", lambda number: None)
+    monkeypatch.setattr(turns._signal, "signal", lambda *_: pytest.fail("a handler of C code cannot be put back"))
     with HeldSignals():
         pass
 

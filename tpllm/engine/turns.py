@@ -1,4 +1,5 @@
 """Who uses an engine: one thread at a time, in the order in which they ask for it, and no signal in the middle of it."""
+import _signal  # what ``signal`` wraps: the enums that it makes cost ten times as much as the rest of a turn
 import bisect
 import contextlib
 import itertools
@@ -7,7 +8,7 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
-SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGALRM", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2")
+SIGNALS = tuple(int(getattr(signal, name)) for name in ("SIGINT", "SIGTERM", "SIGALRM", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2")
                 if hasattr(signal, name))
 """Those whose handlers may raise; profilers' are not among them."""
 MAX_ALIKE = 2  # of one signal that are told apart: a second Ctrl-C may mean more than the first, the thousandth tick of a timer does not
@@ -30,10 +31,10 @@ class HeldSignals:
         if threading.get_ident() == threading.main_thread().ident:
             try:
                 for number in SIGNALS:
-                    handler = signal.getsignal(number)
+                    handler = _signal.getsignal(number)
                     if callable(handler):
                         self._former[number] = handler
-                        signal.signal(number, self._take)
+                        _signal.signal(number, self._take)
                 self._is_held = True
             except BaseException:  # a handler raised that is not replaced yet
                 self._put_back()
@@ -64,8 +65,8 @@ class HeldSignals:
 
     def _put_back(self) -> None:
         for number, handler in reversed(self._former.items()):
-            if signal.getsignal(number) == self._take:  # else whoever was called meanwhile has chosen another
-                signal.signal(number, handler)
+            if _signal.getsignal(number) == self._take:  # else whoever was called meanwhile has chosen another
+                _signal.signal(number, handler)
 
     def _take(self, number: int, frame) -> None:
         if self._is_held:

@@ -3,6 +3,7 @@ import asyncio
 import contextlib
 import dataclasses
 import logging
+import math
 import queue
 import threading
 import uuid
@@ -35,7 +36,7 @@ class AsyncLLM:
     def __init__(self, model: str | LLM, **options: Any):
         self._llm = model if isinstance(model, LLM) else LLM(model, **options)
         self._engine = self._llm._live_engine
-        self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[tuple[_Answer | _Stream | None, Callable[[], None]]] = queue.SimpleQueue()
         self._streams: dict[str, _Stream] = {}
         self._thread = threading.Thread(target=self._run, name="tpllm-engine", daemon=True)
         self._is_closed, self._closing = False, threading.RLock()
@@ -57,11 +58,11 @@ class AsyncLLM:
         Raises:
             ConfigError: it is closed, or a request of this id runs.
         """
-        stream = _Stream(uuid.uuid4().hex if request_id is None else request_id, asyncio.get_running_loop())
+        stream = _Stream(uuid.uuid4().hex if request_id is None else request_id, prompt, asyncio.get_running_loop())
         if self._streams.setdefault(stream.request_id, stream) is not stream:
             raise ConfigError(f"a request {request_id!r} runs already; give each its own request_id")
         try:
-            self._send(lambda: self._submit(stream, prompt, sampling_params, priority))
+            self._send(stream, lambda: self._submit(stream, prompt, sampling_params, priority))
             is_finished = False
             while not is_finished:
                 output = await stream.next()
@@ -70,14 +71,14 @@ class AsyncLLM:
         finally:
             self._forget(stream)
             with contextlib.suppress(ConfigError):  # closing ends it, too
-                self._send(lambda: self._abort(stream))
+                self._send(stream, lambda: self._abort(stream))
 
     async def abort(self, request_id: str) -> None:
         """End a request now; its iterator gives what it has, with ``finish_reason="abort"``. One that has ended is left as it is."""
         stream = self._streams.get(request_id)
         if stream is not None:
             with contextlib.suppress(ConfigError):
-                self._send(lambda: self._abort(stream))
+                self._send(stream, lambda: self._abort(stream))
 
     async def metrics(self) -> Snapshot:
         """What the engine is doing and has done."""
@@ -96,7 +97,7 @@ class AsyncLLM:
         with self._closing:
             if not self._is_closed:
                 self._is_closed = True
-                self._inbox.put(None)
+                self._inbox.put((None, lambda: None))  # wakes the thread, which ends when it has done all that was asked for before
         self._thread.join()
         self._llm.close()
 
@@ -109,17 +110,17 @@ class AsyncLLM:
     async def _ask(self, function: Callable[[], Any]) -> Any:
         """What a function gives, or raises, that the engine's thread calls between two steps."""
         answer = _Answer(asyncio.get_running_loop())
-        self._send(lambda: answer.give(function))
+        self._send(answer, lambda: answer.give(function()))
         return await answer.future
 
-    def _send(self, task: Callable[[], None]) -> None:
-        """Have the engine's thread do something between two steps. It will: the thread ends by a message that comes after all others."""
+    def _send(self, who: "_Answer | _Stream", task: Callable[[], None]) -> None:
+        """Have the engine's thread do something between two steps; who waits for it is told where it fails."""
         with self._closing:
             if self._is_closed:
                 raise ConfigError("this AsyncLLM is closed; make a new one")
             if not self._thread.is_alive():
                 raise ConfigError("this AsyncLLM was made before its process was forked, which threads do not survive; make a new one")
-            self._inbox.put(task)
+            self._inbox.put((who, task))
 
     def _forget(self, stream: "_Stream") -> None:
         if self._streams.get(stream.request_id) is stream:
@@ -128,89 +129,102 @@ class AsyncLLM:
     # --- the engine's thread ----------------------------------------------------------------------------------------------------------
     def _run(self) -> None:
         """Whatever fails, this goes on until it is told to end: nobody else could tell those who wait."""
-        is_open = True
-        while is_open:
+        while not (self._is_closed and self._inbox.empty()):
             try:
-                is_open = self._handle_inbox()
-                self._show(self._engine.wait(self._news, is_watched=True) if is_open else self._end_all())
+                self._handle_inbox()
+                self._tell(self._engine.wait(self._news, is_watched=True))
             except BaseException:
                 with contextlib.suppress(BaseException):
-                    log.exception("the engine failed")
                     self._engine.recover()  # where that fails, the next call tries again, and tells
                 with contextlib.suppress(BaseException):
-                    self._show(self._news())
+                    log.exception("the engine failed")
+                with contextlib.suppress(BaseException):
+                    self._tell(self._news())
+        with contextlib.suppress(BaseException):
+            self._engine.close()
+        for stream in list(self._streams.values()):
+            with contextlib.suppress(BaseException):
+                self._tell([(stream, *stream.look())])
 
-    def _handle_inbox(self) -> bool:
-        """Do what was asked for, waiting where there is nothing else to do; False where it is time to end."""
-        while True:
-            is_idle = not self._engine.has_work and not any(stream.has_news for stream in list(self._streams.values()))
-            try:
-                task = self._inbox.get(block=is_idle)
-            except queue.Empty:
-                return True
-            if task is None:
-                return False
+    def _handle_inbox(self) -> None:
+        """Do what was asked for, waiting where there is nothing else to do."""
+        with contextlib.suppress(queue.Empty):
+            while True:
+                is_idle = not (self._is_closed or self._engine.has_work or any(stream.has_news for stream in list(self._streams.values())))
+                self._do(*self._inbox.get(block=is_idle))
+
+    def _do(self, who: "_Answer | _Stream | None", task: Callable[[], None]) -> None:
+        try:
             task()
+        except BaseException as error:
+            who.fail(error)
 
     def _submit(self, stream: "_Stream", prompt: Prompt, params: SamplingParams | None, priority: int) -> None:
         if self._streams.get(stream.request_id) is not stream:  # its iterator was left before it began
             return
-        try:
-            stream.request = self._llm.submit(stream.request_id, prompt, params, priority=priority)
-        except BaseException as error:
-            if not isinstance(error, TpllmError):
-                log.exception("request %s failed", stream.request_id)
-            message = str(error) if isinstance(error, TpllmError) else f"internal error: {error!r}"
-            self._show([(stream, failed_output(stream.request_id, prompt if isinstance(prompt, str) else None, message))])
+        stream.request = self._llm.submit(stream.request_id, prompt, params, priority=priority)
 
     def _abort(self, stream: "_Stream") -> None:
         if stream.request is not None and not stream.request.is_finished:
             self._engine.abort(stream.request)
 
-    def _end_all(self) -> list[tuple["_Stream", RequestOutput]]:
-        for stream in list(self._streams.values()):
-            self._abort(stream)
-        return self._news()
+    def _news(self) -> list[tuple["_Stream", RequestOutput, float]]:
+        return [(stream, *stream.look()) for stream in list(self._streams.values()) if stream.has_news]
 
-    def _news(self) -> list[tuple["_Stream", RequestOutput]]:
-        return [(stream, stream.take_news()) for stream in list(self._streams.values()) if stream.has_news]
-
-    def _show(self, news: list[tuple["_Stream", RequestOutput]]) -> None:
-        for stream, output in news:
-            if not stream.put(output):
+    def _tell(self, news: list[tuple["_Stream", RequestOutput, float]]) -> None:
+        for stream, output, num_changes in news:
+            if not stream.put(output, num_changes):
                 self._forget(stream)
                 self._abort(stream)
 
 
 class _Stream:
-    """Outputs on their way from the engine's thread to a coroutine; of those that it has not taken yet only the last counts."""
+    """Outputs on their way from the engine's thread to a coroutine; of those that it has not taken yet only the last counts.
 
-    def __init__(self, request_id: str, loop: asyncio.AbstractEventLoop):
-        self.request_id = request_id
+    Attributes:
+        request: once it has begun.
+    """
+
+    def __init__(self, request_id: str, prompt: Prompt, loop: asyncio.AbstractEventLoop):
+        self.request_id, self._prompt = request_id, prompt if isinstance(prompt, str) else None
         self.request: Request | None = None
+        self._error: BaseException | None = None  # that ended it outside the engine
         self._loop, self._latest, self._has_more = loop, None, asyncio.Event()
-        self._num_seen = 0
+        self._num_told: float = 0
 
     @property
     def has_news(self) -> bool:
-        """Whether its request has got further than :meth:`take_news` has seen."""
-        return self.request is not None and self.request.num_changes > self._num_seen
+        """Whether there is more than what was put."""
+        return self._num_changes > self._num_told
 
-    def take_news(self) -> RequestOutput:
-        """A copy of its request's output; where that fails, an output that says so, the last one."""
-        self._num_seen = self.request.num_changes
-        try:
-            return output_so_far(self.request)
-        except Exception as error:
-            log.exception("request %s failed", self.request_id)
-            return failed_output(self.request_id, self.request.output.prompt, f"internal error: {error!r}")
+    @property
+    def _num_changes(self) -> float:
+        return math.inf if self._error is not None else 0 if self.request is None else self.request.num_changes
 
-    def put(self, output: RequestOutput) -> bool:
+    def fail(self, error: BaseException) -> None:
+        """End it with an error: what the request gives from now on is not looked at."""
+        self._error = error
+        if not isinstance(error, TpllmError):
+            log.error("request %s failed", self.request_id, exc_info=error)
+
+    def look(self) -> tuple[RequestOutput, float]:
+        """A copy of its request's output, and how far that is; an output that names the error where there was one."""
+        num_changes = self._num_changes
+        if self._error is None:
+            try:
+                return output_so_far(self.request), num_changes
+            except BaseException as error:
+                self.fail(error)
+        message = str(self._error) if isinstance(self._error, TpllmError) else f"internal error: {self._error!r}"
+        return failed_output(self.request_id, self._prompt, message), math.inf
+
+    def put(self, output: RequestOutput, num_changes: float) -> bool:
         """From the engine's thread; False where the coroutine's event loop is closed, so that nobody reads on."""
         try:
             self._loop.call_soon_threadsafe(self._set, output)
         except RuntimeError:
             return False
+        self._num_told = num_changes
         return True
 
     async def next(self) -> RequestOutput:
@@ -230,13 +244,16 @@ class _Answer:
     def __init__(self, loop: asyncio.AbstractEventLoop):
         self.future, self._loop = loop.create_future(), loop
 
-    def give(self, function: Callable[[], Any]) -> None:
+    def give(self, value: Any) -> None:
         """From the engine's thread."""
-        try:
-            settle, value = self.future.set_result, function()
-        except BaseException as error:
-            is_plain = isinstance(error, Exception) and not isinstance(error, StopIteration)  # a future takes no others
-            settle, value = self.future.set_exception, error if is_plain else RuntimeError(repr(error))
+        self._settle(self.future.set_result, value)
+
+    def fail(self, error: BaseException) -> None:
+        """From the engine's thread."""
+        is_plain = isinstance(error, Exception) and not isinstance(error, StopIteration)  # a future takes no others
+        self._settle(self.future.set_exception, error if is_plain else RuntimeError(repr(error)))
+
+    def _settle(self, settle: Callable[[Any], None], value: Any) -> None:
         with contextlib.suppress(RuntimeError):  # its event loop is closed
             self._loop.call_soon_threadsafe(lambda: None if self.future.done() else settle(value))
 

@@ -64,12 +64,10 @@ class Faults:
             raise self._error(f"a fault on purpose, in {name}")
 
 
-def choose_places(names: list[str], count: int | None) -> Iterator[tuple[int, type[BaseException]]]:
-    """For each name ``count`` of its places, spread over all, or every one of them; and what to raise there."""
+def choose_places(names: list[str]) -> Iterator[tuple[int, type[BaseException]]]:
+    """One place of each name, and what to raise there."""
     found: dict[str, list[int]] = {}
     for place, name in enumerate(names):
         found.setdefault(name, []).append(place)
-    for number, of_name in enumerate(found.values()):
-        every = 1 if count is None else max(1, (len(of_name) - 1) // count)
-        for index, place in enumerate(of_name[number % every::every][:count]):
-            yield place, ERRORS[(number + index) % len(ERRORS)]
+    for number, places in enumerate(found.values()):
+        yield places[len(places) // 2 - number % 2], ERRORS[number % len(ERRORS)]  # before a call, or after one

@@ -223,7 +223,7 @@ def test_after_warm_up_nothing_compiles(monkeypatch):
               SamplingParams(top_p=0.5, max_tokens=4, prompt_logprobs=1), SamplingParams(n=3, max_tokens=2),
               SamplingParams(min_tokens=3, max_tokens=5)]
     assert len(llm.generate(random_prompts(3, 20, 40, 90, 33), params)) == 5
-    assert llm._engine.runner.guard.num_compiles > 0
+    assert llm._engine.runner.guard.is_armed
 
 
 def test_the_compile_guard_raises_on_a_compile_after_warm_up(monkeypatch):

@@ -41,8 +41,9 @@ def tight_llm(request, monkeypatch):
     return (make_packed_llm if request.param == "native" else make_llm)(**TIGHT)
 
 
-@pytest.mark.parametrize("count", [1, pytest.param(None, marks=pytest.mark.slow)])
-def test_wherever_a_step_fails_the_next_call_gives_the_right_tokens(tight_llm, monkeypatch, count):
+@pytest.mark.slow
+def test_wherever_a_step_fails_the_next_call_gives_the_right_tokens(tight_llm, monkeypatch):
+    """The like of ``test_faults_at_every_line`` with real programs and arrays."""
     llm = tight_llm
     monkeypatch.setattr(llm._engine._pace, "steps_at_once", lambda is_watched: 8)  # not by the clock, so that each run is like the one before
     expected = tokens_of(llm.generate(PROMPTS, PARAMS))
@@ -51,7 +52,7 @@ def test_wherever_a_step_fails_the_next_call_gives_the_right_tokens(tight_llm, m
     llm.generate(PROMPTS, PARAMS)
     assert llm._engine.scheduler.num_preemptions > 0
     names, found = faults.names, set()
-    for place, error in choose_places(names, count):
+    for place, error in choose_places(names):
         llm.reset_prefix_cache()
         faults.arm(place, error)
         with contextlib.suppress(error):  # one that is a row's own ends that row, and the call goes on

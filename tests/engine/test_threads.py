@@ -20,7 +20,7 @@ def streamed(llm, prompt, params) -> list[int]:
 
 def iterated(llm, prompts, params) -> list[list[int]]:
     found = {int(output.request_id): output.outputs[0].token_ids for output in llm.generate_iter(prompts, params)}
-    return [found[index] for index in range(len(prompts))]
+    return [found[index] for index in range(len(found))]
 
 
 def generated(llm, prompts, params) -> list[list[int]]:
@@ -50,15 +50,21 @@ def test_eight_threads_get_the_tokens_that_they_get_alone(llm):
     assert llm.metrics().num_pages_used == 0
 
 
-def test_a_thread_is_served_while_another_one_streams_on_and_on(llm):
-    long, steps = dataclasses.replace(SAMPLED, max_tokens=100, ignore_eos=True), []
+def test_a_thread_is_served_while_another_one_streams_on_and_on(llm, monkeypatch):
+    monkeypatch.setattr("tpllm.engine.pace.MAX_STEPS", 1)  # so that the stream is not at its end before the thread has begun
+    long, steps, has_asked = dataclasses.replace(SAMPLED, max_tokens=100, ignore_eos=True), [], threading.Event()
     deltas = llm.stream(random_prompts(4)[0], long)
     next(deltas)
 
+    def prompts():
+        yield random_prompts(6)[0]
+        has_asked.set()
+
     def short():
-        steps.append(len(generated(llm, random_prompts(6), [dataclasses.replace(SAMPLED, max_tokens=3)])[0]))
+        steps.extend(iterated(llm, prompts(), dataclasses.replace(SAMPLED, max_tokens=3)))
     thread = threading.Thread(target=short)
     thread.start()
+    assert has_asked.wait(60)
     for _ in deltas:
         if not thread.is_alive():
             break
@@ -66,7 +72,7 @@ def test_a_thread_is_served_while_another_one_streams_on_and_on(llm):
         pytest.fail("the short call came to an end only with the long one")
     deltas.close()
     thread.join()
-    assert steps == [3]
+    assert [len(tokens) for tokens in steps] == [3]
 
 
 def test_an_iterator_left_half_way_holds_nobody_up_and_goes_on_afterwards(llm):
@@ -81,6 +87,20 @@ def test_an_iterator_left_half_way_holds_nobody_up_and_goes_on_afterwards(llm):
     assert generated(llm, prompts, params) == expected
     first |= {int(output.request_id): output.outputs[0].token_ids for output in left}
     assert [first[index] for index in range(12)] == expected
+
+
+def test_rows_that_run_are_not_touched_by_a_warm_up(llm, monkeypatch):
+    monkeypatch.setattr("tpllm.engine.pace.MAX_STEPS", 1)  # so that they still run
+    prompts, params = random_prompts(5, 40, 17), dataclasses.replace(SAMPLED, seed=1, max_tokens=40, ignore_eos=True)
+    expected = generated(llm, prompts, params)
+    deltas = llm.stream(prompts[0], params)
+    tokens = list(next(deltas).token_ids)
+    other = llm.generate_iter(prompts[1:], [params, dataclasses.replace(params, max_tokens=2)])
+    assert next(other).request_id == "1"
+    llm.warm_up()
+    llm._engine.runner.guard.is_armed = False
+    assert [output.outputs[0].token_ids for output in other] == [expected[1]]
+    assert tokens + [token for delta in deltas for token in delta.token_ids] == expected[0]
 
 
 def test_an_iterator_that_the_collector_closes_in_the_middle_of_a_step_ends_with_that_step(llm, monkeypatch):

@@ -77,8 +77,8 @@ def test_an_ignored_signal_and_one_of_c_code_stay_what_they_are(handler, monkeyp
     with HeldSignals():
         interrupt()
     assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
-    monkeypatch.setattr(signal, "getsignal", lambda number: None)
-    monkeypatch.setattr(signal, "signal", lambda *_: pytest.fail("a handler of C code cannot be put back"))
+    monkeypatch.setattr(turns._signal, "getsignal", lambda number: None)
+    monkeypatch.setattr(turns._signal, "signal", lambda *_: pytest.fail("a handler of C code cannot be put back"))
     with HeldSignals():
         pass
 
@@ -125,7 +125,7 @@ def test_threads_get_their_turns_in_the_order_in_which_they_asked():
     with line.take():
         for number, thread in enumerate(threads):
             thread.start()
-            while len(line._line) < number + 2:
+            while len(line._line) <= number:
                 time.sleep(0.001)
     for thread in threads:
         thread.join()
@@ -164,6 +164,40 @@ def test_ctrl_c_ends_the_wait_for_a_turn_and_the_line_goes_on(monkeypatch):
     with line.take():
         pass
     assert not line._line
+
+
+def test_a_signal_whose_handler_returns_takes_nobody_out_of_the_order(handler):
+    line, order, came = Turns(), [], []
+
+    def note(number, frame):
+        came.append(number)
+        assert not line.are_mine, "a handler may call the engine"
+    handler(note)
+
+    def work(name):
+        with line.take():
+            order.append(name)
+
+    def end_turn_later(is_held):
+        with line.take():
+            is_held.set()
+            while not line._line:
+                time.sleep(0.001)
+            later = threading.Thread(target=work, args=("later",))
+            later.start()
+            while len(line._line) < 2:
+                time.sleep(0.001)
+            interrupt()
+            while not came:
+                time.sleep(0.001)
+        later.join()
+    is_held = threading.Event()
+    first = threading.Thread(target=end_turn_later, args=(is_held,))
+    first.start()
+    is_held.wait(30)
+    work("main")
+    first.join()
+    assert (order, came) == (["main", "later"], [signal.SIGINT])
 
 
 def test_ctrl_c_that_came_while_a_turn_ran_comes_out_of_it_and_others_follow():

@@ -9,15 +9,10 @@ import time
 
 import pytest
 
-from tpllm import LLM, SamplingParams
+from tests.engine.conftest import make_llm, make_packed_llm
+from tests.engine.test_failed_steps import GREEDY, PARAMS, PROMPTS, TIGHT, check_whole, tokens_of
 
-GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
-SHARED = "import os\nimport sys\n\n\ndef main():\n    \"\"\"The program.\"\"\"\n    path = os.path.join(sys.argv[1], 'file')\n"
-PROMPTS = [SHARED + end for end in ("    with open(path) as f:\n", "    return path\n", "    print(", "")] + ["class A:\n", "x ="]
-
-
-def texts(outputs) -> list[str]:
-    return [output.outputs[0].text for output in outputs]
+NUM_INTERRUPTS = int(os.environ.get("TPLLM_INTERRUPTS", "5"))
 
 
 @contextlib.contextmanager
@@ -41,68 +36,72 @@ def interrupted_after(seconds: float):
             time.sleep(0)
 
 
-@pytest.mark.parametrize("num_interrupts", [12, pytest.param(200, marks=pytest.mark.slow)])
-def test_no_interrupt_makes_a_token_wrong_or_the_llm_dead(num_interrupts):
-    rng, counts = random.Random(0), {"interrupted": 0, "whole": 0}
-    with LLM("demo", mesh="tp=1", max_num_seqs=4, max_model_len=256, page_size=16) as llm:
-        expected = texts(llm.generate(PROMPTS, GREEDY))
-        start = time.monotonic()
+@pytest.mark.slow
+@pytest.mark.parametrize("is_native", [True, False], ids=["native", "xla"])
+def test_no_interrupt_makes_a_token_wrong_or_the_llm_dead(is_native, request):
+    """``TPLLM_INTERRUPTS`` says how many."""
+    if is_native:
+        request.getfixturevalue("native_library")
+    rng, num_interrupted = random.Random(0), 0
+    make = make_packed_llm if is_native else make_llm
+    prompts, params = PROMPTS * 2, [*PARAMS, *(dataclasses.replace(one, seed=7, temperature=0.7) for one in PARAMS)]
+    with make(**TIGHT) as fresh, make(**TIGHT) as llm:
+        expected = [tokens_of(fresh.generate(*one))[0] for one in zip(prompts, params, strict=True)]
+        assert tokens_of(llm.generate(prompts, params)) == expected
         llm.reset_prefix_cache()
-        assert texts(llm.generate(PROMPTS, GREEDY)) == expected
+        start = time.monotonic()
+        assert tokens_of(llm.generate(prompts, params)) == expected
         took = time.monotonic() - start
-        for number in range(num_interrupts):
+        for number in range(NUM_INTERRUPTS):
             if number % 3 == 0:
                 llm.reset_prefix_cache()
-            order = rng.sample(range(len(PROMPTS)), len(PROMPTS))
+            order = rng.sample(range(len(prompts)), len(prompts))
             try:
-                with interrupted_after(rng.uniform(0, 1.1 * took)):
-                    found = texts(llm.generate([PROMPTS[index] for index in order], GREEDY))
+                with interrupted_after(rng.uniform(0, took)):
+                    found = tokens_of(llm.generate([prompts[index] for index in order], [params[index] for index in order]))
             except KeyboardInterrupt:
-                counts["interrupted"] += 1
+                num_interrupted += 1
             else:
-                counts["whole"] += 1
                 assert found == [expected[index] for index in order]
             assert not llm._engine.has_work
-            assert texts(llm.generate(PROMPTS, GREEDY)) == expected
+            assert tokens_of(llm.generate(prompts, params)) == expected
             assert llm.metrics().num_pages_used == 0
-        print(counts, llm.metrics().num_ended)
-    assert counts["interrupted"] > num_interrupts / 4
+        print(f"{NUM_INTERRUPTS} interrupts, {num_interrupted} of them ended a call; {llm.metrics().num_preemptions} rows lost their pages")
+        assert llm.metrics().num_preemptions > 0
+    assert num_interrupted > NUM_INTERRUPTS / 3
 
 
 def test_ctrl_c_while_a_stream_is_read_ends_it_and_the_next_one_is_whole():
-    with LLM("demo", mesh="tp=1", max_num_seqs=2, max_model_len=256) as llm:
-        long = dataclasses.replace(GREEDY, max_tokens=60)
-        whole = "".join(delta.text for delta in llm.stream(PROMPTS[0], long))
+    llm = make_llm()
+    expected = tokens_of(llm.generate(PROMPTS, PARAMS))
 
-        def read():
-            for _ in llm.stream(PROMPTS[0], long):
-                signal.raise_signal(signal.SIGINT)
-        with pytest.raises(KeyboardInterrupt):
-            read()
-        assert not llm._engine.has_work
-        assert "".join(delta.text for delta in llm.stream(PROMPTS[0], long)) == whole
+    def read():
+        for _ in llm.stream(PROMPTS[0], dataclasses.replace(GREEDY, max_tokens=60)):
+            signal.raise_signal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        read()
+    check_whole(llm, expected)
 
 
 def test_an_error_in_the_loop_over_outputs_gives_up_the_rest():
-    with LLM("demo", mesh="tp=1", max_num_seqs=2, max_model_len=256) as llm:
-        expected = texts(llm.generate(PROMPTS, GREEDY))
+    llm, prompts = make_llm(), PROMPTS * 2
+    expected = tokens_of(llm.generate(PROMPTS, PARAMS))
 
-        def fail_in_the_body():
-            for _ in llm.generate_iter(PROMPTS, GREEDY):
-                raise ZeroDivisionError
-        with pytest.raises(ZeroDivisionError):
-            fail_in_the_body()
-        assert not llm._engine.has_work
-        iterator = llm.generate_iter(PROMPTS, GREEDY)
-        next(iterator)
-        with pytest.raises(LookupError):
-            iterator.throw(LookupError)
-        assert not llm._engine.has_work
+    def fail_in_the_body():
+        for _ in llm.generate_iter(prompts, GREEDY):
+            raise ZeroDivisionError
+    with pytest.raises(ZeroDivisionError):
+        fail_in_the_body()
+    check_whole(llm, expected)
+    iterator = llm.generate_iter(prompts, GREEDY)
+    next(iterator)
+    with pytest.raises(LookupError):
+        iterator.throw(LookupError)
+    check_whole(llm, expected)
 
-        def prompts():
-            yield from PROMPTS[:3]
-            raise OSError("the file is gone")
-        with pytest.raises(OSError, match="gone"):
-            list(llm.generate_iter(prompts(), GREEDY))
-        assert not llm._engine.has_work
-        assert texts(llm.generate(PROMPTS, GREEDY)) == expected
+    def failing_prompts():
+        yield from prompts[:3]
+        raise OSError("the file is gone")
+    with pytest.raises(OSError, match="gone"):
+        list(llm.generate_iter(failing_prompts(), GREEDY))
+    check_whole(llm, expected)

@@ -181,14 +181,14 @@ class Engine:
 
     def _settle(self) -> None:
         if self._doubt is not None:
-            log.warning("the engine is made anew, and what was unfinished ends with an error (%s)", self._doubt)
             self._end_all("error", error=self._doubt)
             try:
                 self.runner.renew()
             except Exception as error:
                 raise RuntimeError(f"a call failed ({self._doubt}), and since then there is no room for a new KV cache ({error}); free some memory "
                                    "and call again, or close this LLM and make a smaller one") from error
-            self._doubt = None
+            doubt, self._doubt = self._doubt, None
+            log.warning("the engine was made anew, and what was unfinished has ended with an error (%s)", doubt)
         self._end_given_up()
 
     def _end_given_up(self) -> None:
@@ -270,9 +270,9 @@ class Engine:
         try:
             yield
         except Exception as error:
-            log.exception("request %s failed", sequence.request.output.request_id)
             if not sequence.is_finished:
                 self._finish(sequence, "error", error=f"internal error: {error!r}")
+            log.exception("request %s failed", sequence.request.output.request_id)
 
     def _logprobs(self, token: int, scores: TokenScores, at: tuple[int, ...], *, count: int | None) -> dict[int, Logprob] | None:
         """The token itself and the ``count`` likeliest ones, of the scores at one place."""
@@ -288,8 +288,8 @@ class Engine:
         try:
             sequence.finish(reason, **details)
         except Exception as error:
-            log.exception("the last text of request %s failed", sequence.request.output.request_id)
             sequence.end("error", error=f"internal error: {error!r}")
+            log.exception("the last text of request %s failed", sequence.request.output.request_id)
         self.scheduler.release(sequence)
         self.metrics.count_end(sequence)
         if sequence.request.is_finished:

@@ -120,7 +120,10 @@ class Runner:
         return next(bucket for bucket in self.shapes.row_buckets if bucket >= num_busy)
 
     def warm_up(self, *, has_prompt_logprobs: bool = False) -> Iterator[str]:
-        """Compile every program by running it on no rows, one for each item, which names it; afterwards a compile is unexpected."""
+        """Compile every program by running it on no rows, one for each item, which names it; afterwards a compile is unexpected.
+
+        Rows that are in slots stay as they are.
+        """
         for name, run in self._warm_ups(has_prompt_logprobs):
             with self.guard:
                 run()
@@ -129,14 +132,15 @@ class Runner:
         self.guard.arm()
 
     def _warm_ups(self, has_prompt_logprobs: bool) -> Iterator[tuple[str, Callable[[], Any]]]:
-        nothing, table = [False] * self.shapes.max_num_seqs, np.full((self.shapes.max_num_seqs, self.shapes.pages_per_row), -1, np.int32)
-        for has_adjustments in (False, True):
-            yield "start", functools.partial(self._start, None, 0, is_alive=False, has_adjustments=has_adjustments)
+        num_slots = self.shapes.max_num_seqs
+        everything, table = [True] * num_slots, np.full((num_slots, self.shapes.pages_per_row), -1, np.int32)
+        for has_adjustments in (False, True):  # in a slot beyond the last one, which JAX does not write
+            yield "start", functools.partial(self._start, None, num_slots, is_alive=False, has_adjustments=has_adjustments)
         for bucket, scores_prompt in itertools.product(self.shapes.buckets, sorted({False, has_prompt_logprobs})):
             chunk = self._pack(StepPlan(pieces=(), owners=(), bucket=bucket))
-            yield "step", functools.partial(self._run_step, chunk, nothing, table, scores_prompt=scores_prompt)
+            yield "step", functools.partial(self._run_step, chunk, everything, table, scores_prompt=scores_prompt)
         for num_rows in self.shapes.row_buckets:
-            yield "decode", functools.partial(self._run_decode, nothing, table, num_steps=1, num_rows=num_rows)
+            yield "decode", functools.partial(self._run_decode, everything, table, num_steps=0, num_rows=num_rows)
         yield "pages", self._move_no_pages
 
     def _move_no_pages(self) -> None:

@@ -1,12 +1,14 @@
 """Who uses an engine: one thread at a time, in the order in which they ask for it, and no signal in the middle of it."""
-import collections
+import _signal  # what ``signal`` wraps: the enums that it makes cost ten times as much as the rest of a turn
+import bisect
 import contextlib
+import itertools
 import signal
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
-SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGALRM", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2")
+SIGNALS = tuple(int(getattr(signal, name)) for name in ("SIGINT", "SIGTERM", "SIGALRM", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2")
                 if hasattr(signal, name))
 """Those whose handlers may raise; profilers' are not among them."""
 MAX_ALIKE = 2  # of one signal that are told apart: a second Ctrl-C may mean more than the first, the thousandth tick of a timer does not
@@ -29,10 +31,10 @@ class HeldSignals:
         if threading.get_ident() == threading.main_thread().ident:
             try:
                 for number in SIGNALS:
-                    handler = signal.getsignal(number)
+                    handler = _signal.getsignal(number)
                     if callable(handler):
                         self._former[number] = handler
-                        signal.signal(number, self._take)
+                        _signal.signal(number, self._take)
                 self._is_held = True
             except BaseException:  # a handler raised that is not replaced yet
                 self._put_back()
@@ -63,8 +65,8 @@ class HeldSignals:
 
     def _put_back(self) -> None:
         for number, handler in reversed(self._former.items()):
-            if signal.getsignal(number) == self._take:  # else whoever was called meanwhile has chosen another
-                signal.signal(number, handler)
+            if _signal.getsignal(number) == self._take:  # else whoever was called meanwhile has chosen another
+                _signal.signal(number, handler)
 
     def _take(self, number: int, frame) -> None:
         if self._is_held:
@@ -78,8 +80,10 @@ class Turns:
     """A lock that threads get in the order in which they ask for it. Signals wait until a turn is over, and end the wait for one."""
 
     def __init__(self):
-        self._line: collections.deque[int] = collections.deque()  # threads; the first one has its turn
-        self._threads: set[int] = set()  # the same, to be looked at without waiting
+        self._tickets = itertools.count()
+        self._line: list[int] = []  # tickets of those who wait, in order
+        self._is_taken = False
+        self._threads: set[int] = set()  # in line or in their turn; looked at without waiting
         self._has_moved = threading.Condition()
 
     @property
@@ -96,32 +100,36 @@ class Turns:
         """
         if self.are_mine:
             raise RuntimeError("this thread is within a call of this engine; call it again when that one has returned")
+        ticket = next(self._tickets)
         with HeldSignals() as signals:
-            while not self._join(signals):
-                signals.deliver()
+            while not self._stand_in_line(ticket, signals):
+                signals.deliver()  # out of the line, for a handler may call the engine; if it returns, the ticket still counts
             try:
                 yield
             finally:
-                self._leave()
+                self._end()
 
-    def _join(self, signals: HeldSignals) -> bool:
-        """Stand in line until it is one's turn; False, and out of it, where a signal comes first."""
-        thread, is_turn = threading.get_ident(), False
-        self._threads.add(thread)
+    def _stand_in_line(self, ticket: int, signals: HeldSignals) -> bool:
+        """Wait for the turn of a ticket and take it; False, and out of the line, where a signal comes first."""
+        is_turn = False
         with self._has_moved:
-            self._line.append(thread)
+            bisect.insort(self._line, ticket)
+            self._threads.add(threading.get_ident())
             try:
-                while self._line[0] != thread and not signals.have_come:
-                    self._has_moved.wait(LOOK_S)
-                is_turn = not signals.have_come
+                while not is_turn and not signals.have_come:
+                    if self._is_taken or self._line[0] != ticket:
+                        self._has_moved.wait(LOOK_S)
+                    else:
+                        self._is_taken = is_turn = True
             finally:
+                self._line.remove(ticket)
                 if not is_turn:
-                    self._leave()
+                    self._threads.discard(threading.get_ident())
+                    self._has_moved.notify_all()
         return is_turn
 
-    def _leave(self) -> None:
-        thread = threading.get_ident()
+    def _end(self) -> None:
         with self._has_moved:
-            self._line.remove(thread)
+            self._is_taken = False
+            self._threads.discard(threading.get_ident())
             self._has_moved.notify_all()
-            self._threads.discard(thread)

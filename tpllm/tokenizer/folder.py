@@ -126,6 +126,7 @@ def read_folder(path: pathlib.Path) -> TokenizerFolder:
                                  f"from 0 to {MAX_ID}")
     named, listed, is_late = _extras(path, own, {} if has_list else mapped)
     settings = {**({**mapped, **own} if has_list else {**own, **mapped}), **named, EXTRAS: listed}
+    settings = {name: value for name, value in settings.items() if name != EXTRAS or value}
     early = [settings.get(name) for name in SPECIAL_NAMES if name in mapped or not isinstance(own.get(name), Mapping)]
     return TokenizerFolder(path=path, settings=settings, config=read_object(path, "config.json"),
                            generation_config=read_object(path, "generation_config.json"), templates=_read_templates(path, own.get("chat_template")),

@@ -74,7 +74,8 @@ def test_a_token_whose_id_is_anothers_is_left_out_with_a_word_in_the_log(tmp_pat
     {"added_tokens": {"<|x|>": "1"}}, {"added_tokens": {"<|x|>": True}}, {"added_tokens": {"<|x|>": -1}}, {"added_tokens": {"": 1}},
     {"added_tokens": {"<|x|>": 2**31}}, {"added_tokens": {"\ud800": 330}}, {"tokenizer_config": {"added_tokens_decoder": {"x": {"content": "a"}}}},
     {"tokenizer_config": {"added_tokens_decoder": {"1": "a"}}},
-    {"tokenizer_config": {"added_tokens_decoder": {"330": {"content": "a", "lstrip": "yes"}}}}, {"tokenizer_config": {"added_tokens_decoder": [1]}}, {"tokenizer_config": {"eos_token": "\ud800"}},
+    {"tokenizer_config": {"added_tokens_decoder": {"330": {"content": "a", "lstrip": "yes"}}}}, {"tokenizer_config": {"added_tokens_decoder": [1]}},
+    {"tokenizer_config": {"eos_token": "\ud800"}},
     {"tokenizer_config": {"extra_special_tokens": "a"}}, {"tokenizer_config": {"added_tokens_decoder": {"9" * 30: {"content": "a"}}}},
 ])
 def test_tokens_that_are_none_are_refused(tmp_path, files):

@@ -12,6 +12,9 @@ from tpllm.tokenizer.template_filters import install, settled, written
 from tpllm.tokenizer.template_limits import budget
 from tpllm.tokenizer.traced_text import TracedText, filled, joined
 
+_JINJAS_OWN = ("_loop_vars", "_block_vars")
+"""Arguments that Jinja's compiler adds to calls, for functions that ask for the context."""
+
 
 def sandbox() -> jinja2.Environment:
     """A fresh environment."""
@@ -57,16 +60,17 @@ class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
         owner = getattr(method, "__self__", None)
         if __obj is dict or (isinstance(owner, str) and method.__name__ == "join"):
             args = tuple(arg if isinstance(arg, dict | list) else _listed(arg) for arg in args)
-        has_user = budget().enter(owner, *args, *kwargs.values())
+        given = {name: value for name, value in kwargs.items() if name not in _JINJAS_OWN}
+        has_user = budget().enter(owner, *args, *given.values())
         if __obj is dict:
             costs.allow_mapping(args)
         if not isinstance(owner, str):  # methods of other values give what is in them, which knows whose it is
             return settled(super().call(__context, __obj, *args, **kwargs), has_user=has_user and owner is None)
-        costs.allow_method(budget(), owner, method.__name__, args, kwargs)
+        costs.allow_method(budget(), owner, method.__name__, args, given)
         if not has_user:
             return budget().take(super().call(__context, __obj, *args, **kwargs))
         if method is not __obj:
-            return budget().take(filled(owner, __obj, args, kwargs))
+            return budget().take(filled(owner, __obj, args, given))
         if type(owner) is str:
             __obj = getattr(TracedText(owner, ()), method.__name__)
         return settled(super().call(__context, __obj, *args, **kwargs), has_user=True)

@@ -132,6 +132,8 @@ class Tokenizer:
         text = self._render(messages, add_generation_prompt=add_generation_prompt, template_kwargs=template_kwargs, tools=tools,
                             is_traced=not parse_special)
         checked_text(text, "the text that the chat template makes")
+        if parse_special:
+            return self._backend.encode(str.__str__(text)).ids
         return encode_guarded(text, encode=self._backend.encode, special_span=self._special_span, encode_plain=self._encode_stretch)
 
     def decode(self, token_ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:

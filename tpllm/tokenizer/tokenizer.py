@@ -134,7 +134,8 @@ class Tokenizer:
         checked_text(text, "the text that the chat template makes")
         if parse_special:
             return self._backend.encode(str.__str__(text)).ids
-        return encode_guarded(text, encode=self._backend.encode, special_span=self._special_span, encode_plain=self._encode_stretch)
+        return encode_guarded(text, special_ids=self._guarded_ids, encode=self._backend.encode, special_span=self._special_span,
+                              encode_plain=self._encode_stretch)
 
     def decode(self, token_ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:
         """Text of ids; ids outside the vocabulary have none, broken UTF-8 becomes U+FFFD."""
@@ -213,10 +214,8 @@ class Tokenizer:
                               "as plain text; remove it, or allow it with parse_special=True")
 
     def _special_span(self, token_id: int, offsets: tuple[int, int], text: str) -> tuple[int, int] | None:
-        """Where a special token's own text stands: without white space that it takes from beside it. None for no special token, and where the
-        unknown one stands for characters outside the vocabulary."""
-        if token_id not in self._guarded_ids:
-            return None
+        """Where a special token's own text stands: without white space that it takes from beside it. None where the unknown one stands for
+        characters outside the vocabulary."""
         start, end = offsets
         span, piece = str.__getitem__(text, slice(start, end)), self.piece(token_id)
         if piece in span:

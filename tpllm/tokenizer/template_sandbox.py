@@ -8,7 +8,7 @@ import jinja2.utils
 from jinja2 import nodes
 
 from tpllm.tokenizer import template_costs as costs
-from tpllm.tokenizer.template_filters import install, settled, written
+from tpllm.tokenizer.template_filters import install, settled, spread, written
 from tpllm.tokenizer.template_limits import budget
 from tpllm.tokenizer.traced_text import TracedText, filled, joined
 
@@ -59,7 +59,7 @@ class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
         method = getattr(__obj, "__wrapped__", __obj)  # of str.format, which the sandbox wraps
         owner = getattr(method, "__self__", None)
         if __obj is dict or (isinstance(owner, str) and method.__name__ == "join"):
-            args = tuple(arg if isinstance(arg, dict | list) else _listed(arg) for arg in args)
+            args = tuple(arg if isinstance(arg, dict | list) else spread(arg) for arg in args)
         given = {name: value for name, value in kwargs.items() if name not in _JINJAS_OWN}
         has_user = budget().enter(owner, *args, *given.values())
         if __obj is dict:
@@ -77,12 +77,6 @@ class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
 
     def is_safe_attribute(self, obj, attr, value):
         return (not callable(value) or costs.is_safe_method(obj, attr)) and super().is_safe_attribute(obj, attr, value)
-
-
-def _listed(values) -> list:
-    if isinstance(values, str):
-        budget().allow_items(len(values))
-    return list(values)
 
 
 class _Namespace(jinja2.utils.Namespace):

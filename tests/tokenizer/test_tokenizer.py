@@ -209,3 +209,19 @@ def test_a_damaged_file_is_refused_with_its_name(tmp_path, name, text, message):
     (tmp_path / name).write_text(text)
     with pytest.raises(TokenizerError, match=f"{name}.*{message}"):
         Tokenizer.from_folder(tmp_path)
+
+
+@pytest.mark.parametrize("damage", [
+    lambda root: root.update(truncation={"max_length": 2**64, "strategy": "LongestFirst", "stride": 0, "direction": "Right"}),
+    lambda root: root.update(normalizer={"type": "Precompiled", "precompiled_charsmap": "AAAA"}),
+    lambda root: root.update(pre_tokenizer={"type": "FixedLength", "length": 0}), lambda root: root["model"]["vocab"].update(x=2**31),
+    lambda root: root["model"]["vocab"].update(x=-1), lambda root: root["model"].update(vocab=3), lambda root: root.update(model=[]),
+    lambda root: root["added_tokens"][0].update(id=10**30), lambda root: root.update(decoder={"type": "Strip", "content": " ", "start": -1, "stop": 0}),
+])
+def test_a_damaged_tokenizer_json_is_refused_and_no_panic_comes_through(tmp_path, damage):
+    path = folders.write_folder(tmp_path, folders.llama3_like()) / "tokenizer.json"
+    root = json.loads(path.read_text())
+    damage(root)
+    path.write_text(json.dumps(root))
+    with pytest.raises(TokenizerError, match=r"tokenizer\.json cannot be read"):
+        Tokenizer.from_folder(tmp_path)

@@ -111,12 +111,8 @@ def test_arithmetic_whose_time_explodes_is_stopped(source):
     "{{ ('a' * 3900000) | list | length }}", "{{ 'x'.join('a' * 3900000) }}",
 ])
 def test_what_is_gone_through_in_one_call_is_bounded(source):
-    try:
+    with pytest.raises(TokenizerError, match="goes through over 100000 elements at once"):
         render(source)
-    except TokenizerError as error:
-        assert "goes through over 100000 elements at once" in str(error)
-    else:
-        pytest.fail("it was rendered")
 
 
 @pytest.mark.parametrize("source", UNSAFE)

@@ -216,7 +216,8 @@ def test_a_damaged_file_is_refused_with_its_name(tmp_path, name, text, message):
     lambda root: root.update(normalizer={"type": "Precompiled", "precompiled_charsmap": "AAAA"}),
     lambda root: root.update(pre_tokenizer={"type": "FixedLength", "length": 0}), lambda root: root["model"]["vocab"].update(x=2**31),
     lambda root: root["model"]["vocab"].update(x=-1), lambda root: root["model"].update(vocab=3), lambda root: root.update(model=[]),
-    lambda root: root["added_tokens"][0].update(id=10**30), lambda root: root.update(decoder={"type": "Strip", "content": " ", "start": -1, "stop": 0}),
+    lambda root: root["added_tokens"][0].update(id=10**30),
+    lambda root: root.update(decoder={"type": "Strip", "content": " ", "start": -1, "stop": 0}),
 ])
 def test_a_damaged_tokenizer_json_is_refused_and_no_panic_comes_through(tmp_path, damage):
     path = folders.write_folder(tmp_path, folders.llama3_like()) / "tokenizer.json"

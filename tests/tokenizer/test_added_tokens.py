@@ -7,7 +7,7 @@ from tokenizers import decoders, models, pre_tokenizers
 from tpllm.errors import TokenizerError
 from tpllm.tokenizer import Tokenizer
 
-TEXT = "a<|x|> b</y>"
+TEXT = "a<|x|> the</y>"
 
 
 def loaded(path, backend=None, **files):
@@ -37,11 +37,11 @@ def test_tokens_that_only_other_files_hold_are_tokens(tmp_path, files, is_specia
     files = {**files, **({"added_tokens": added} if added else {}), "tokenizer_config": config}
     tokenizer = loaded(tmp_path, **files)
     ids = tokenizer.encode(TEXT, add_special_tokens=False, parse_special=True)
-    assert [tokenizer.piece(token_id) for token_id in ids] == ["a", "<|x|>", "Ġb", "</y>"]
+    assert [tokenizer.piece(token_id) for token_id in ids] == ["a", "<|x|>", "Ġthe", "</y>"]
     assert [ids[1], ids[3]] == [size, size + 1]
     assert tokenizer.decode(ids, skip_special_tokens=False) == TEXT
     assert [token_id in tokenizer.special_ids for token_id in (size, size + 1)] == list(is_special)
-    assert tokenizer.decode(ids) == f"a{'' if is_special[0] else '<|x|>'} b{'' if is_special[1] else '</y>'}"
+    assert tokenizer.decode(ids) == f"a{'' if is_special[0] else '<|x|>'} the{'' if is_special[1] else '</y>'}"
 
 
 def test_flags_in_tokenizer_config_go_before_tokenizer_json_and_added_tokens_json_changes_none(tmp_path):
@@ -49,9 +49,9 @@ def test_flags_in_tokenizer_config_go_before_tokenizer_json_and_added_tokens_jso
     backend.add_tokens([tokenizers.AddedToken("<|x|>", special=False, rstrip=False, normalized=False)])
     token_id = str(backend.token_to_id("<|x|>"))
     stripping = {"content": "<|x|>", "special": True, "rstrip": True, "normalized": False}
-    assert pieces(loaded(tmp_path / "a", backend, tokenizer_config={"added_tokens_decoder": {token_id: stripping}}), "<|x|> b") == ["<|x|>", "b"]
+    assert pieces(loaded(tmp_path / "a", backend, tokenizer_config={"added_tokens_decoder": {token_id: stripping}}), "<|x|> the") == ["<|x|>", "the"]
     tokenizer = loaded(tmp_path / "b", backend, added_tokens={"<|x|>": int(token_id)}, special_tokens_map={"additional_special_tokens": [stripping]})
-    assert pieces(tokenizer, "<|x|> b") == ["<|x|>", "Ġb"]
+    assert pieces(tokenizer, "<|x|> the") == ["<|x|>", "Ġthe"]
     assert not tokenizer.special_ids
 
 
@@ -73,8 +73,9 @@ def test_a_token_whose_id_is_anothers_is_left_out_with_a_word_in_the_log(tmp_pat
 @pytest.mark.parametrize("files", [
     {"added_tokens": {"<|x|>": "1"}}, {"added_tokens": {"<|x|>": True}}, {"added_tokens": {"<|x|>": -1}}, {"added_tokens": {"": 1}},
     {"added_tokens": {"<|x|>": 2**31}}, {"added_tokens": {"\ud800": 330}}, {"tokenizer_config": {"added_tokens_decoder": {"x": {"content": "a"}}}},
-    {"tokenizer_config": {"added_tokens_decoder": {"1": "a"}}}, {"tokenizer_config": {"added_tokens_decoder": {"330": {"content": "a", "lstrip": "yes"}}}},
-    {"tokenizer_config": {"added_tokens_decoder": [1]}}, {"tokenizer_config": {"eos_token": "\ud800"}},
+    {"tokenizer_config": {"added_tokens_decoder": {"1": "a"}}},
+    {"tokenizer_config": {"added_tokens_decoder": {"330": {"content": "a", "lstrip": "yes"}}}}, {"tokenizer_config": {"added_tokens_decoder": [1]}},
+    {"tokenizer_config": {"eos_token": "\ud800"}},
     {"tokenizer_config": {"extra_special_tokens": "a"}}, {"tokenizer_config": {"added_tokens_decoder": {"9" * 30: {"content": "a"}}}},
 ])
 def test_tokens_that_are_none_are_refused(tmp_path, files):
@@ -98,7 +99,7 @@ def test_add_prefix_space_and_legacy_say_where_a_llama_tokenizer_puts_a_space(tm
     config = {"tokenizer_class": "LlamaTokenizerFast", "unk_token": "<unk>", **flags}
     tokenizer = loaded(tmp_path, metaspace(form), tokenizer_config=config, config={"model_type": "llama"})
     found = pieces(tokenizer, "hel</s>hel")
-    assert found == ["▁hel" if starts[0] else "h", *([] if starts[0] else ["el"]), "</s>", "▁hel" if starts[1] else "h", *([] if starts[1] else ["el"])]
+    assert found == [*(["▁hel"] if starts[0] else ["h", "el"]), "</s>", *(["▁hel"] if starts[1] else ["h", "el"])]
     assert tokenizer.decode(tokenizer.encode(" hel")) == ("hel" if starts[0] else " hel")
 
 

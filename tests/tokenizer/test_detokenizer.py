@@ -94,7 +94,8 @@ def test_what_is_held_does_not_grow_with_the_text(by_decoder, name):
 
 
 @pytest.mark.parametrize(("texts", "expected"), [
-    (["a", " .", " n't", " ' ", "b"], "a.n't'b"), ([" ", "'", " ", "'", " "], "'' "), ([" '", "m x ", "?", " '", "r", "e", " '"], "'m x?'re '"), ([" " * 9, "."], " " * 8 + "."),
+    (["a", " .", " n't", " ' ", "b"], "a.n't'b"), ([" ", "'", " ", "'", " "], "'' "),
+    ([" '", "m x ", "?", " '", "r", "e", " '"], "'m x?'re '"), ([" " * 9, "."], " " * 8 + "."),
 ])
 def test_spaces_before_punctuation_are_taken_away_as_by_one_replacement_after_the_other(texts, expected):
     whole = "".join(texts)

@@ -105,6 +105,16 @@ def test_arithmetic_whose_time_explodes_is_stopped(source):
         render(source)
 
 
+@pytest.mark.parametrize("source", [
+    "{% macro f() %}{{ varargs | length }}{% endmacro %}{{ f(*('a' * 3900000)) }}", "{{ 'a' | replace(*('a' * 3900000)) }}",
+    "{% macro f() %}{{ varargs | length }}{% endmacro %}{{ f(*(messages[0].content * 100000)) }}",
+    "{{ ('a' * 3900000) | list | length }}", "{{ 'x'.join('a' * 3900000) }}",
+])
+def test_what_is_gone_through_in_one_call_is_bounded(source):
+    with pytest.raises(TokenizerError, match="goes through over 100000 elements at once"):
+        render(source)
+
+
 @pytest.mark.parametrize("source", UNSAFE)
 def test_methods_that_no_chat_needs_and_no_bound_holds_are_unsafe(source):
     with pytest.raises(TokenizerError, match="unsafe"):

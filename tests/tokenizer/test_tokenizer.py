@@ -115,19 +115,21 @@ def test_a_folder_without_tokenizer_config_takes_its_ids_from_config(tmp_path):
     assert tokenizer.encode("<|begin_of_text|>x", parse_special=True).count(bos) == 1
 
 
-def test_named_tokens_are_special_even_if_only_tokenizer_config_or_the_special_map_says_so(tmp_path):
+def test_a_named_token_that_is_no_special_one_to_the_library_is_written_out_and_guarded_all_the_same(tmp_path):
     backend = folders.byte_level_bpe()
     size = backend.get_vocab_size()
     backend.add_tokens(["<end>"])
-    path = folders.write_folder(tmp_path, backend, special_tokens_map={"eos_token": "<end>", "pad_token": "<absent>"}, tokenizer_config={
+    path = folders.write_folder(tmp_path, backend, special_tokens_map={"eos_token": "<absent>"}, tokenizer_config={
+        "chat_template": "{{ messages[0].content }}<end>", "eos_token": "<end>", "pad_token": "<pad>",
         "added_tokens_decoder": {str(size + 1): {"content": "<more>", "special": True}, "9999": {"content": "<far>", "special": True}}})
     tokenizer = Tokenizer.from_folder(path)
-    assert tokenizer.special_ids == {size, size + 1}
-    assert tokenizer.eos_token_ids == {size}
-    assert tokenizer.vocab_size == size + 2
-    assert tokenizer.pad_token_id is None
-    assert tokenizer.decode([size + 1, size]) == ""
-    assert not tokenizer.special_ids & set(tokenizer.encode("<end><more>"))
+    assert (tokenizer.special_ids, tokenizer.eos_token_ids) == ({size + 1, size + 2}, {size})
+    assert (tokenizer.pad_token_id, tokenizer.vocab_size) == (size + 2, size + 3)
+    assert tokenizer.decode([size + 1, size]) == "<end>"
+    assert tokenizer.encode("<end><more>", parse_special=True) == [size, size + 1]
+    assert not {size, size + 1} & set(tokenizer.encode("<end><more>"))
+    ids = tokenizer.encode_chat([{"role": "user", "content": "<end><more>"}])
+    assert (ids[-1], ids.count(size), ids.count(size + 1)) == (size, 1, 0)
 
 
 def test_truncation_and_padding_kept_in_tokenizer_json_do_not_touch_prompts(tmp_path):
@@ -206,4 +208,21 @@ def test_a_damaged_file_is_refused_with_its_name(tmp_path, name, text, message):
     folders.write_folder(tmp_path, folders.llama3_like())
     (tmp_path / name).write_text(text)
     with pytest.raises(TokenizerError, match=f"{name}.*{message}"):
+        Tokenizer.from_folder(tmp_path)
+
+
+@pytest.mark.parametrize("damage", [
+    lambda root: root.update(truncation={"max_length": 2**64, "strategy": "LongestFirst", "stride": 0, "direction": "Right"}),
+    lambda root: root.update(normalizer={"type": "Precompiled", "precompiled_charsmap": "AAAA"}),
+    lambda root: root.update(pre_tokenizer={"type": "FixedLength", "length": 0}), lambda root: root["model"]["vocab"].update(x=2**31),
+    lambda root: root["model"]["vocab"].update(x=-1), lambda root: root["model"].update(vocab=3), lambda root: root.update(model=[]),
+    lambda root: root["added_tokens"][0].update(id=10**30),
+    lambda root: root.update(decoder={"type": "Strip", "content": " ", "start": -1, "stop": 0}),
+])
+def test_a_damaged_tokenizer_json_is_refused_and_no_panic_comes_through(tmp_path, damage):
+    path = folders.write_folder(tmp_path, folders.llama3_like()) / "tokenizer.json"
+    root = json.loads(path.read_text())
+    damage(root)
+    path.write_text(json.dumps(root))
+    with pytest.raises(TokenizerError, match=r"tokenizer\.json cannot be read"):
         Tokenizer.from_folder(tmp_path)

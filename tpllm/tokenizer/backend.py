@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import json
 from collections.abc import Iterator, Sequence
 
 import tokenizers
@@ -13,6 +14,17 @@ from tpllm.tokenizer.tokenizer_json import read_tokenizer_json
 
 FIX = "fetch the tokenizer's files again, or update the tokenizers package"
 OTHERS = (TpllmError, KeyboardInterrupt, SystemExit, GeneratorExit)
+
+
+def library_of(folder: TokenizerFolder) -> tokenizers.Tokenizer:
+    """What tokenizer.json holds, as tokenizer_config.json's flags change it.
+
+    Raises:
+        TokenizerError: it is damaged.
+    """
+    text = read_tokenizer_json(folder)
+    with border(f"{folder.path / 'tokenizer.json'} cannot be read"):
+        return tokenizers.Tokenizer.from_str(text)
 
 
 @contextlib.contextmanager
@@ -31,21 +43,11 @@ class Backend:
 
     Args:
         library: the tokenizer.
+        guarded_ids: tokens that :attr:`plain` does not find, beside those that are special to the library.
     """
 
-    def __init__(self, library: tokenizers.Tokenizer):
-        self.library = library
-
-    @classmethod
-    def from_folder(cls, folder: TokenizerFolder) -> Backend:
-        """What tokenizer.json holds, as tokenizer_config.json's flags change it.
-
-        Raises:
-            TokenizerError: it is damaged.
-        """
-        text = read_tokenizer_json(folder)
-        with border(f"{folder.path / 'tokenizer.json'} cannot be read"):
-            return cls(tokenizers.Tokenizer.from_str(text))
+    def __init__(self, library: tokenizers.Tokenizer, guarded_ids: frozenset[int] = frozenset()):
+        self.library, self._guarded_ids = library, guarded_ids
 
     def encode(self, text: str) -> tokenizers.Encoding:
         """Ids and their places in the text, without what a post-processor adds."""
@@ -84,7 +86,13 @@ class Backend:
     @property
     def _json(self) -> str:
         with border("the tokenizer cannot be copied"):
-            return self.library.to_str()
+            text = self.library.to_str()
+        if not self._guarded_ids:
+            return text
+        root = json.loads(text)
+        for token in root["added_tokens"]:
+            token["special"] = token["special"] or token["id"] in self._guarded_ids
+        return json.dumps(root, ensure_ascii=False, separators=(",", ":"))
 
     def _copy(self, text: str) -> Backend:
         with border("the tokenizer cannot be copied"):

@@ -12,9 +12,10 @@ from tokenizers import decoders, models, normalizers, processors
 from tpllm.checkpoint.gguf.header import GgufFile
 from tpllm.errors import TokenizerError, short
 from tpllm.tokenizer.backend import border
-from tpllm.tokenizer.folder import DEFAULT_TEMPLATE, MAX_ID, TokenizerFolder
+from tpllm.tokenizer.folder import DEFAULT_TEMPLATE, TokenizerFolder
 from tpllm.tokenizer.generation_defaults import GenerationDefaults
 from tpllm.tokenizer.pre_tokenizers import WORD_RULES
+from tpllm.tokenizer.token_files import MAX_ID, TokenFiles
 from tpllm.tokenizer.tokenizer import Tokenizer
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, _UNUSED, BYTE = range(1, 7)
@@ -186,16 +187,17 @@ def _add_eos(backend: tokenizers.Tokenizer, vocabulary: Vocabulary) -> None:
 def _settings(vocabulary: Vocabulary, *, adds_bos: bool) -> TokenizerFolder:
     """What a Hugging Face folder would say beside tokenizer.json."""
     gguf = vocabulary.gguf
-    settings: dict = {"add_bos_token": gguf.get("tokenizer.ggml.add_bos_token", bool, adds_bos)}
+    settings = {"add_bos_token": gguf.get("tokenizer.ggml.add_bos_token", bool, adds_bos)}
+    named: dict = {}
     for name, theirs in NAMED.items():
         token_id = vocabulary.token_id(name)
         # A padding token may be any word; only tokens of their own are taken out of the text.
         if token_id is not None and vocabulary.texts[token_id] and (name in ("bos", "eos") or vocabulary.kinds[token_id] in (UNKNOWN, CONTROL)):
-            settings[theirs] = vocabulary.texts[token_id]
+            named[theirs] = vocabulary.texts[token_id]
     endings = [token_id for name in ENDING_IDS if (token_id := vocabulary.token_id(name)) is not None]
     endings += [token_id for text in ENDING_TEXTS if (token_id := vocabulary.ids.get(text)) is not None and vocabulary.kinds[token_id] == CONTROL]
     return TokenizerFolder(path=gguf.path, settings=settings, config={"eos_token_id": list(dict.fromkeys(endings))}, generation_config={},
-                           templates=_templates(gguf))
+                           templates=_templates(gguf), tokens=TokenFiles(named))
 
 
 def _templates(gguf: GgufFile) -> dict[str, str]:

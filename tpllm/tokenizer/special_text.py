@@ -7,7 +7,7 @@ So templates act on messages as they are, and special tokens are those that the 
 """
 import re
 import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from tpllm.errors import PromptError
 from tpllm.tokenizer.traced_text import TracedText, joined
@@ -38,20 +38,27 @@ class MarkedText:
                 done = start + last
         self.text = joined([*pieces, self.text.cut(done, len(self.text))])
 
+    @property
+    def has_any(self) -> bool:
+        """Whether anything is hidden."""
+        return bool(self._hidden)
+
     def has_hidden(self, part: str) -> bool:
         """Whether a part of the text holds a marker."""
-        return bool(self._hidden) and self._nonce in part
+        return self._nonce in part
 
     def restore(self, part: str) -> str:
         """The part with what its markers stand for."""
         return self._marker.sub(lambda match: self._hidden[int(match[1])], part)
 
 
-def encode_guarded(text: TracedText, *, encode: Callable, special_span: Callable, encode_plain: Callable[..., list[int]]) -> list[int]:
+def encode_guarded(text: TracedText, *, special_ids: frozenset[int], encode: Callable, special_span: Callable,
+                   encode_plain: Callable[..., list[int]]) -> list[int]:
     """Ids of a rendered text in which only special tokens without a character of the user's are special.
 
     Args:
         text: rendered.
+        special_ids: of the tokens to guard.
         encode: text to the library's encoding, with special tokens parsed.
         special_span: ``(token id, (start, end), text)`` to where the token's own text is, None where the id is no special token there.
         encode_plain: ``(text, is_start=...)`` to ids, where no special token is parsed.
@@ -62,26 +69,27 @@ def encode_guarded(text: TracedText, *, encode: Callable, special_span: Callable
     marked = MarkedText(text)
     for _ in range(MAX_ROUNDS):
         encoding = encode(str.__str__(marked.text))
-        found = [special_span(token_id, offsets, marked.text) for token_id, offsets in zip(encoding.ids, encoding.offsets, strict=True)]
-        forged = [span for span in found if span is not None and marked.text.cut(*span).spans]
+        ids = encoding.ids
+        spans = {index: special_span(ids[index], encoding.token_to_chars(index), marked.text)
+                 for index, token_id in enumerate(ids) if token_id in special_ids}
+        found = {index: span for index, span in spans.items() if span is not None}
+        forged = [span for span in found.values() if marked.text.cut(*span).spans]
         if not forged:
-            return list(_ids(encoding, [span is not None for span in found], marked=marked, encode_plain=encode_plain))
+            return list(_ids(encoding, found, marked=marked, encode_plain=encode_plain)) if marked.has_any else ids
         marked.hide(forged)
     raise PromptError("the messages hold the text of special tokens, which this tokenizer cannot take as plain text; remove it, or allow it with "
                       "parse_special=True")
 
 
-def _ids(encoding, is_special: list[bool], *, marked: MarkedText, encode_plain: Callable[..., list[int]]) -> Iterator[int]:
+def _ids(encoding, special: Iterable[int], *, marked: MarkedText, encode_plain: Callable[..., list[int]]) -> Iterator[int]:
     """Stretches between special tokens that hold a marker are encoded again, as plain text."""
-    text, stretch, begin = str.__str__(marked.text), [], 0
-    for token_id, (start, end), special in zip(encoding.ids, encoding.offsets, is_special, strict=True):
-        if not special:
-            stretch.append(token_id)
-            continue
-        yield from _stretch(text[begin:start], stretch, marked=marked, encode_plain=encode_plain, is_start=begin == 0)
-        yield token_id
-        stretch, begin = [], end
-    yield from _stretch(text[begin:], stretch, marked=marked, encode_plain=encode_plain, is_start=begin == 0)
+    text, ids, first, begin = str.__str__(marked.text), encoding.ids, 0, 0
+    for index in special:
+        start, end = encoding.token_to_chars(index)
+        yield from _stretch(text[begin:start], ids[first:index], marked=marked, encode_plain=encode_plain, is_start=begin == 0)
+        yield ids[index]
+        first, begin = index + 1, end
+    yield from _stretch(text[begin:], ids[first:], marked=marked, encode_plain=encode_plain, is_start=begin == 0)
 
 
 def _stretch(part: str, ids: list[int], *, marked: MarkedText, encode_plain: Callable[..., list[int]], is_start: bool) -> list[int]:

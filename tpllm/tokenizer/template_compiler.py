@@ -5,7 +5,7 @@ import jinja2.ext
 import jinja2.visitor
 from jinja2 import nodes
 
-from tpllm.tokenizer.template_filters import CONCAT, TAKE, TICK
+from tpllm.tokenizer.template_filters import CONCAT, SPREAD, TAKE, TICK
 from tpllm.tokenizer.template_limits import Clock, TemplateLimitError
 from tpllm.tokenizer.template_sandbox import Sandbox, sandbox
 
@@ -89,7 +89,8 @@ class _CodeGenerator(jinja2.compiler.CodeGenerator):
 
 
 class _Bounds(jinja2.visitor.NodeTransformer):
-    """Puts doors into a parsed template: a look at the clock into each loop, a count behind each literal, comparison, slice and ``~``."""
+    """Puts doors into a parsed template: a look at the clock into each loop, a count behind each literal, comparison, slice, ``~`` and
+    ``*`` before an argument."""
 
     def visit_For(self, node):
         self.generic_visit(node)
@@ -99,6 +100,15 @@ class _Bounds(jinja2.visitor.NodeTransformer):
     def visit_Concat(self, node):
         self.generic_visit(node)
         return _filter(nodes.List(node.nodes, lineno=node.lineno), CONCAT, node.lineno)
+
+    def visit_Call(self, node):
+        self.generic_visit(node)
+        if node.dyn_args is not None:
+            node.dyn_args = _filter(node.dyn_args, SPREAD, node.lineno)
+        return node
+
+    visit_Filter = visit_Call  # noqa: N815  (Jinja's names)
+    visit_Test = visit_Call  # noqa: N815
 
     def visit_Compare(self, node):
         return _filter(self.generic_visit(node), TAKE, node.lineno)
@@ -112,7 +122,7 @@ class _Bounds(jinja2.visitor.NodeTransformer):
         is_small = all(isinstance(child, nodes.Const) for child in node.iter_child_nodes()) or getattr(node, "ctx", "load") != "load"
         return node if is_small else _filter(node, TAKE, node.lineno)
 
-    visit_Dict = visit_List  # noqa: N815  (Jinja's names)
+    visit_Dict = visit_List  # noqa: N815
     visit_Tuple = visit_List  # noqa: N815
 
 

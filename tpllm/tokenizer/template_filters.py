@@ -1,4 +1,5 @@
 """The filters and tests of chat templates, each behind the same door: what goes in is weighed and bounded before, what comes out is counted after."""
+import itertools
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -9,7 +10,7 @@ import jinja2.runtime
 from markupsafe import escape
 
 from tpllm.tokenizer import template_costs as costs
-from tpllm.tokenizer.template_limits import MAX_BYTES, budget
+from tpllm.tokenizer.template_limits import MAX_BYTES, MAX_ITEMS, budget
 from tpllm.tokenizer.traced_text import SafeText, TracedText, by_character, joined, spans_of
 
 NOT_FOR_CHATS = ("pprint", "urlize", "wordwrap", "xmlattr")
@@ -20,7 +21,7 @@ STEP_BY_STEP = frozenset(("list", "map", "reject", "rejectattr", "select", "sele
 """Filters that take one character, or one element, after the other."""
 PASSING = frozenset(("attr", "d", "default", "first", "last", "max", "min", "random"))
 """Filters that give one of the values they get, which knows whose it is."""
-TICK, TAKE, CONCAT = "look at the clock", "take a value", "join texts"  # names with spaces, which no template can write
+TICK, TAKE, CONCAT, SPREAD = "look at the clock", "take a value", "join texts", "spread values"  # names with spaces, which no template can write
 
 
 def install(environment: jinja2.Environment) -> None:
@@ -31,7 +32,7 @@ def install(environment: jinja2.Environment) -> None:
     for table in (environment.filters, environment.tests):
         for name, function in table.items():
             table[name] = _checked(name, function, is_filter=table is environment.filters)
-    environment.filters.update({TICK: lambda value: budget().check_time(), TAKE: lambda value: budget().take(value), CONCAT: _concat})
+    environment.filters.update({TICK: lambda value: budget().check_time(), TAKE: lambda value: budget().take(value), CONCAT: _concat, SPREAD: spread})
 
 
 def as_text(value: object) -> TracedText:
@@ -49,6 +50,13 @@ def written(context, value) -> TracedText:
     if context.eval_ctx.autoescape and not hasattr(value, "__html__"):
         text = by_character(text, lambda part: str(escape(part)))
     return budget().take(text)
+
+
+def spread(values: Iterable) -> list:
+    """The elements of a value, which Python would otherwise go through in one call."""
+    if isinstance(values, str):
+        budget().allow_items(len(values))
+    return budget().take(list(itertools.islice(_timed(values), MAX_ITEMS + 1)))
 
 
 def settled(result, *, has_user: bool):

@@ -70,6 +70,7 @@ class Budget(Clock):
     def enter(self, *values: object) -> bool:
         """Stop before a call that is given too much; returns whether a user's text is in it."""
         self.check_time()
+        self.allow_items(len(values))
         has_user = False
         for value in values:
             weight, is_user = (len(value), bool(spans_of(value))) if isinstance(value, str) else self.weigh(value)
@@ -85,8 +86,8 @@ class Budget(Clock):
             self.allow(len(value))
             return self._count(value, sys.getsizeof(value))
         if isinstance(value, Mapping | list | tuple):
-            self.allow(self.weigh(value)[0])
             self.allow_items(len(value))
+            self.allow(self.weigh(value)[0])
             return self._count(value, sys.getsizeof(value))  # what is in them was counted when it was made
         self.allow_int(value)
         return value

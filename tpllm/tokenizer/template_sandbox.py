@@ -8,9 +8,12 @@ import jinja2.utils
 from jinja2 import nodes
 
 from tpllm.tokenizer import template_costs as costs
-from tpllm.tokenizer.template_filters import install, settled, written
+from tpllm.tokenizer.template_filters import install, settled, spread, written
 from tpllm.tokenizer.template_limits import budget
 from tpllm.tokenizer.traced_text import TracedText, filled, joined
+
+_JINJAS_OWN = ("_loop_vars", "_block_vars")
+"""Arguments that Jinja's compiler adds to calls, for functions that ask for the context."""
 
 
 def sandbox() -> jinja2.Environment:
@@ -56,29 +59,24 @@ class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
         method = getattr(__obj, "__wrapped__", __obj)  # of str.format, which the sandbox wraps
         owner = getattr(method, "__self__", None)
         if __obj is dict or (isinstance(owner, str) and method.__name__ == "join"):
-            args = tuple(arg if isinstance(arg, dict | list) else _listed(arg) for arg in args)
-        has_user = budget().enter(owner, *args, *kwargs.values())
+            args = tuple(arg if isinstance(arg, dict | list) else spread(arg) for arg in args)
+        given = {name: value for name, value in kwargs.items() if name not in _JINJAS_OWN}
+        has_user = budget().enter(owner, *args, *given.values())
         if __obj is dict:
             costs.allow_mapping(args)
         if not isinstance(owner, str):  # methods of other values give what is in them, which knows whose it is
             return settled(super().call(__context, __obj, *args, **kwargs), has_user=has_user and owner is None)
-        costs.allow_method(budget(), owner, method.__name__, args, kwargs)
+        costs.allow_method(budget(), owner, method.__name__, args, given)
         if not has_user:
             return budget().take(super().call(__context, __obj, *args, **kwargs))
         if method is not __obj:
-            return budget().take(filled(owner, __obj, args, kwargs))
+            return budget().take(filled(owner, __obj, args, given))
         if type(owner) is str:
             __obj = getattr(TracedText(owner, ()), method.__name__)
         return settled(super().call(__context, __obj, *args, **kwargs), has_user=True)
 
     def is_safe_attribute(self, obj, attr, value):
         return (not callable(value) or costs.is_safe_method(obj, attr)) and super().is_safe_attribute(obj, attr, value)
-
-
-def _listed(values) -> list:
-    if isinstance(values, str):
-        budget().allow_items(len(values))
-    return list(values)
 
 
 class _Namespace(jinja2.utils.Namespace):

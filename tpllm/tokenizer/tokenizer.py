@@ -15,7 +15,7 @@ import tokenizers
 
 from tpllm.errors import PromptError, short
 from tpllm.tokenizer.added_tokens import add_missing_tokens
-from tpllm.tokenizer.backend import Backend, border
+from tpllm.tokenizer.backend import Backend, border, library_of
 from tpllm.tokenizer.chat_template import ChatTemplate, choose_template
 from tpllm.tokenizer.decoder_stages import Stage, clean_up_stages, decoder_specs, make_stages
 from tpllm.tokenizer.detokenizer import run_stages
@@ -39,23 +39,22 @@ class Tokenizer:
         pad_token_id: id of the padding token, or None.
         generation: which ids end a text: the tokenizer's, and generation_config.json's or, where that has none, config.json's; and sampling
             values that generation_config.json sets; ``do_sample`` is not read (as in vLLM).
-        special_ids: ids of every special token.
+        special_ids: ids of every special token: those that decoding leaves out. The text of a token that a file only calls special is guarded in
+            chats as theirs is.
         vocab_size: one more than the largest id.
         splits_special: whether tokenizer_config.json says that special-token text in a prompt is no special token (``split_special_tokens``).
     """
 
     def __init__(self, library: tokenizers.Tokenizer, folder: TokenizerFolder):
-        self._backend, self._folder = Backend(library), folder
+        self._folder = folder
         library.no_truncation()  # some tokenizer.json keep the settings of a training run, which would cut or pad prompts
         library.no_padding()
         with border(f"{folder.path}: its vocabulary cannot be read"):
-            special = {token_id for token_id, token in library.get_added_tokens_decoder().items() if token.special}
-            add_missing_tokens(library, folder)
-            special |= {token_id for token_id, token in library.get_added_tokens_decoder().items() if token.special}
+            self.special_ids, self._guarded_ids = add_missing_tokens(library, folder)
             self.vocab_size = 1 + max(library.get_vocab(with_added_tokens=True).values(), default=-1)
-        self.special_ids = frozenset(special)
+        self._backend = Backend(library, self._guarded_ids)
         self.bos_token_id, self.pad_token_id, self._unk_id = (self._named_id(name) for name in ("bos_token", "pad_token", "unk_token"))
-        eos = self._named_id("eos_token") if "eos_token" in folder.special_names() else None
+        eos = self._named_id("eos_token") if "eos_token" in folder.tokens.named else None
         self.generation = GenerationDefaults(ending_ids(folder.path, folder.config, folder.generation_config) | ({eos} - {None}),
                                              default_sampling(folder.path, folder.generation_config))
         self._adds_bos, self.splits_special = folder.flag("add_bos_token") is True, folder.flag("split_special_tokens") is True
@@ -73,7 +72,7 @@ class Tokenizer:
             TokenizerError: tokenizer.json is missing or cannot be read, or a file beside it is damaged; it says what to do.
         """
         folder = read_folder(pathlib.Path(path))
-        return cls(Backend.from_folder(folder).library, folder)
+        return cls(library_of(folder), folder)
 
     @property
     def eos_token_ids(self) -> frozenset[int]:
@@ -100,9 +99,9 @@ class Tokenizer:
         encoding = self._backend.encode(text) if parse_special else self._encode_plain(text)
         if not add_special_tokens:
             return encoding.ids
-        bos, has_bos = self.bos_token_id, encoding.ids[:1] == [self.bos_token_id]
+        bos, own = self.bos_token_id, encoding.ids
         ids = self._backend.post_process(encoding).ids
-        if has_bos and ids[:2] == [bos, bos]:
+        if ids[:2] == [bos, bos] and ids[1:1 + len(own)] == own:
             return ids[1:]
         if self._adds_bos and bos is not None and ids[:1] != [bos]:
             return [bos, *ids]
@@ -133,7 +132,10 @@ class Tokenizer:
         text = self._render(messages, add_generation_prompt=add_generation_prompt, template_kwargs=template_kwargs, tools=tools,
                             is_traced=not parse_special)
         checked_text(text, "the text that the chat template makes")
-        return encode_guarded(text, encode=self._backend.encode, special_span=self._special_span, encode_plain=self._encode_stretch)
+        if parse_special:
+            return self._backend.encode(str.__str__(text)).ids
+        return encode_guarded(text, special_ids=self._guarded_ids, encode=self._backend.encode, special_span=self._special_span,
+                              encode_plain=self._encode_stretch)
 
     def decode(self, token_ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:
         """Text of ids; ids outside the vocabulary have none, broken UTF-8 becomes U+FFFD."""
@@ -159,14 +161,14 @@ class Tokenizer:
 
     def _named_id(self, name: str) -> int | None:
         """Id of a named special token; config.json is asked only where no file names the tokenizer's tokens."""
-        names = self._folder.special_names()
+        names = self._folder.tokens.texts()
         if name in names:
             return self._backend.token_id(names[name])
-        ids = [] if self._folder.settings else self._folder.configured_ids(f"{name}_id")
+        ids = [] if self._folder.settings or names else self._folder.configured_ids(f"{name}_id")
         return ids[0] if ids else None
 
     def _render(self, messages, *, add_generation_prompt, template_kwargs, tools, is_traced: bool) -> TracedText:
-        names = self._folder.special_names()
+        names = self._folder.tokens.texts()
         messages = checked_messages(with_taken_arguments(messages, lambda: self._template_for(tools).argument_forms(names)))
         if tools is not None and not (isinstance(tools, list | tuple) and all(isinstance(tool, Mapping) for tool in tools)):
             raise PromptError(f"tools is {short(tools)}; give a list of JSON schemas (dicts), or None")
@@ -192,7 +194,7 @@ class Tokenizer:
     def _encode_plain(self, text: str) -> tokenizers.Encoding:
         """Special-token text taken as plain text."""
         encoding = self._backend.encode(text)
-        if self.special_ids.isdisjoint(encoding.ids):
+        if self._guarded_ids.isdisjoint(encoding.ids):
             return encoding
         encoding = self._backend.plain.encode(text)
         self._refuse_special(encoding.ids)
@@ -206,16 +208,14 @@ class Tokenizer:
 
     def _refuse_special(self, ids: list[int]) -> None:
         # Some models (Unigram) have their special tokens in the vocabulary that ordinary text is cut into.
-        found = (self.special_ids - {self._unk_id}).intersection(ids)
+        found = (self._guarded_ids - {self._unk_id}).intersection(ids)
         if found:
             raise PromptError(f"the prompt holds the text of the special token {self.piece(min(found))!r}, which this tokenizer cannot take "
                               "as plain text; remove it, or allow it with parse_special=True")
 
     def _special_span(self, token_id: int, offsets: tuple[int, int], text: str) -> tuple[int, int] | None:
-        """Where a special token's own text stands: without white space that it takes from beside it. None for no special token, and where the
-        unknown one stands for characters outside the vocabulary."""
-        if token_id not in self.special_ids:
-            return None
+        """Where a special token's own text stands: without white space that it takes from beside it. None where the unknown one stands for
+        characters outside the vocabulary."""
         start, end = offsets
         span, piece = str.__getitem__(text, slice(start, end)), self.piece(token_id)
         if piece in span:

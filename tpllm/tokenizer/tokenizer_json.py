@@ -9,7 +9,8 @@ import json
 from collections.abc import Iterator, Mapping
 
 from tpllm.errors import TokenizerError, short
-from tpllm.tokenizer.folder import MAX_ID, TokenizerFolder, read_text
+from tpllm.tokenizer.folder import TokenizerFolder, read_text
+from tpllm.tokenizer.token_files import MAX_ID
 
 MAX_DEPTH = 60  # half of what the library takes
 MAX_GAP = 2**20

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from tpllm.checkpoint.source import read_small
 from tpllm.errors import CheckpointError, TokenizerError, short
-from tpllm.tokenizer.token_files import MAX_ID, NUMBERED, TokenFiles, collect_tokens
+from tpllm.tokenizer.token_files import NUMBERED, TokenFiles, collect_tokens
 
 DEFAULT_TEMPLATE = "default"
 

@@ -16,7 +16,6 @@
 
 namespace tpllm {
 namespace TPLLM_ISA {
-namespace {  // whatever is called once is inlined, without a second look at the whole program when it is linked
 
 #include "simd.h"
 #include "formats.h"
@@ -26,8 +25,6 @@ namespace {  // whatever is called once is inlined, without a second look at the
 #include "attention_tiles.h"
 #include "attention.h"
 #include "norm.h"
-
-}  // namespace
 
 #define TPLLM_TEXT_OF(x) #x
 #define TPLLM_TEXT(x) TPLLM_TEXT_OF(x)

@@ -36,15 +36,11 @@ def stream(state: str):
 
 def command(*words: str, stdout: str = "", stderr: str = "") -> tuple[int, str, str]:
     """Run ``tpllm`` with its outputs in the states named; the exit code and what it wrote."""
-    closed = [fd for fd, state in ((1, stdout), (2, stderr)) if state == "closed"]
-
-    def close() -> None:
-        for fd in closed:
-            os.close(fd)
+    closing = "".join(f" {fd}>&-" for fd, state in ((1, stdout), (2, stderr)) if state == "closed")
     with contextlib.ExitStack() as stack:
         outputs = [stack.enter_context(stream(state)) if state else subprocess.PIPE for state in (stdout, stderr)]
-        done = subprocess.run([sys.executable, "-m", "tests.jobs.run_fake_command", *words], cwd=REPOSITORY, stdout=outputs[0], stderr=outputs[1],
-                              preexec_fn=close if closed else None, timeout=120)
+        program = [sys.executable, "-m", "tests.jobs.run_fake_command", *words]
+        done = subprocess.run(["sh", "-c", f'exec "$@"{closing}', "sh", *program], cwd=REPOSITORY, stdout=outputs[0], stderr=outputs[1], timeout=120)
     return done.returncode, (done.stdout or b"").decode(), (done.stderr or b"").decode()
 
 

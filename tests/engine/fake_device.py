@@ -130,7 +130,8 @@ class FakeRunner(Runner):
 
 def fake_llm(*, is_native: bool = True, num_pages: int = 8, tokenizer=None) -> LLM:
     """An LLM of tests/engine's shapes on such a device; few pages, so that rows lose theirs."""
-    llm = make_llm(config=CONFIG if tokenizer is None else dataclasses.replace(CONFIG, vocab_size=tokenizer.vocab_size), tokenizer=tokenizer)
+    config = CONFIG if tokenizer is None else dataclasses.replace(CONFIG, vocab_size=tokenizer.vocab_size)
+    llm = make_llm(config=config, tokenizer=tokenizer, prefill_chunk_size=32)
     llm._engine = fake_engine(llm, is_native=is_native, num_pages=num_pages)
     return llm
 

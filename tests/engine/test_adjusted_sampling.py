@@ -132,7 +132,7 @@ def test_a_bad_word_that_cannot_be_one_is_named(text_llm, word, words):
 
 def test_bad_words_need_tokens_of_the_model():
     class NothingButX:
-        def encode(self, text, *, add_special_tokens):
+        def encode(self, text, *, add_special_tokens, parse_special):
             return [7] * text.count("x")
     assert find_bad_words(["x", "xx"], NothingButX(), vocab_size=8) == [[7], [7, 7]]
     assert find_bad_words(["x"], NothingButX(), vocab_size=7) == []

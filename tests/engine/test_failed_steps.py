@@ -16,7 +16,7 @@ from tpllm.tokenizer import Detokenizer
 GREEDY = SamplingParams(temperature=0, max_tokens=30, ignore_eos=True)
 PROMPTS = [{"prompt_token_ids": [*range(40), 1]}, {"prompt_token_ids": [*range(40), 2]}, {"prompt_token_ids": [7, 8, 9]}]
 PARAMS = [GREEDY, dataclasses.replace(GREEDY, n=2, temperature=1.0, seed=1), dataclasses.replace(GREEDY, prompt_logprobs=2)]
-TIGHT = {"page_size": 16, "kv_cache_tokens": 128}  # rows lose their pages
+TIGHT = {"page_size": 16, "kv_cache_tokens": 128, "prefill_chunk_size": 32}  # rows lose their pages
 
 
 def tokens_of(outputs) -> list[list[list[int]]]:

@@ -92,7 +92,7 @@ def test_a_descriptor_that_is_closed_is_given_to_no_file_of_the_job(job, tmp_pat
               "            except OSError: pass\n"
               "        return super()._output(*arguments)\n"
               "sys.exit(main(sys.argv[1:], make_llm=Noisy))")
-    done = subprocess.run([sys.executable, "-c", script, "run", str(tmp_path / "job.yaml")], cwd=REPOSITORY, timeout=120,
-                          preexec_fn=lambda: os.closerange(0, 3))
+    program = [sys.executable, "-c", script, "run", str(tmp_path / "job.yaml")]
+    done = subprocess.run(["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", *program], cwd=REPOSITORY, timeout=120)
     assert done.returncode == 0
     assert not any(b"noise" in data for data in contents(tmp_path / "out").values())

@@ -1,6 +1,7 @@
 """The facade on the bundled demo model."""
 import dataclasses
 import re
+import shutil
 import subprocess
 import sys
 
@@ -11,6 +12,7 @@ from jax.sharding import Mesh
 import tpllm
 from sharding_rules import MeshError
 from tpllm import LLM, SamplingParams
+from tpllm.checkpoint.source import DEMO_FOLDER
 from tpllm.errors import ConfigError, PromptError, SamplingError, TpllmError
 
 GREEDY = SamplingParams(temperature=0, max_tokens=16)
@@ -108,6 +110,23 @@ def test_special_tokens_are_left_out_of_the_text_unless_asked_for(llm):
         assert with_specials.outputs[0].token_ids == without.outputs[0].token_ids
         assert "<|eos|>" not in without.outputs[0].text
         assert ("<|eos|>" in with_specials.outputs[0].text) == (eos in with_specials.outputs[0].token_ids)
+
+
+def test_without_a_tokenizer_a_folder_serves_token_ids(llm, tmp_path):
+    for name in ("config.json", "generation_config.json", "model.safetensors"):
+        shutil.copy(DEMO_FOLDER / name, tmp_path)
+    prompt = {"prompt_token_ids": llm.get_tokenizer().encode("import os\n")}
+    expected = llm.generate(prompt, GREEDY)[0].outputs[0]
+    with LLM(str(tmp_path), skip_tokenizer_init=True, mesh="tp=1", max_num_seqs=4, max_model_len=256) as other:
+        found = other.generate(prompt, GREEDY)[0].outputs[0]
+        assert (found.token_ids, found.text) == (expected.token_ids, "")
+        assert other.default_sampling == llm.default_sampling
+        ended = other.generate(prompt, SamplingParams(max_tokens=50, logit_bias={min(llm.get_tokenizer().eos_token_ids): 100.0}))[0].outputs[0]
+        assert (ended.finish_reason, len(ended.token_ids)) == ("stop", 1)
+        with pytest.raises(TpllmError, match="no tokenizer; give the prompt as"):
+            other.generate("import os\n", GREEDY)
+    with pytest.raises(TpllmError, match="skip_tokenizer_init=True"):
+        LLM(str(tmp_path), mesh="tp=1")
 
 
 def test_without_parameters_the_models_own_defaults_are_used(llm):

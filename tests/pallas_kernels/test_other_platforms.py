@@ -44,7 +44,7 @@ def test_a_model_runs_on_the_references_there_and_the_log_says_so_once_for_each_
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     assert (found["platform"], found["default"], found["is_default_branch"], found["uses_native"]) == ("pretend", "pretend", 1, False)
-    with LLM("demo", dtype="float32") as llm:
+    with LLM("demo", mesh="tp=1", dtype="float32") as llm:
         expected = llm.generate(PROMPT, SamplingParams(temperature=0.0, max_tokens=NUM_TOKENS))[0].outputs[0].token_ids
     assert found["tokens"] == list(expected)
     said = collections.Counter(message.partition(":")[0] for message in found["messages"])

@@ -1,5 +1,6 @@
 """Every test runs on eight virtual CPU devices, with strict dtype promotion, a compile cache shared between runs, and the compile guard on."""
 import gc
+import itertools
 import os
 import pathlib
 from collections.abc import Iterator
@@ -20,16 +21,20 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 MAPPINGS = pathlib.Path("/proc/self/maps")
+MODULES_A_COLLECTION = 10
+modules = itertools.count(1)
 MAX_MAPPINGS = 25_000  # Linux allows a process 65 530 mappings of memory, and every compiled program takes some: beyond, XLA crashes
 
 
 @pytest.fixture(scope="module", autouse=True)
 def few_compiled_programs() -> Iterator[None]:
-    """Forgets compiled programs, between modules, where they are many."""
+    """Between modules: forgets compiled programs where they are many, and now and then collects the garbage that :func:`small_garbage` left out."""
     yield
-    if MAPPINGS.exists() and MAPPINGS.read_bytes().count(b"\n") > MAX_MAPPINGS:
-        gc.unfreeze()
+    has_many = MAPPINGS.exists() and MAPPINGS.read_bytes().count(b"\n") > MAX_MAPPINGS
+    if has_many:
         jax.clear_caches()
+    if has_many or next(modules) % MODULES_A_COLLECTION == 0:
+        gc.unfreeze()
         gc.collect()
 
 

@@ -2,6 +2,7 @@
 import contextlib
 import dataclasses
 import importlib
+import os
 import signal
 
 import pytest
@@ -10,12 +11,14 @@ from tests.engine.fake_device import fake_llm
 from tests.engine.line_faults import LineFaults, name_of
 from tests.engine.test_failed_steps import PARAMS, PROMPTS, tokens_of
 from tpllm import LLM
+from tpllm.engine.turns import SIGNALS
 
 WORK = [importlib.import_module(f"tpllm.{name}") for name in (
     "engine.batch", "engine.calls", "engine.compile_guard", "engine.engine", "engine.metrics", "engine.outputs", "engine.pace", "engine.page_pool",
     "engine.plan", "engine.prefix_cache", "engine.request", "engine.rows", "engine.runner", "engine.scheduler", "engine.stop_strings",
     "tokenizer.detokenizer")]
 WAYS = [importlib.import_module(f"tpllm.{name}") for name in ("llm", "engine.calls", "engine.engine", "engine.turns", "engine.runner")]
+MORE = float(os.environ.get("TPLLM_PART_OF_LINES", "0.25"))  # of the slow tests; 1 is every line
 ERRORS = (KeyboardInterrupt, RuntimeError, MemoryError)
 STOPPING = [dataclasses.replace(params, stop=["zzz", "q"], logprobs=1) for params in PARAMS]
 
@@ -56,7 +59,18 @@ def check(llm: LLM, expected, after: str = "") -> None:
     assert not llm._engine._turns.are_mine
 
 
-@pytest.mark.parametrize(("part", "num_each"), [(0.05, 1), pytest.param(1, 3, marks=pytest.mark.slow)])
+@contextlib.contextmanager
+def kept_handlers():
+    """An error that comes between the last line of a block and its end skips that end, which only a tracer can do: handlers are put back here."""
+    former = {number: signal.getsignal(number) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)
+
+
+@pytest.mark.parametrize(("part", "num_each"), [(0.05, 1), pytest.param(MORE, 1, marks=pytest.mark.slow)])
 def test_whatever_line_fails_the_next_call_gives_the_right_tokens(fake, expected, part, num_each):
     faults = LineFaults(*WORK)
     faults.run(lambda: use(fake))
@@ -66,14 +80,15 @@ def test_whatever_line_fails_the_next_call_gives_the_right_tokens(fake, expected
     for number, place in enumerate(places):
         def fail(error=ERRORS[number % 3]):
             raise error("a fault on purpose")
-        with contextlib.suppress(*ERRORS):  # one that is a row's own ends that row, and the call goes on
+        with kept_handlers(), contextlib.suppress(*ERRORS):  # one that is a row's own ends that row, and the call goes on
             faults.run(lambda: use(fake), place, fail)
         assert faults.num_events[place[:2]] >= place[2], name_of(place)
         check(fake, expected, name_of(place))
 
 
-@pytest.mark.parametrize(("part", "num_each"), [(0.05, 1), pytest.param(1, 5, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("part", "num_each"), [(0.05, 1), pytest.param(MORE, 2, marks=pytest.mark.slow)])
 def test_at_whatever_instruction_ctrl_c_comes_the_next_call_gives_the_right_tokens(fake, expected, part, num_each):
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background process ignores it
     faults, former = LineFaults(*WAYS, is_fine=True), signal.getsignal(signal.SIGINT)
     faults.run(lambda: use(fake))
     check(fake, expected)

@@ -20,7 +20,7 @@ def num_committed(folder: pathlib.Path) -> int:
     return sum(1 for path in folder.iterdir() if PART_NAME.fullmatch(path.name))
 
 
-@pytest.mark.parametrize(("num_kills", "least_between"), [(4, 0), pytest.param(20, 10, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("num_kills", "least_between"), [(4, 0), pytest.param(10, 5, marks=pytest.mark.slow)])
 def test_a_job_killed_at_random_moments_ends_as_if_it_had_not_been(make_job, tmp_path, num_kills, least_between):
     calls = tmp_path / "calls"
     engine = {"max_num_seqs": MAX_NUM_SEQS, "tick_s": 0.01, "calls": str(calls)}

@@ -26,8 +26,7 @@ def test_a_million_rows_are_scanned_and_read_in_little_memory(tmp_path, kind):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("output_format", ["jsonl", "parquet"])
-@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+@pytest.mark.parametrize(("kind", "output_format"), [("jsonl", "jsonl"), ("parquet", "parquet")])
 def test_a_job_over_many_rows_runs_in_little_memory(tmp_path, kind, output_format):
     path = tmp_path / f"rows.{kind}"
     measure("make", kind, path, 50_000, 4000)

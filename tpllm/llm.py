@@ -230,7 +230,7 @@ class LLM:
     def metrics(self) -> Snapshot:
         """What the engine is doing and has done; ``metrics().to_prometheus()`` is the text that Prometheus scrapes."""
         engine = self._live_engine
-        with engine.turn():
+        with contextlib.nullcontext() if engine.is_in_turn else engine.turn():  # what is called within a step may look, too
             return take_snapshot(engine)
 
     def reset_prefix_cache(self) -> None:

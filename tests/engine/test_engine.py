@@ -236,6 +236,17 @@ def test_the_compile_guard_raises_on_a_compile_after_warm_up(monkeypatch):
         jax.jit(lambda x: x * 3 + 41)(np.float32(np.pi))
 
 
+def test_what_is_called_within_a_step_may_read_the_metrics(llm, monkeypatch):
+    plan, seen = llm._engine.scheduler.plan, []
+
+    def noted(*arguments):
+        seen.append(llm.metrics().num_pages)
+        return plan(*arguments)
+    monkeypatch.setattr(llm._engine.scheduler, "plan", noted)
+    llm.generate(random_prompts(5), GREEDY)
+    assert set(seen) == {llm.metrics().num_pages}
+
+
 def test_a_closed_llm_gives_its_memory_back_and_says_that_it_is_closed():
     before = len(jax.live_arrays())
     with make_llm() as llm:

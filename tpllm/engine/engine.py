@@ -117,7 +117,7 @@ class Engine:
         A finalizer may ask for it in the middle of another call of its thread: then they end with that call.
         """
         self._given_up.extend(requests)
-        if not self._turns.are_mine:
+        if not self.is_in_turn:
             with self._turns.take():
                 try:
                     self._settle()
@@ -156,6 +156,11 @@ class Engine:
     def num_waiting(self) -> int:
         """Sequences that have no slot yet."""
         return len(self.scheduler.waiting)
+
+    @property
+    def is_in_turn(self) -> bool:
+        """Whether this thread is within a call of the engine."""
+        return self._turns.are_mine
 
     # --- turns, and what becomes of state in doubt ------------------------------------------------------------------------------------
     @contextlib.contextmanager

@@ -71,7 +71,7 @@ def layer_types(hf: Mapping[str, Any], *, slides: Callable[[int], bool]) -> list
 
 
 def sliding_windows(hf: Mapping[str, Any], kinds: list[str]) -> tuple[int | None, ...]:
-    """The window of each layer, by the kinds of :func:`layer_types`; none where ``sliding_window`` is null."""
+    """The window of each layer, by the kinds of ``layer_types``; none where ``sliding_window`` is null."""
     window = optional_count(hf, "sliding_window")
     return tuple(window if kind == SLIDING else None for kind in kinds)
 

@@ -2,9 +2,10 @@
 import json
 
 import pytest
-from damaged_tokenizers import files, use
+from damaged_tokenizers import MESSAGES, files, use
 
 from tpllm.errors import TokenizerError
+from tpllm.tokenizer import Tokenizer
 
 
 def folder_of(path, family, **changes):
@@ -33,3 +34,13 @@ def test_what_the_library_would_panic_at_is_refused_before_it_reads_it(tmp_path,
         with pytest.raises(TokenizerError, match=message):
             use(tmp_path)
     assert "panicked" not in capfd.readouterr().err
+
+
+def test_a_post_processor_that_names_the_text_twice_leaves_chats_as_they_are(tmp_path):
+    root = json.loads(files("llama")["tokenizer"])
+    expected = Tokenizer.from_folder(folder_of(tmp_path, "llama")).encode_chat(MESSAGES)
+    root["post_processor"]["single"] *= 2
+    (tmp_path / "tokenizer.json").write_text(json.dumps(root))
+    ids = Tokenizer.from_folder(tmp_path).encode_chat(MESSAGES)
+    assert [token for token in ids if token in expected] == ids
+    assert len(ids) >= len(expected)

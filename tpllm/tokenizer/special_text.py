@@ -70,7 +70,7 @@ def encode_guarded(text: TracedText, *, special_ids: frozenset[int], encode: Cal
     for _ in range(MAX_ROUNDS):
         encoding = encode(str.__str__(marked.text))
         ids = encoding.ids
-        spans = {index: special_span(ids[index], encoding.token_to_chars(index), marked.text)
+        spans = {index: special_span(ids[index], _place(encoding, index), marked.text)
                  for index, token_id in enumerate(ids) if token_id in special_ids}
         found = {index: span for index, span in spans.items() if span is not None}
         forged = [span for span in found.values() if marked.text.cut(*span).spans]
@@ -85,11 +85,16 @@ def _ids(encoding, special: Iterable[int], *, marked: MarkedText, encode_plain: 
     """Stretches between special tokens that hold a marker are encoded again, as plain text."""
     text, ids, first, begin = str.__str__(marked.text), encoding.ids, 0, 0
     for index in special:
-        start, end = encoding.token_to_chars(index)
+        start, end = _place(encoding, index)
         yield from _stretch(text[begin:start], ids[first:index], marked=marked, encode_plain=encode_plain, is_start=begin == 0)
         yield ids[index]
         first, begin = index + 1, end
     yield from _stretch(text[begin:], ids[first:], marked=marked, encode_plain=encode_plain, is_start=begin == 0)
+
+
+def _place(encoding, index: int) -> tuple[int, int]:
+    """Where a token's characters are. The list of all places is made only where a post-processor has left the token without a text of its own."""
+    return encoding.token_to_chars(index) or encoding.offsets[index]
 
 
 def _stretch(part: str, ids: list[int], *, marked: MarkedText, encode_plain: Callable[..., list[int]], is_start: bool) -> list[int]:

@@ -2,6 +2,7 @@
 
 Iterators that are left half way, and other threads, share one engine. Whoever waits steps it, for everybody's requests.
 """
+import sys
 from collections.abc import Iterator
 from typing import Any, Literal
 
@@ -27,7 +28,8 @@ class Call:
         return self
 
     def __exit__(self, *_) -> None:
-        self._engine.abort(*self.unfinished.values())
+        if sys is not None and not sys.is_finalizing():  # at exit modules are None, and nothing runs on
+            self._engine.abort(*self.unfinished.values())
 
     def submit(self, request_id: str, prompt: Prompt, params: SamplingParams, *, priority: int = 0) -> Request:
         """Queue a request; raises what :func:`.encode_prompt` and :meth:`.Engine.add_request` raise."""

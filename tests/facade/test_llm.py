@@ -112,6 +112,15 @@ def test_special_tokens_are_left_out_of_the_text_unless_asked_for(llm):
         assert ("<|eos|>" in with_specials.outputs[0].text) == (eos in with_specials.outputs[0].token_ids)
 
 
+def test_generators_left_half_read_say_nothing_when_the_interpreter_ends():
+    code = ("from tpllm import LLM, SamplingParams; llm = LLM('demo', mesh='tp=1', max_num_seqs=4, max_model_len=256)\n"
+            "rows = llm.generate_iter(['def f'] * 3, SamplingParams(max_tokens=20)); next(rows)\n"
+            "deltas = llm.stream('def f', SamplingParams(max_tokens=20)); next(deltas)")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0
+    assert "Exception ignored" not in done.stderr
+
+
 def test_without_a_tokenizer_a_folder_serves_token_ids(llm, tmp_path):
     for name in ("config.json", "generation_config.json", "model.safetensors"):
         shutil.copy(DEMO_FOLDER / name, tmp_path)

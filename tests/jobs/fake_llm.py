@@ -71,3 +71,15 @@ class FakeLLM:
 
 def _digest(prompt, params):
     return hashlib.sha256((json.dumps(prompt) + repr(params)).encode()).hexdigest()
+
+
+class DyingLLM(FakeLLM):
+    """One whose engine is gone after ``num_outputs`` outputs."""
+
+    num_outputs = 7
+
+    def generate_iter(self, *arguments, **options):
+        for number, output in enumerate(super().generate_iter(*arguments, **options)):
+            if number == self.num_outputs:
+                raise RuntimeError("the engine is gone")
+            yield output

@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 
-from tests.jobs.fake_llm import FakeLLM
+from tests.jobs.fake_llm import DyingLLM, FakeLLM
 from tests.jobs.small_job import contents, rows_text
 from tpllm.errors import JobError
 from tpllm.jobs.dry_run.run import finished_rows
@@ -45,12 +45,8 @@ def damage_one(folder: pathlib.Path, draw: random.Random) -> str:
     return path.name
 
 
-class Dies(FakeLLM):
-    def generate_iter(self, *arguments, **options):
-        for number, output in enumerate(super().generate_iter(*arguments, **options)):
-            if number == 6:
-                raise RuntimeError("the engine is gone")
-            yield output
+class Dies(DyingLLM):
+    num_outputs = 6
 
 
 @pytest.mark.parametrize("is_complete", [True, False])

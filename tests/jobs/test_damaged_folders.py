@@ -7,7 +7,7 @@ import zlib
 
 import pytest
 
-from tests.jobs.fake_llm import FakeLLM
+from tests.jobs.fake_llm import DyingLLM, FakeLLM
 from tests.jobs.small_job import all_rows, contents, rows_text
 from tpllm.cli.main import main
 from tpllm.errors import JobError
@@ -20,12 +20,8 @@ from tpllm.jobs.status import job_status
 TEXT = rows_text(11)
 
 
-class Dies(FakeLLM):
-    def generate_iter(self, *arguments, **options):
-        for number, output in enumerate(super().generate_iter(*arguments, **options)):
-            if number == 7:
-                raise RuntimeError("the engine is gone")
-            yield output
+class Dies(DyingLLM):
+    num_outputs = 7
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import shutil
 import pyarrow.parquet as pq
 import pytest
 
-from tests.jobs.fake_llm import FakeLLM
+from tests.jobs.fake_llm import DyingLLM, FakeLLM
 from tests.jobs.small_job import contents, rows_text
 from tpllm.cli.main import main
 from tpllm.errors import JobError
@@ -130,12 +130,8 @@ def test_errors_of_an_earlier_commit_go_when_no_row_fails_any_more(make_job, run
     assert contents(folder) == contents(run_text(rows_text(5), output="whole"))
 
 
-class Dies(FakeLLM):
-    def generate_iter(self, *arguments, **options):
-        for number, output in enumerate(super().generate_iter(*arguments, **options)):
-            if number == 7:
-                raise RuntimeError("the engine is gone")
-            yield output
+class Dies(DyingLLM):
+    num_outputs = 7
 
 
 @pytest.mark.parametrize("damage", [bytes, lambda data: data[:-9], lambda data: b"", lambda data: data + b"torn", lambda data: b"[" * 9 + data])

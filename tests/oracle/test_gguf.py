@@ -59,7 +59,7 @@ MODELS = {**FAMILIES, "demo": DEMO, "llama": HF_LLAMA, "qwen2": QWEN2, "qwen3": 
 def windows(model: str) -> np.ndarray:
     """Held-out text of the demo model, or random tokens of a random one: 384 positions."""
     if model == "demo":
-        return np.stack(held_out_windows(Tokenizer.from_folder(DEMO)._backend.library, WINDOW, NUM_WINDOWS, 0))[:, :-1]
+        return np.stack(held_out_windows(Tokenizer.from_folder(DEMO)._backend.rust, WINDOW, NUM_WINDOWS, 0))[:, :-1]
     return np.random.default_rng(0).integers(0, 500, (NUM_WINDOWS, WINDOW - 1))
 
 

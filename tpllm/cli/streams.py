@@ -19,19 +19,29 @@ class OutputFailed(OSError):  # noqa: N818
     """Standard output cannot be written to; its ``strerror`` says why. Not raised where its reader has gone: that is a ``BrokenPipeError``."""
 
 
-class _Stdout(io.RawIOBase):
-    """Standard output. The first write that fails raises; later ones are taken and lost, for there is nothing new to say at the end."""
+class _Output(io.RawIOBase):
+    """One of the process's descriptors.
 
-    has_failed = False
+    Attributes:
+        fd: its number.
+    """
+
+    fd: int
 
     def writable(self) -> bool:
         return True
 
     def fileno(self) -> int:
-        return STDOUT
+        return self.fd
 
     def isatty(self) -> bool:
-        return os.isatty(STDOUT)
+        return os.isatty(self.fd)
+
+
+class _Stdout(_Output):
+    """Standard output. The first write that fails raises; later ones are taken and lost, for there is nothing new to say at the end."""
+
+    fd, has_failed = STDOUT, False
 
     def write(self, data) -> int:
         if self.has_failed:
@@ -46,17 +56,10 @@ class _Stdout(io.RawIOBase):
             raise OutputFailed(error.errno, error.strerror) from None
 
 
-class _Stderr(io.RawIOBase):
+class _Stderr(_Output):
     """Standard error; what cannot be written is lost."""
 
-    def writable(self) -> bool:
-        return True
-
-    def fileno(self) -> int:
-        return STDERR
-
-    def isatty(self) -> bool:
-        return os.isatty(STDERR)
+    fd = STDERR
 
     def write(self, data) -> int:
         with contextlib.suppress(OSError):

@@ -47,30 +47,30 @@ class Backend:
     """
 
     def __init__(self, library: tokenizers.Tokenizer, guarded_ids: frozenset[int] = frozenset()):
-        self.library, self._guarded_ids = library, guarded_ids
+        self.rust, self._guarded_ids = library, guarded_ids
 
     def encode(self, text: str) -> tokenizers.Encoding:
         """Ids and their places in the text, without what a post-processor adds."""
         with border("the tokenizer fails on a text"):
-            return self.library.encode(text, add_special_tokens=False)
+            return self.rust.encode(text, add_special_tokens=False)
 
     def post_process(self, encoding: tokenizers.Encoding) -> tokenizers.Encoding:
         """With what the post-processor adds."""
         with border("the tokenizer fails on a text"):
-            return self.library.post_process(encoding)
+            return self.rust.post_process(encoding)
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of ids that are in the vocabulary."""
         with border("the tokenizer fails on token ids"):
-            return self.library.decode(list(token_ids), skip_special_tokens=False)
+            return self.rust.decode(list(token_ids), skip_special_tokens=False)
 
     def piece(self, token_id: int) -> str | None:
         """A token as the vocabulary writes it."""
-        return self.library.id_to_token(token_id)
+        return self.rust.id_to_token(token_id)
 
     def token_id(self, piece: str) -> int | None:
         """Its id."""
-        return self.library.token_to_id(piece)
+        return self.rust.token_to_id(piece)
 
     @functools.cached_property
     def plain(self) -> Backend:
@@ -86,7 +86,7 @@ class Backend:
     @property
     def _json(self) -> str:
         with border("the tokenizer cannot be copied"):
-            text = self.library.to_str()
+            text = self.rust.to_str()
         if not self._guarded_ids:
             return text
         root = json.loads(text)

@@ -8,6 +8,7 @@ import pytest
 
 from sharding_rules import DATA_TENSOR, make_mesh
 from tests.tokenizer import tokenizer_folders
+from tpllm import ops
 from tpllm.bench.shapes import random_params
 from tpllm.llm import LLM
 from tpllm.model.config import ModelConfig
@@ -44,6 +45,16 @@ def random_prompts(*lengths: int, seed: int = 0) -> list[dict[str, list[int]]]:
     """Prompts of random token ids."""
     rng = np.random.default_rng(seed)
     return [{"prompt_token_ids": rng.integers(0, CONFIG.vocab_size, length).tolist()} for length in lengths]
+
+
+@pytest.fixture(params=["native", "xla"])
+def path(request, monkeypatch):
+    """Native kernels, or what XLA makes of the references."""
+    if request.param == "native" and not ops.uses_native(None):
+        pytest.skip("the native library is not built here")
+    if request.param == "xla":
+        monkeypatch.setattr(ops, "uses_native", lambda _: False)
+    return request.param
 
 
 @pytest.fixture(scope="session")

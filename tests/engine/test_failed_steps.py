@@ -9,7 +9,7 @@ import pytest
 
 from tests.engine.conftest import make_llm, make_packed_llm
 from tests.engine.faults import Faults, choose_places
-from tpllm import SamplingParams, ops
+from tpllm import SamplingParams
 from tpllm.errors import TpllmError
 from tpllm.tokenizer import Detokenizer
 
@@ -31,14 +31,10 @@ def check_whole(llm, expected) -> None:
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves((llm._engine.runner.cache, llm._engine.runner.state)))
 
 
-@pytest.fixture(params=["native", "xla"])
-def tight_llm(request, monkeypatch):
+@pytest.fixture
+def tight_llm(path):
     """An engine whose rows lose their pages, and are computed again or swapped."""
-    if request.param == "native" and not ops.uses_native(None):
-        pytest.skip("the native library is not built here")
-    if request.param == "xla":
-        monkeypatch.setattr(ops, "uses_native", lambda _: False)
-    return (make_packed_llm if request.param == "native" else make_llm)(**TIGHT)
+    return (make_packed_llm if path == "native" else make_llm)(**TIGHT)
 
 
 @pytest.mark.slow

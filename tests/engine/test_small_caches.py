@@ -8,7 +8,7 @@ import pytest
 
 from pallas_kernels.kv_append import quantize_entries
 from tests.engine.test_invariance import PARAMS, PROMPTS, exact
-from tpllm import LLM, SamplingParams, forward, init_cache, ops
+from tpllm import LLM, SamplingParams, forward, init_cache
 from tpllm.loading import load_model
 from tpllm.model.kv_cache import cache_bytes_per_device
 
@@ -16,16 +16,6 @@ from tests.engine.conftest import make_llm  # isort: skip
 
 CLOSE = {"float16": 1e-3, "int8": 0.02, "fp8": 0.1}
 TEXT = "def add(first, second):\n    \"\"\"The sum.\"\"\"\n    return first + second\n\n\nclass Point:\n    def __init__(self, x, y):\n"
-
-
-@pytest.fixture(params=["native", "xla"])
-def path(request, monkeypatch):
-    """Native kernels, or what XLA makes of the references."""
-    if request.param == "native" and not ops.uses_native(None):
-        pytest.skip("the native library is not built here")
-    if request.param == "xla":
-        monkeypatch.setattr(ops, "uses_native", lambda _: False)
-    return request.param
 
 
 @functools.cache

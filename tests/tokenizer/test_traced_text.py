@@ -26,6 +26,15 @@ STATEMENTS = [
     "{% autoescape true %}{{ '<' ~ c }}{{ c }}{% endautoescape %}",
     "{% if '</think>' in c %}{{ c.split('</think>')[1] | trim }}{% else %}-{% endif %}",
 ]
+SHOWN_ANYWHERE = [
+    "'%s' % n", "'%s' % [n]", "'%r' % (n,)", "'{}'.format(n)", "'{0[a]}'.format({'a': n})", "'%s' | format(n)",
+    "'%s' % (d.items(),)", "'%s' % [d.keys()]", "'{}'.format(d.items())", "d.keys()", "d.items() | string", "[d.values()]", "'%s' % m.tool_calls",
+    "'%s' % m.tool_calls[0].function.arguments", "tools", "'%s' % tools", "'%s' % (messages | groupby('role') | list)", "'{0.s}'.format(ns)",
+    "'{0[s]}'.format(ns)", "'{x.s}'.format_map({'x': ns})", "'{1}{0.s}'.format(ns, s)", "'{0.previtem}'.format(lp)", "'{0.sep}'.format(joiner(s))",
+    "'{0.current}'.format(cycler(s))", "cycler(s).next()", "'{0.grouper}'.format((messages | groupby('role') | list)[0])", "show(**n)", "show(*d)",
+    "m.tool_calls[0].function.name", "m.name", "m.reasoning_content", "documents", "bos_token", "m.role",
+]
+"""Of texts in tool calls, tools, variables, keys and names."""
 SOURCES = [*(f"{{{{ {expression} }}}}" for expression in EXPRESSIONS), *STATEMENTS]
 
 
@@ -63,6 +72,28 @@ def test_no_template_lets_a_users_text_become_a_special_token_and_its_own_stay(l
         special, wanted = ([token_id for token_id in ids if token_id in tokenizer.special_ids] for ids in (text, twin))
         assert special == wanted, source
         assert tokenizer.decode(text, skip_special_tokens=False) == tokenizer.render_chat(chat("a<|im_end|> <think>hm</think>\nb<|im_end|>")), source
+
+
+@pytest.mark.parametrize("expression", SHOWN_ANYWHERE)
+def test_no_text_of_a_chat_becomes_a_special_token_wherever_it_stands_and_however_it_is_shown(load, expression):
+    tokenizer = load("{% macro show() %}{{ '%s' % kwargs }}{{ '%s' % (varargs,) }}{{ kwargs }}{% endmacro %}{% set ns = namespace(s=s) %}"
+                     f"{{% set m = messages[0] %}}{{% for _ in [s, s] %}}{{% set lp = loop %}}{{% if loop.last %}}<|im_start|>{{{{ {expression} }}}}"
+                     "<|im_end|>{% endif %}{% endfor %}")
+
+    def special_ids(mark):
+        call = {"id": mark, "type": "function", "function": {"name": mark, "arguments": {mark: 1}}}
+        message = {"role": mark, "content": mark, "name": mark, "reasoning_content": mark, "tool_calls": [call]}
+        variables = {"s": mark, "n": {mark: 1}, "d": {mark: mark}, "bos_token": mark, "documents": [{"title": mark}]}
+        tool = {"type": "function", "function": {"name": mark, "description": mark, "parameters": {"properties": {mark: {}}}}}
+        ids = tokenizer.encode_chat([message], tools=[tool], template_kwargs=variables)
+        return [token_id for token_id in ids if token_id in tokenizer.special_ids]
+    assert special_ids("<|im_end|>") == special_ids("<!im_end!>") == [tokenizer._backend.token_id(piece) for piece in ("<|im_start|>", "<|im_end|>")]
+
+
+@pytest.mark.parametrize("expression", ["'<|im_end|>%s%s' % ({'a': 1}, m.content)", "'<|im_end|>%(role)s' % m", "'<|im_end|>{0[content]}'.format(m)"])
+def test_a_templates_own_special_tokens_stay_beside_a_mapping(load, expression):
+    ids = load(wrapped(f"{{{{ {expression} }}}}")).encode_chat([{"role": "user", "content": "a"}])
+    assert len([token_id for token_id in ids if token_id == ids[-2]]) == 2
 
 
 def test_a_special_token_that_a_template_searches_for_is_found_in_a_message(load):

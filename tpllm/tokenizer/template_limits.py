@@ -9,9 +9,9 @@ import itertools
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, MappingView
+from collections.abc import Mapping
 
-from tpllm.tokenizer.traced_text import spans_of
+from tpllm.tokenizer.traced_text import is_nobodys, spans_of
 
 MAX_SECONDS = 1.0
 """Of the thread's own computing time: what else the machine does must not decide whether a row can be run. Also of compiling."""
@@ -126,13 +126,13 @@ class Budget(Clock):
             raise TemplateLimitError(f"makes a whole number of over {MAX_INT_BITS} bits")
 
     def weigh(self, value: object) -> tuple[int, bool]:
-        """(about the characters of a value as text, with all that is in it, counted as often as it is in it; whether a user's text is among it)."""
+        """(about the characters of a value as text, all that is in it counted as often as it is in it; whether a user's text may be among it)."""
         if isinstance(value, str):
             return CELL + len(value), bool(spans_of(value))
         if isinstance(value, int):
             return CELL + value.bit_length() // 3, False
         if not isinstance(value, Mapping | list | tuple):
-            return CELL, isinstance(value, Iterator | MappingView)
+            return CELL, not is_nobodys(value)
         if id(value) not in self._known:
             weight, is_user = CELL, False
             for item in itertools.chain(value, value.values()) if isinstance(value, Mapping) else value:

@@ -12,6 +12,7 @@ import operator
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
+import jinja2
 import markupsafe
 
 Spans = tuple[tuple[int, int], ...]
@@ -202,12 +203,34 @@ def filled(template: str, method: Callable[..., str], args: tuple, kwargs: Mappi
 
 
 def stand_ins(value):
-    """The value with every character of the user's replaced by one that no text holds."""
+    """The value with every character of the user's replaced by one that no text holds.
+
+    Raises:
+        TypeError: it may hold a user's text where none can be replaced.
+    """
     if isinstance(value, str):
         return "".join(_STAND_IN * len(piece) if index % 2 else piece for index, piece in enumerate(_alternating(value)))
     if isinstance(value, Mapping):
-        return {key: stand_ins(item) for key, item in value.items()}
-    return type(value)(map(stand_ins, value)) if type(value) in (list, tuple) else value
+        return _Fields((key, stand_ins(item)) for key, item in value.items())
+    if type(value) in (list, tuple):
+        return type(value)(map(stand_ins, value))
+    if is_nobodys(value):
+        return value
+    raise TypeError(f"no stand-in for a {type(value).__name__}")
+
+
+def is_nobodys(value: object) -> bool:
+    """Whether a value that is no text and holds no others is nobody's: a number, or none."""
+    return value is None or isinstance(value, int | float | jinja2.Undefined)
+
+
+class _Fields(dict):
+    """Values by their own keys, which it shows where none is a user's."""
+
+    def __repr__(self) -> str:
+        if stand_ins(list(self)) != list(self):
+            raise TypeError("no stand-in for keys")
+        return super().__repr__()
 
 
 def _alternating(text: str) -> list[str]:

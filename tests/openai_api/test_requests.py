@@ -100,6 +100,39 @@ def test_arguments_of_earlier_tool_calls_become_objects():
         chat(messages=call("{a"))
 
 
+FUNCTION = {"name": "f", "arguments": "{}"}
+
+
+@pytest.mark.parametrize(("calls", "message"), [
+    ([None], r"messages\[1\]\['tool_calls'\]\[0\] is None; give an object"), ("x", r"\['tool_calls'\] is 'x'; give a list of objects"),
+    ({"id": "c"}, "give a list of objects"), ([{"type": "function", "function": FUNCTION}, 5], r"\[1\] is 5; give an object"),
+    ([{}], r'\[0\] is \{.*; it must be \{"type": "function"'), ([{"function": None}], "it must be"),
+    ([{"function": {"arguments": "{}"}}], "it must be"),
+    ([{"function": {"name": 5, "arguments": "{}"}}], "it must be"), ([{"function": {"name": "", "arguments": "{}"}}], "it must be"),
+    ([{"function": {"name": "f", "arguments": 5}}], r"\['arguments'\] is 5; it must be JSON text, or an object"),
+    ([{"type": "custom", "custom": {}}], 'type "custom"; only functions'),
+])
+def test_a_tool_call_that_is_none_is_refused_by_its_place_and_value(calls, message):
+    with pytest.raises(ApiError, match=message) as caught:
+        chat(messages=[*USER, {"role": "assistant", "tool_calls": calls}])
+    assert caught.value.param == "messages"
+
+
+@pytest.mark.parametrize("call", [{"function": FUNCTION}, {"type": None, "function": FUNCTION}, {"function": {"name": "f"}},
+                                  {"function": {"name": "f", "arguments": None}}])
+def test_what_histories_leave_out_of_a_tool_call_is_not_asked_for(call):
+    said = chat(messages=[*USER, {"role": "assistant", "tool_calls": [call]}]).prompts[0]["messages"][1]["tool_calls"][0]
+    assert said["function"]["name"] == "f"
+    assert (said.keys(), said["function"].keys()) == (call.keys(), call["function"].keys())
+
+
+@pytest.mark.parametrize("function", [None, 5, {}, {"name": None}, {"name": ""}])
+def test_a_tool_without_a_named_function_is_refused(function):
+    with pytest.raises(ApiError, match=r"tools\[1\] is .*; it must be") as caught:
+        chat(tools=[{"type": "function", "function": {"name": "f"}}, {"type": "function", "function": function}])
+    assert caught.value.param == "tools"
+
+
 def test_log_probabilities_are_asked_for_as_each_endpoint_does():
     assert (completion(logprobs=3).params.logprobs, completion(logprobs=0).params.logprobs) == (3, 0)
     bodies = ({"logprobs": True}, {"logprobs": True, "top_logprobs": 4}, {"logprobs": False})

@@ -79,9 +79,7 @@ def _tools(given: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
         raise ApiError(f"tools is {shortened(tools)}; it must be a list of objects", param="tools", code="invalid_type")
     for index, tool in enumerate(tools):
-        if tool.get("type") != "function":
-            raise ApiError(f"tools[{index}] is of the type {shortened(tool.get('type'))}; only functions are supported", param="tools",
-                           code="unsupported_value")
+        _check_function(tool, f"tools[{index}]", param="tools")
     if choice not in ("auto", "none"):
         raise ApiError(f"tool_choice is {shortened(choice)}; only \"auto\" and \"none\" are supported: nothing forces a call yet",
                        param="tool_choice", code="unsupported_value")
@@ -89,23 +87,37 @@ def _tools(given: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 
 
 def _with_parsed_arguments(message: dict[str, Any], where: str) -> dict[str, Any]:
-    calls = message.get("tool_calls")
-    if not isinstance(calls, list):
+    if not message.get("tool_calls"):
         return message
-    parsed = []
-    for index, call in enumerate(calls):
-        function = call.get("function") if isinstance(call, dict) else None
-        if isinstance(function, dict) and isinstance(function.get("arguments"), str):
-            try:
-                arguments = json.loads(function["arguments"] or "{}")
-            except (ValueError, RecursionError):
-                raise ApiError(f"{where}['tool_calls'][{index}]['function']['arguments'] is {shortened(function['arguments'])}; it must be JSON",
-                               param="messages", code="invalid_value") from None
-            if isinstance(arguments, dict):
-                arguments = ToolArguments(function["arguments"], arguments)
-            call = {**call, "function": {**function, "arguments": arguments}}
-        parsed.append(call)
-    return {**message, "tool_calls": parsed}
+    calls = [_with_parsed_call(call, f"{where}['tool_calls'][{index}]") for index, call in enumerate(message["tool_calls"])]
+    return {**message, "tool_calls": calls}
+
+
+def _with_parsed_call(call: dict[str, Any], where: str) -> dict[str, Any]:
+    _check_function({**call, "type": call.get("type") or "function"}, where, param="messages")
+    function, arguments = call["function"], call["function"].get("arguments")
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments or "{}")
+        except (ValueError, RecursionError):
+            raise ApiError(f"{where}['function']['arguments'] is {shortened(arguments)}; it must be JSON", param="messages",
+                           code="invalid_value") from None
+        if isinstance(arguments, dict):
+            arguments = ToolArguments(function["arguments"], arguments)
+    elif arguments is not None and not isinstance(arguments, dict):
+        raise ApiError(f"{where}['function']['arguments'] is {shortened(arguments)}; it must be JSON text, or an object", param="messages",
+                       code="invalid_type")
+    return {**call, "function": {**function, **({"arguments": arguments} if "arguments" in function else {})}}
+
+
+def _check_function(given: Mapping[str, Any], where: str, *, param: str) -> None:
+    """A tool, or a call of one, is of a function that has a name."""
+    if given.get("type") != "function":
+        raise ApiError(f"{where} is of the type {shortened(given.get('type'))}; only functions are supported", param=param, code="unsupported_value")
+    function = given.get("function")
+    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str) or not function["name"]:
+        raise ApiError(f'{where} is {shortened(given)}; it must be {{"type": "function", "function": {{"name": "...", ...}}}}', param=param,
+                       code="invalid_type")
 
 
 def _ids(value: object) -> list[int] | None:

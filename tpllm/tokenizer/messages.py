@@ -97,6 +97,7 @@ def _checked_message(message: object, where: str) -> dict:
     kept = {key: value for key, value in message.items() if value is not None}
     if not isinstance(kept.get("role"), str) or not kept["role"]:
         raise PromptError(f"{where} has the role {message.get('role')!r}; give a text such as 'user', 'assistant' or 'system'")
+    _check_calls(kept.get("tool_calls", ()), f"{where}['tool_calls']")
     if "content" in kept:
         kept["content"] = _checked_content(kept["content"], f"{where}['content']")
     elif kept["role"] != "assistant":
@@ -106,6 +107,15 @@ def _checked_message(message: object, where: str) -> dict:
     elif "content" in message:
         kept["content"] = None
     return plain_value(kept, where)
+
+
+def _check_calls(calls: object, where: str) -> None:
+    wrong = [(where, calls)] if not isinstance(calls, list | tuple) else [
+        (f"{where}[{index}]", call) for index, call in enumerate(calls) if not isinstance(call, Mapping)]
+    if wrong:
+        name, value = wrong[0]
+        what = "an object" if value is not calls else "a list of objects"
+        raise PromptError(f"{name} is {short(value)}; give {what} such as {{'type': 'function', 'function': {{'name': ..., 'arguments': ...}}}}")
 
 
 def _checked_content(content: object, where: str) -> str | list[dict]:

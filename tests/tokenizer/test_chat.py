@@ -147,6 +147,11 @@ def test_malformed_messages_are_refused_with_their_index(kinds, messages, messag
         kinds["chatml"].encode_chat(messages)
 
 
+def test_messages_among_the_template_kwargs_are_not_dropped_in_silence(kinds):
+    with pytest.raises(PromptError, match="template_kwargs holds 'messages'"):
+        kinds["chatml"].encode_chat(USER, template_kwargs={"messages": USER})
+
+
 @pytest.mark.parametrize("name", ["tools", "template_kwargs"])
 def test_tools_and_template_kwargs_of_another_type_are_refused(kinds, name):
     with pytest.raises(PromptError, match=f"{name} is 'f'"):

@@ -2,9 +2,10 @@
 import threading
 
 import pytest
+from jinja2 import nodes
 
 from tpllm.errors import TokenizerError
-from tpllm.tokenizer import template_limits
+from tpllm.tokenizer import template_compiler, template_limits
 from tpllm.tokenizer.chat_template import ChatTemplate
 
 USER = [{"role": "user", "content": "hello"}]
@@ -135,6 +136,14 @@ def test_other_ways_to_go_wrong_end_in_an_error_or_a_short_text(source):
         assert len(render(source)) < 100
     except TokenizerError:
         pass
+
+
+def test_of_a_template_of_too_many_parts_no_more_are_looked_at(monkeypatch):
+    looked, children = [], nodes.Node.iter_child_nodes
+    monkeypatch.setattr(nodes.Node, "iter_child_nodes", lambda node, *names: looked.append(0) or children(node, *names))
+    with pytest.raises(TokenizerError, match=f"over {template_compiler.MAX_NODES} parts"):
+        render(f"{{{{ [{'1,' * 3 * template_compiler.MAX_NODES}] }}}}")
+    assert len(looked) <= template_compiler.MAX_NODES + 10
 
 
 def test_the_limits_hold_in_other_threads(monkeypatch):

@@ -1,4 +1,6 @@
 """Compiles a chat template so that what it does can be bounded: in a time of its own, with doors where Jinja's code would act by itself."""
+import itertools
+
 import jinja2
 import jinja2.compiler
 import jinja2.ext
@@ -47,9 +49,9 @@ def compile_template(tree: nodes.Template) -> jinja2.Template:
 
 
 def _check_size(tree: nodes.Template) -> None:
-    every = list(tree.find_all(nodes.Node))
+    every = list(itertools.islice(tree.find_all(nodes.Node), MAX_NODES + 1))
     if len(every) > MAX_NODES:
-        raise TemplateLimitError(f"has {len(every)} parts (names, numbers, operators, tags) and may have {MAX_NODES}")
+        raise TemplateLimitError(f"has over {MAX_NODES} parts (names, numbers, operators, tags)")
     if any(len(getattr(node, "args", None) or ()) + len(getattr(node, "kwargs", None) or ()) > MAX_ARGUMENTS for node in every):
         raise TemplateLimitError(f"calls something with over {MAX_ARGUMENTS} arguments")
     numbers = [node.value for node in every if isinstance(node, nodes.Const) and isinstance(node.value, int | float)]

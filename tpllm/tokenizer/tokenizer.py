@@ -174,6 +174,8 @@ class Tokenizer:
             raise PromptError(f"tools is {short(tools)}; give a list of JSON schemas (dicts), or None")
         if template_kwargs is not None and not isinstance(template_kwargs, Mapping):
             raise PromptError(f"template_kwargs is {short(template_kwargs)}; give a dict such as {{'enable_thinking': False}}, or None")
+        if "messages" in (template_kwargs or {}):
+            raise PromptError("template_kwargs holds 'messages', which are the chat's own; leave it out, or give these as the messages")
         tools, given = plain_value(tools, "tools"), plain_value(template_kwargs or {}, "template_kwargs")
         if is_traced:
             messages, tools, given = traced_messages(messages), traced_value(tools), traced_value(given)

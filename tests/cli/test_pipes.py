@@ -81,6 +81,12 @@ def test_a_finished_job_and_a_finished_merge_exit_0_with_their_files_whole(job, 
     assert contents(tmp_path / "out") == contents(tmp_path / "shards") == contents(pathlib.Path(job.output))
 
 
+@pytest.mark.parametrize("state", STATES)
+def test_a_finished_quantized_folder_is_whole_and_exits_0(tmp_path, state):
+    assert command("quantize", "demo", str(tmp_path / "out"), "--scheme", "int8", stdout=state) == (0, "", "")
+    assert (tmp_path / "out" / "config.json").is_file()
+
+
 def test_a_descriptor_that_is_closed_is_given_to_no_file_of_the_job(job, tmp_path):
     """A library that writes to standard error would write into the journal."""
     (tmp_path / "job.yaml").write_text(f"model: fake\ninput: {job.input}\noutput: {tmp_path}/out\n")

@@ -5,6 +5,7 @@ scheme, and holds what loading made of the model: it opens on any mesh with noth
 to, and one that could not be finished does not appear.
 """
 import argparse
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -43,5 +44,6 @@ def run(args: argparse.Namespace, *, make_llm: Callable[..., Any] | None) -> int
         from tpllm.checkpoint.save import quantize_checkpoint
         raise_interrupts()
         folder = quantize_checkpoint(args.model, args.out, args.scheme, revision=args.revision, max_shard_bytes=args.max_shard_size)
-    print(f"{folder}: {sum(path.stat().st_size for path in folder.rglob('*') if path.is_file()):,} bytes")
+    with contextlib.suppress(OSError):  # the folder is the result: it is there, whether or not that can be said
+        print(f"{folder}: {sum(path.stat().st_size for path in folder.rglob('*') if path.is_file()):,} bytes", flush=True)
     return 0

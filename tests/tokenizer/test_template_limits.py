@@ -139,8 +139,8 @@ def test_other_ways_to_go_wrong_end_in_an_error_or_a_short_text(source):
 
 
 def test_of_a_template_of_too_many_parts_no_more_are_looked_at(monkeypatch):
-    looked, children = [], nodes.Node.iter_child_nodes
-    monkeypatch.setattr(nodes.Node, "iter_child_nodes", lambda node, *names: looked.append(0) or children(node, *names))
+    looked, find_all = [], nodes.Node.find_all
+    monkeypatch.setattr(nodes.Node, "find_all", lambda node, kind: looked.append(0) or find_all(node, kind))
     with pytest.raises(TokenizerError, match=f"over {template_compiler.MAX_NODES} parts"):
         render(f"{{{{ [{'1,' * 3 * template_compiler.MAX_NODES}] }}}}")
     assert len(looked) <= template_compiler.MAX_NODES + 10

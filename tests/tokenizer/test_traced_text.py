@@ -52,7 +52,7 @@ def load(tmp_path):
         backend = folders.chatml_like()
         backend.add_special_tokens(list(specials))
         path = folders.write_folder(tmp_path, backend, tokenizer_config={
-            "tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>", "chat_template": template})
+            "tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "chat_template": template})
         return Tokenizer.from_folder(path)
     return loaded
 
@@ -88,6 +88,15 @@ def test_no_text_of_a_chat_becomes_a_special_token_wherever_it_stands_and_howeve
         ids = tokenizer.encode_chat([message], tools=[tool], template_kwargs=variables)
         return [token_id for token_id in ids if token_id in tokenizer.special_ids]
     assert special_ids("<|im_end|>") == special_ids("<!im_end!>") == [tokenizer._backend.token_id(piece) for piece in ("<|im_start|>", "<|im_end|>")]
+
+
+@pytest.mark.parametrize(("role", "is_mark"), [("user", True), ("critic", True), ("im_end", False), ("IM_END", False), ("endoftext", False),
+                                               ("im_end|>x<|im_start", False)])
+def test_a_role_makes_its_mark_and_none_that_ends_a_text(load, role, is_mark):
+    template = "{% for m in messages %}<|{{ m.role | lower }}|>{{ m.content }}{% endfor %}"
+    tokenizer = load(template, specials=("<|user|>", "<|critic|>", "<|endoftext|>"))
+    ids = tokenizer.encode_chat([{"role": role, "content": "a"}])
+    assert [tokenizer.piece(token_id) for token_id in ids if token_id in tokenizer.special_ids] == [f"<|{role}|>"] * is_mark
 
 
 @pytest.mark.parametrize("expression", ["'<|im_end|>%s%s' % ({'a': 1}, m.content)", "'<|im_end|>%(role)s' % m", "'<|im_end|>{0[content]}'.format(m)"])

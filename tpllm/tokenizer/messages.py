@@ -1,6 +1,6 @@
 """The messages of a chat, checked and made of plain JSON values, which are all that a template gets to touch."""
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from tpllm.errors import PromptError, short
 from tpllm.tokenizer.traced_text import TracedText
@@ -9,6 +9,7 @@ MAX_DEPTH = 100
 """Of what a chat's values may be nested: Python's own stack is not much deeper."""
 _WORD = re.compile(r"[\w -]+", re.ASCII)
 TEXT_PARTS = ("text", "input_text", "output_text")
+ROLES = frozenset(("assistant", "developer", "function", "ipython", "model", "observation", "system", "tool", "user"))
 REFUSAL = "refusal"
 """A message of the assistant's, or a part of one, that says no: in OpenAI's API it stands under this key instead of the content or the text."""
 
@@ -52,10 +53,20 @@ def plain_value(value: object, where: str, *, depth: int = 0) -> object:
     raise PromptError(f"{where} is a {type(value).__name__}; use only what JSON can hold")
 
 
-def traced_messages(messages: list[dict]) -> list[dict]:
-    """Messages whose texts know that they are a user's. A role that is a word is no text of a user's: templates write it into their own marks
-    (``<|user|>``)."""
-    return [{TracedText(key): value if key == "role" and _WORD.fullmatch(value) else traced_value(value) for key, value in message.items()}
+def traced_messages(messages: list[dict], *, framing: Iterable[str] = ()) -> list[dict]:
+    """Messages whose texts know that they are a user's.
+
+    A role that is a word is no text of a user's: templates write it into their own marks (``<|user|>``). But the role "end" would make the mark
+    ``<|end|>`` of it, and so a word other than those of every model is a user's where it stands in one of ``framing``.
+
+    Args:
+        framing: texts of the tokens that begin and end texts.
+    """
+    framing = [text.casefold() for text in framing]
+
+    def is_role(word: str) -> bool:
+        return bool(_WORD.fullmatch(word)) and (word in ROLES or not any(word.casefold() in text for text in framing))
+    return [{TracedText(key): value if key == "role" and is_role(value) else traced_value(value) for key, value in message.items()}
             for message in messages]
 
 

@@ -178,7 +178,8 @@ class Tokenizer:
             raise PromptError("template_kwargs holds 'messages', which are the chat's own; leave it out, or give these as the messages")
         tools, given = plain_value(tools, "tools"), plain_value(template_kwargs or {}, "template_kwargs")
         if is_traced:
-            messages, tools, given = traced_messages(messages), traced_value(tools), traced_value(given)
+            framing = [*names.values(), *filter(None, map(self.piece, self.eos_token_ids))]
+            messages, tools, given = traced_messages(messages, framing=framing), traced_value(tools), traced_value(given)
         context = {**names, "tools": tools, "documents": None, "add_generation_prompt": add_generation_prompt, **given}
         return self._template_for(tools).render(messages, context)
 

@@ -2,6 +2,7 @@
 a ``KeyboardInterrupt`` in the middle of an import can be lost, or leave a traceback. Whatever is written meanwhile is written so that it may end at
 any moment.
 """
+import atexit
 import os
 import signal
 import sys
@@ -13,6 +14,7 @@ is_at_once = False
 
 def main(**options) -> int:
     """Run the command line of this process; ``options`` are those of :func:`tpllm.cli.main.main`. Returns the exit code."""
+    atexit.register(_ignore_signals)
     end_at_once()
     from tpllm.cli.main import main as run
     code = run(**options)
@@ -36,6 +38,13 @@ def raise_interrupts() -> None:
     if is_at_once:
         is_at_once = False
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _ignore_signals() -> None:
+    """The last that the interpreter does in Python. Then it takes handlers of Python's away, and a signal while it takes modules down, which is slow,
+    would end a process that has done all its work as if it had not."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ def raise_interrupts() -> None:
 
 
 def _ignore_signals() -> None:
-    """The last that the interpreter does in Python. Then it takes handlers of Python's away, and a signal while it takes modules down, which is slow,
+    """The last that the interpreter does in Python. Then it takes its handlers away, and a signal while it takes modules down, which is slow,
     would end a process that has done all its work as if it had not."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)

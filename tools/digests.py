@@ -6,7 +6,7 @@
     python tools/digests.py --compare old.json new.json         # exit code 1, and the names that differ
     python tools/digests.py --out jobs.json --check-old DIR     # on each: the job resumed and the stores opened; the part `jobs`
     python tools/digests.py --out some.json requests isa        # some parts
-    python tools/digests.py --out some.json --only 'requests/tp*'
+    python tools/digests.py --out some.json --only 'requests/tp*' --add
 
 Parts: `requests` is what engines (meshes, schemes, caches, with native kernels and without) answer 300 drawn requests of every sampling parameter;
 `weights` the dequantized values of every checkpoint format and scheme on meshes; `isa` greedy text under every instruction set of this machine;
@@ -32,7 +32,6 @@ sys.path.insert(0, str(ROOT))
 NUM_DEVICES = 8
 PARTS = ("requests", "weights", "isa")
 JOBS = "jobs"
-SHOWN = 40
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -60,7 +59,8 @@ def compare(first: Mapping, second: Mapping, *, parts: Sequence[str] = ()) -> in
     """Print what differs between two files; returns 1 where something does, or where there is nothing to compare."""
     old, new = ({name: value for name, value in each["digests"].items() if not parts or name.partition("/")[0] in parts} for each in (first, second))
     lines = [f"differs: {name}" for name in sorted(old.keys() & new.keys()) if old[name] != new[name]]
-    lines += [f"only in the {which}: {name}" for which, here, there in (("first", old, new), ("second", new, old)) for name in sorted(here.keys() - there)]
+    for which, here, there in (("first", old, new), ("second", new, old)):
+        lines += [f"only in the {which}: {name}" for name in sorted(here.keys() - there.keys())]
     if not old and not new:
         lines.append("nothing to compare")
     for line in lines:
@@ -76,6 +76,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)} and {JOBS}; without one all that can be had")
     parser.add_argument("--out", metavar="FILE", help="write digests there, as JSON")
     parser.add_argument("--only", action="append", default=[], metavar="PATTERN", help="of the parts, the cases whose names match")
+    parser.add_argument("--add", action="store_true", help="keep what FILE holds already, and run only the cases that it lacks")
     parser.add_argument("--write-old", metavar="DIR", help="make the folders that --check-old takes")
     parser.add_argument("--check-old", metavar="DIR", help="resume the job and open the stores that --write-old made; DIR stays as it is")
     parser.add_argument("--compare", nargs=2, metavar=("A", "B"), help="say which digests of two files differ")
@@ -91,19 +92,21 @@ def _prepare_devices() -> None:
 
 
 def _write(options: argparse.Namespace) -> None:
-    cases = chosen_cases(options.parts, options.only, options.check_old)
-    digests: dict[str, str] = {}
-    for environment in sorted({tuple(sorted(case.environment.items())) for case in cases if not case.runs_here}):
-        names = [case.name for case in cases if tuple(sorted(case.environment.items())) == environment]
-        digests |= _in_a_process(names, dict(environment))
+    """Run the chosen cases; the file is written after each, so that ``--add`` can go on with a run that was stopped."""
+    path, digests = pathlib.Path(options.out), {}
+    if options.add and path.exists():
+        digests = json.loads(path.read_text())["digests"]
+    cases = [case for case in chosen_cases(options.parts, options.only, options.check_old)
+             if not any(name.startswith(f"{case.name}/") for name in digests)]
     for case in cases:
+        start = time.monotonic()
         if case.runs_here:
-            start = time.monotonic()
             with tempfile.TemporaryDirectory() as folder:
                 digests |= {f"{case.name}/{name}": value for name, value in case.run(pathlib.Path(folder)).items()}
             print(f"{time.monotonic() - start:7.1f} s  {case.name}", file=sys.stderr, flush=True)
-    text = json.dumps({"about": _about(), "digests": dict(sorted(digests.items()))}, indent=1) + "\n"
-    pathlib.Path(options.out).write_text(text)
+        elif not any(name.startswith(f"{case.name}/") for name in digests):  # with those of the same process it may be there by now
+            digests |= _in_a_process([each.name for each in cases if each.environment == case.environment], case.environment)
+        path.write_text(json.dumps({"about": _about(), "digests": dict(sorted(digests.items()))}, indent=1) + "\n")
 
 
 def chosen_cases(parts: Sequence[str], patterns: Sequence[str], old: str | None) -> list:

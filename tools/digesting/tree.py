@@ -74,6 +74,9 @@ def named_parameters(params: Any, name: str = "") -> Iterator[tuple[str, Any]]:
     if hasattr(params, "shape"):
         yield name, params
         return
-    fields = enumerate(params) if isinstance(params, tuple | list) else ((field.name, getattr(params, field.name)) for field in dataclasses.fields(params))
-    for key, value in fields:
+    if isinstance(params, tuple | list):
+        found = list(enumerate(params))
+    else:
+        found = [(field.name, getattr(params, field.name)) for field in dataclasses.fields(params)]
+    for key, value in found:
         yield from named_parameters(value, f"{name}.{key}" if name else str(key))

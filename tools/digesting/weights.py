@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import pathlib
 import subprocess
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -138,5 +139,4 @@ def run_command(*words: str, check: Callable[[int], bool] = lambda code: code ==
 
 def command_environment() -> Mapping[str, str]:
     """With this tree first."""
-    import os
     return {**os.environ, "PYTHONPATH": str(tree.ROOT)}

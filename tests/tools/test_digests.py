@@ -4,12 +4,13 @@ import json
 import math
 
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from tools.digesting import hashing, tree, weights
 from tools.digesting.drawn_requests import FIELDS, draw
 from tools.digests import chosen_cases, main
-from tpllm import CompletionOutput, RequestOutput, SamplingParams
+from tpllm import CompletionOutput, RequestOutput, SamplingParams, load_model
 from tpllm.engine.outputs import Logprob
 
 OLD = {"requests/tp1/0-29/tokens": "a", "weights/llama/int8/tp=1/xla": "b"}
@@ -67,8 +68,19 @@ def test_one_bit_of_a_parameter_shows():
     assert hashing.of_parameters(Params((one,))) == hashing.of_parameters(Params((one,))) != hashing.of_parameters(Params((other,)))
 
 
-def test_weights_stand_for_the_same_values_on_every_mesh_and_for_every_kernel(tmp_path):
+def test_a_case_of_weights_has_a_digest_for_each_mesh_and_layout(tmp_path):
     (case,) = chosen_cases(["weights"], ["weights/gguf/Q8_0"], None)
     found = case.run(tmp_path)
     assert set(found) == {f"{mesh}/{layout}" for mesh in weights.MESHES for layout in ("xla", "kernels")[:1 + bool(tree.instruction_sets())]}
-    assert len(set(found.values())) == 1
+    assert found["tp=1/xla"] == found["tp=2/xla"] != found["tp=4/xla"], "only four devices store the two KV heads twice"
+
+
+@pytest.mark.usefixtures("native_library")
+def test_kernels_are_read_by_their_products_with_the_values_that_xla_dequantizes(tmp_path):
+    weights.write_gguf(tmp_path / "model.gguf", "Q6_K")
+    plain, packed = (dict(tree.named_parameters(load_model(str(tmp_path / "model.gguf"), mesh, dtype="float32", packed=is_packed)[1]))
+                     for mesh, is_packed in (("tp=1", False), ("tp=2", True)))
+    assert tree.is_kernel_weight(packed["layers.0.attn.q"])
+    assert plain.keys() == packed.keys()
+    for name, leaf in plain.items():
+        np.testing.assert_array_equal(tree.dense_values(leaf), tree.dense_values(packed[name]), err_msg=name)

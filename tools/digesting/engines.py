@@ -41,7 +41,7 @@ TIGHT = {"kv_cache_tokens": 320, "page_size": 16}
 XLA = {"TPLLM_NATIVE": "0"}
 SETUPS = {
     "tp1": Setup(ONE), "tp2": Setup(TWO), "dp2-tp2": Setup({"mesh": "dp=2,tp=2"}), "preempting": Setup({**ONE, **TIGHT}),
-    "preempting-dp2-tp2": Setup({"mesh": "dp=2,tp=2", **TIGHT}),
+    "preempting-dp2-tp2": Setup({"mesh": "dp=2,tp=2", **TIGHT, "kv_cache_tokens": 640}),
     **{scheme: Setup({**ONE, "quantization": scheme}) for scheme in ("int8", "int4", "q4_k", "w8a8")},
     "int4-tp2": Setup({**TWO, "quantization": "int4"}),
     "kv-int8": Setup({**ONE, "kv_cache_dtype": "int8"}), "kv-fp8": Setup({**ONE, "kv_cache_dtype": "fp8"}),

@@ -6,6 +6,7 @@ import json
 import os
 import pathlib
 import subprocess
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -41,12 +42,20 @@ def cases() -> list[Case]:
 
 
 def loaded_digests(path: pathlib.Path, meshes: Sequence[str], **options: Any) -> Iterator[tuple[str, str]]:
-    """(mesh and layout, digest) of a checkpoint: as XLA has it and, where there are native kernels, as they have it."""
+    """(mesh and layout, digest) of a checkpoint: as XLA has it and, where there are native kernels, as they have it. A mesh that the checkpoint does
+    not fit is told, and is a digest too."""
+    from sharding_rules import ShardingError
     from tpllm import load_model
     for mesh in meshes:
         for is_packed in (False, True) if tree.instruction_sets() else (False,):
-            _, params, _ = load_model(str(path), mesh, packed=is_packed, **options)
-            yield f"{mesh}/{'kernels' if is_packed else 'xla'}", hashing.of_parameters(params)
+            name = f"{mesh}/{'kernels' if is_packed else 'xla'}"
+            try:
+                _, params, _ = load_model(str(path), mesh, packed=is_packed, **options)
+            except ShardingError as error:
+                print(f"refused: {path.name} on {name} with {options}: {error}", file=sys.stderr)
+                yield name, hashing.of_text("refused")
+                continue
+            yield name, hashing.of_parameters(params)
 
 
 def _of_family(family: str, folder: pathlib.Path) -> dict[str, str]:

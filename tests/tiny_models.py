@@ -19,7 +19,7 @@ from sharding_rules import TENSOR, Rules, make_mesh
 from sharding_rules.axes import KV_HEADS, VOCAB
 from tpllm.families.family import Family
 from tpllm.families.registry import find_family
-from tpllm.model.config import ModelConfig
+from tpllm.model.config import ALL_LAYERS, ModelConfig
 from tpllm.model.decoder import forward
 from tpllm.model.kv_cache import init_cache
 from tpllm.model.params import DecoderParams, map_specs, param_specs
@@ -158,7 +158,7 @@ def place(weights: Mapping[str, np.ndarray], config: ModelConfig, family: Family
 @functools.partial(jax.jit, static_argnames=("config",), donate_argnames=("cache",))
 def step(params, tokens_BT, positions_BT, cache, config, table=None, prompt_lens=None):
     """``forward`` to logits, compiled once for each model, mesh and shape."""
-    return forward(params, tokens_BT, positions_BT, cache, config, table=table, prompt_lens=prompt_lens)
+    return forward(params, tokens_BT, positions_BT, cache, config, tables=table and {ALL_LAYERS: table}, prompt_lens=prompt_lens)
 
 
 def cached_greedy(params: DecoderParams, config: ModelConfig, prompt: list[int], *, num_steps: int,

@@ -22,6 +22,7 @@ from tpllm.engine.request import Request
 from tpllm.engine.runner import Runner
 from tpllm.engine.sampling_params import SamplingParams
 from tpllm.engine.shapes import EngineShapes
+from tpllm.engine.slots import TARGET
 from tpllm.engine.snapshot import Snapshot, take_snapshot
 from tpllm.environment import describe_environment, enable_compile_cache
 from tpllm.errors import ConfigError
@@ -244,7 +245,7 @@ class LLM:
             engine.close()
             _wait_for(engine.runner)
             if not self._owns_params:
-                engine.runner.params = None  # the caller's: let go of, not deleted
+                engine.runner.executor.params = {}  # the caller's: let go of, not deleted
             engine.runner.close()
             self._engine = None  # last: after an interrupt it can be closed again
             gc.collect()  # JAX gives buffers that it borrowed from numpy back only then
@@ -277,7 +278,7 @@ class LLM:
     @property
     def params(self) -> DecoderParams:
         """The parameters on the mesh."""
-        return self._live_engine.runner.params
+        return self._live_engine.runner.executor.params[TARGET]
 
     @property
     def default_sampling(self) -> dict[str, Any]:
@@ -313,7 +314,7 @@ class LLM:
 def _wait_for(runner: Runner) -> None:
     """Wait for the programs in flight: one that still reads the parameters would give them back later, when nobody collects any more."""
     with contextlib.suppress(Exception):  # of a program whose result nobody wants
-        jax.block_until_ready(runner.state)
+        runner.executor.wait()
 
 
 def _each(values: Any | Iterable[Any]) -> Iterator[Any]:

@@ -70,3 +70,10 @@ def text_llm(tmp_path_factory) -> LLM:
     folder = tokenizer_folders.write_folder(tmp_path_factory.mktemp("tokenizer"), tokenizer_folders.llama3_like(), tokenizer_config=settings)
     tokenizer = Tokenizer.from_folder(folder)
     return make_llm(config=dataclasses.replace(CONFIG, vocab_size=tokenizer.vocab_size), tokenizer=tokenizer)
+
+
+def lowered_decode(llm: LLM) -> jax.stages.Lowered:
+    """The decode program of an LLM, of all slots."""
+    executor, num_slots = llm._engine.runner.executor, llm.shapes.max_num_seqs
+    return executor.programs.decode.lower(executor.params, executor.cache, executor.state, np.ones(num_slots, np.int32), llm._engine.scheduler.tables,
+                                          num_rows=num_slots)

@@ -8,6 +8,7 @@ import pytest
 
 from tpllm.engine import runner
 from tpllm.engine.engine import Engine
+from tpllm.engine.executor import LocalExecutor
 from tpllm.engine.page_pool import PagePool
 from tpllm.engine.prefix_cache import PrefixCache
 from tpllm.engine.request import Sequence
@@ -17,7 +18,8 @@ from tpllm.tokenizer import Detokenizer
 
 ERRORS = (KeyboardInterrupt, RuntimeError, MemoryError)
 WATCHED = {
-    jax: ["device_get"], runner: ["pack_chunk", "pack_row"], runner.Runner: ["dispatch", "_start"],
+    jax: ["device_get"], runner: ["pack_chunk", "row_of", "pack_slot"], runner.Runner: ["dispatch", "drop"],
+    LocalExecutor: ["run", "start", "step", "decode", "copy_page", "save", "restore", "drop"],
     Scheduler: ["plan"], Rows: ["add", "commit", "release", "_admit", "_reserve", "_preempt", "_leave"],
     PagePool: ["take", "hold", "release", "learn"], PrefixCache: ["find", "remember"],
     Sequence: ["push", "show", "finish"], Detokenizer: ["push", "finish"]}
@@ -36,8 +38,8 @@ class Faults:
         for owner, names in WATCHED.items():
             for name in names:
                 monkeypatch.setattr(owner, name, self._watched(getattr(owner, name), name))
-        programs = engine.runner._programs
-        monkeypatch.setattr(engine.runner, "_programs", dataclasses.replace(programs, **{
+        programs = engine.runner.executor.programs
+        monkeypatch.setattr(engine.runner.executor, "programs", dataclasses.replace(programs, **{
             field.name: self._watched(getattr(programs, field.name), field.name) for field in dataclasses.fields(programs)}))
 
     def arm(self, place: int, error: type[BaseException]) -> None:

@@ -95,7 +95,7 @@ def test_sizes_are_those_of_the_arrays_and_of_tpllm_inspect(mesh):
         assert shown.weight_bytes == on_device(llm.params) == report["weight_bytes_per_device"]
         tokens_on_device = 256 * 2 // llm.config.partition.size("batch")
         bytes_a_token = report["kv_bytes_per_token_per_device"][shown.kv_cache_dtype]
-        assert shown.cache_bytes == on_device(llm._engine.runner.cache) == bytes_a_token * tokens_on_device
+        assert shown.cache_bytes == on_device(llm._engine.runner.executor.cache) == bytes_a_token * tokens_on_device
         assert shown.num_parameters == report["num_parameters"]
         assert (shown.model, shown.family, shown.mesh) == ("demo", report["family"], mesh)
 

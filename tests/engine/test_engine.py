@@ -7,6 +7,7 @@ import pytest
 
 from tests.engine.conftest import CONFIG, make_llm, random_prompts
 from tpllm import SamplingParams
+from tpllm.engine.slots import TARGET
 from tpllm.errors import ConfigError, PromptError, SamplingError, TokenizerError, TpllmError
 from tpllm.model.naive import greedy
 
@@ -144,7 +145,7 @@ def _forward(params, tokens_BT, config):
 def test_a_row_with_nan_logits_fails_alone():
     llm = make_llm(config=dataclasses.replace(CONFIG, ties_embeddings=False))
     params = llm.params
-    llm._engine.runner.params = params.replace(embed=params.embed.at[7].set(np.nan))
+    llm._engine.runner.executor.params[TARGET] = params.replace(embed=params.embed.at[7].set(np.nan))
     prompts = random_prompts(6, 6)
     prompts[0]["prompt_token_ids"] = [1, 2, 3]
     prompts[1]["prompt_token_ids"] = [1, 7, 3]

@@ -28,7 +28,8 @@ def check_whole(llm, expected) -> None:
     assert not llm._engine.has_work
     assert tokens_of(llm.generate(PROMPTS, PARAMS)) == expected
     assert llm.metrics().num_pages_used == 0
-    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves((llm._engine.runner.cache, llm._engine.runner.state)))
+    executor = llm._engine.runner.executor
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves((executor.cache, executor.state)))
 
 
 @pytest.fixture
@@ -95,16 +96,16 @@ def test_what_else_was_unfinished_ends_with_the_error_and_says_so(llm, monkeypat
 @pytest.mark.parametrize("program", ["start", "step", "decode"])
 def test_a_cache_that_a_failed_program_took_along_is_made_anew(llm, monkeypatch, program):
     expected, runner = tokens_of(llm.generate(PROMPTS, PARAMS)), llm._engine.runner
-    programs, before = runner._programs, sum(array.nbytes for array in jax.live_arrays())
+    programs, before = runner.executor.programs, sum(array.nbytes for array in jax.live_arrays())
 
     def take_and_fail(*args, **options):
         getattr(programs, program)(*args, **options)
         raise RuntimeError("RESOURCE_EXHAUSTED")
-    monkeypatch.setattr(runner, "_programs", dataclasses.replace(programs, **{program: take_and_fail}))
+    monkeypatch.setattr(runner.executor, "programs", dataclasses.replace(programs, **{program: take_and_fail}))
     for _ in range(2):
         with pytest.raises(RuntimeError, match="RESOURCE_EXHAUSTED"):
             llm.generate(PROMPTS, PARAMS)
-    monkeypatch.setattr(runner, "_programs", programs)
+    monkeypatch.setattr(runner.executor, "programs", programs)
     check_whole(llm, expected)
     llm._engine._in_flight.clear()
     gc.collect()
@@ -113,7 +114,7 @@ def test_a_cache_that_a_failed_program_took_along_is_made_anew(llm, monkeypatch,
 
 def test_results_that_cannot_be_read_make_the_cache_anew(llm, monkeypatch):
     expected = tokens_of(llm.generate(PROMPTS, PARAMS))
-    cache = llm._engine.runner.cache
+    cache = llm._engine.runner.executor.cache
     fail_at(monkeypatch, jax, "device_get", 2, RuntimeError("INTERNAL: the device is gone"))
     fail_at(monkeypatch, jax, "block_until_ready", 1, RuntimeError("INTERNAL: the device is gone"))  # so JAX tells of what such a program wrote
     with pytest.raises(RuntimeError, match="the device is gone"):
@@ -125,8 +126,8 @@ def test_results_that_cannot_be_read_make_the_cache_anew(llm, monkeypatch):
 def test_without_room_for_a_new_cache_calls_are_refused_until_there_is_some(llm, monkeypatch):
     expected = tokens_of(llm.generate(PROMPTS, PARAMS))
     runner = llm._engine.runner
-    runner.state.token.delete()
-    monkeypatch.setattr("tpllm.engine.runner.init_cache", lambda *_: (_ for _ in ()).throw(MemoryError("all is taken")))
+    runner.executor.state.token.delete()
+    monkeypatch.setattr("tpllm.engine.executor.init_cache", lambda *_: (_ for _ in ()).throw(MemoryError("all is taken")))
     with pytest.raises(RuntimeError, match="deleted"):
         llm.generate(PROMPTS, PARAMS)
     for ask in (llm.metrics, llm.reset_prefix_cache, lambda: llm.generate(PROMPTS, PARAMS), lambda: list(llm.stream(PROMPTS[0], GREEDY))):

@@ -12,12 +12,14 @@ from tests.engine.line_faults import LineFaults, name_of
 from tests.engine.test_failed_steps import PARAMS, PROMPTS, tokens_of
 from tpllm import LLM
 from tpllm.engine.turns import SIGNALS
+from tpllm.model.config import ALL_LAYERS
 
 WORK = [importlib.import_module(f"tpllm.{name}") for name in (
-    "engine.batch", "engine.calls", "engine.compile_guard", "engine.engine", "engine.metrics", "engine.outputs", "engine.pace", "engine.page_pool",
-    "engine.plan", "engine.prefix_cache", "engine.request", "engine.rows", "engine.runner", "engine.scheduler", "engine.stop_strings",
-    "tokenizer.detokenizer")]
-WAYS = [importlib.import_module(f"tpllm.{name}") for name in ("llm", "engine.calls", "engine.engine", "engine.turns", "engine.runner")]
+    "engine.batch", "engine.calls", "engine.compile_guard", "engine.engine", "engine.executor", "engine.metrics", "engine.outputs", "engine.pace",
+    "engine.page_pool", "engine.plan", "engine.prefix_cache", "engine.request", "engine.rows", "engine.runner", "engine.scheduler",
+    "engine.stop_strings", "tokenizer.detokenizer")]
+WAYS = [importlib.import_module(f"tpllm.{name}") for name in (
+    "llm", "engine.calls", "engine.engine", "engine.turns", "engine.runner", "engine.executor")]
 MORE = float(os.environ.get("TPLLM_PART_OF_LINES", "0.25"))  # of the slow tests; 1 is every line
 ERRORS = (KeyboardInterrupt, RuntimeError, MemoryError)
 STOPPING = [dataclasses.replace(params, stop=["zzz", "q"], logprobs=1) for params in PARAMS]
@@ -55,7 +57,7 @@ def check(llm: LLM, expected, after: str = "") -> None:
     assert tokens_of(llm.generate(PROMPTS, PARAMS)) == expected, after
     scheduler = llm._engine.scheduler
     assert (llm._engine.has_work, scheduler.has_work, llm.metrics().num_pages_used) == (False, False, 0), after
-    assert (scheduler.table == -1).all()
+    assert (scheduler.tables[ALL_LAYERS] == -1).all()
     assert not llm._engine._turns.are_mine
 
 

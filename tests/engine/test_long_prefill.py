@@ -38,7 +38,8 @@ def prefill(count):
 prefill(600)
 before = peak()
 prefill(length)
-print(json.dumps({"before": before, "grown": peak() - before, "cache": sum(leaf.nbytes for leaf in jax.tree.leaves(llm._engine.runner.cache))}))
+cache = llm._engine.runner.executor.cache
+print(json.dumps({"before": before, "grown": peak() - before, "cache": sum(leaf.nbytes for leaf in jax.tree.leaves(cache))}))
 """
 MIB = 2**20
 

@@ -11,11 +11,13 @@ from jax.sharding import PartitionSpec as P
 from sharding_rules import TENSOR, Partition, make_mesh
 from tests import numpy_sampler
 from tpllm import SamplingParams
-from tpllm.engine.batch import pack_row
+from tpllm.engine.batch import row_of
 from tpllm.engine.request import new_request
+from tpllm.engine.slots import SlotState
 from tpllm.model import sampling
-from tpllm.model.logit_adjustments import History, adjust, empty_history, remember
-from tpllm.model.sampling import SamplingRows, gumbel_noise, sample
+from tpllm.model.logit_adjustments import History, adjust, remember
+from tpllm.model.per_row import empty_rows, pack_row
+from tpllm.model.sampling import STOP_IDS, SamplingRows, gumbel_noise, sample
 
 VOCAB, EOS_IDS, NUM_ROWS = 40, (2, 30), 20
 MARGIN = 1e-4  # a threshold that float32 and float64 see on the same side
@@ -90,7 +92,7 @@ def packed(rows: list[Row]) -> tuple[np.ndarray, SamplingRows, np.ndarray, Histo
         request.bad_words = row.bad_words
         sequences.append(request.sequences[0])
         sequences[-1].slot = slot
-    states = [pack_row(sequence, is_alive=True, eos_ids=EOS_IDS, num_stop_ids=8, vocab_size=VOCAB) for sequence in sequences]
+    states = [pack_row(SlotState, row_of(sequence, frozenset(EOS_IDS)), vocab=VOCAB, **{STOP_IDS: 8}) for sequence in sequences]
     positions = np.array([len(row.prompt) + len(row.completion) for row in rows], np.int32)
     sampling, history = (join(trees) for trees in ([state.sampling for state in states], [history_of(row.completion) for row in rows]))
     return np.stack([row.logits_V for row in rows]), sampling, positions, history
@@ -98,9 +100,9 @@ def packed(rows: list[Row]) -> tuple[np.ndarray, SamplingRows, np.ndarray, Histo
 
 def history_of(completion: list[int]) -> History:
     """The history of one row."""
-    history = empty_history(1, VOCAB)
+    history = empty_rows(History, 1, vocab=VOCAB)
     for token in completion:
-        history = remember(history, np.array([token], np.int32))
+        history = remember(history, np.array([token], np.int32), np.array([True]))
     return history
 
 
@@ -129,7 +131,7 @@ def drawn(arguments: tuple, partition: Partition | None = None) -> np.ndarray:
 def test_adjusted_logits_are_the_oracles(seed):
     rows = random_rows(seed, min_tokens=0)
     logits, parameters, _, history = packed(rows)
-    ours = np.asarray(jax.jit(adjust)(logits, parameters.adjustments, history))
+    ours = np.asarray(jax.jit(adjust)(logits, parameters.is_adjusted, parameters.adjustments, history))
     for row, ours_V in zip(rows, ours, strict=True):
         np.testing.assert_allclose(ours_V, row.adjusted(), rtol=2e-6, atol=2e-6)
     assert sum(row.params.adjusts_logits for row in rows) > NUM_ROWS // 2

@@ -5,6 +5,7 @@ from tpllm import SamplingParams
 from tpllm.engine.request import Request, Sequence, new_request
 from tpllm.engine.scheduler import MAX_PREFILLS_IN_A_ROW, Scheduler
 from tpllm.engine.shapes import EngineShapes
+from tpllm.model.config import ALL_LAYERS
 
 MAX_LEN = 1024
 
@@ -34,16 +35,14 @@ class Host:
     def step(self, max_steps: int = 8, token_budget: int | None = None):
         """Plan, and hand out tokens at once."""
         plan = self.scheduler.plan(max_steps, token_budget)
-        for _, sequence, _ in (*plan.saves, *plan.restores) if plan else ():
-            sequence.saved = "pages" if sequence.saved == () else None
         for owner in plan.owners if plan else ():
-            for _ in range(plan.num_steps):
+            for _ in range(owner.num_steps):
                 if owner.is_current:
                     owner.sequence.push(7, 0.0, None)
                     if len(owner.sequence.completion.token_ids) == owner.sequence.max_new_tokens:
                         owner.sequence.finish("length")
                         self.scheduler.release(owner.sequence)
-            self.scheduler.commit(owner.sequence)
+            self.scheduler.commit(owner)
         return plan
 
     def finish(self) -> int:
@@ -57,6 +56,10 @@ class Host:
 
 def pieces(plan) -> list[tuple[str, int, int]]:
     return [(piece.sequence.request.output.request_id, piece.start, piece.count) for piece in plan.pieces]
+
+
+def steps_of(plan) -> int:
+    return max(owner.num_steps for owner in plan.owners)
 
 
 def owners(plan) -> list[str]:
@@ -78,7 +81,7 @@ def test_without_invariant_kernels_decoding_rows_get_a_step_of_their_own_after_a
     plans = [host.step(8) for _ in range(MAX_PREFILLS_IN_A_ROW + 1)]
     assert [bool(plan.pieces) for plan in plans] == [True] * (MAX_PREFILLS_IN_A_ROW - 1) + [False, True]  # the first row's own came before
     assert owners(plans[-2]) == ["1"]
-    assert plans[-2].num_steps == 1
+    assert steps_of(plans[-2]) == 1
     watched = [host.step(8, token_budget=16) for _ in range(4)]
     assert [bool(plan.pieces) for plan in watched] == [False, True, False, True]
 
@@ -121,7 +124,7 @@ def test_no_more_steps_are_dispatched_than_a_row_may_still_get():
     row = host.row(4, max_tokens=6)
     scheduler = host.scheduler
     scheduler.plan(8)
-    assert [scheduler.plan(4).num_steps, scheduler.plan(4).num_steps] == [4, 1]
+    assert [steps_of(scheduler.plan(4)), steps_of(scheduler.plan(4))] == [4, 1]
     assert scheduler.plan(4) is None
     assert scheduler.has_work
     assert not row.may_go_on
@@ -133,8 +136,8 @@ def test_while_rows_wait_steps_end_where_the_first_row_may():
     host.add(4, max_tokens=40, min_tokens=9)
     host.add(4)
     host.step()
-    assert host.step(32).num_steps == 8
-    assert host.step(32).num_steps == 1
+    assert steps_of(host.step(32)) == 8
+    assert steps_of(host.step(32)) == 1
 
 
 def test_a_freed_slot_goes_to_the_row_that_waited_longest_and_a_lower_priority_comes_first():
@@ -197,9 +200,10 @@ def test_a_row_whose_pages_are_kept_is_saved_restored_and_goes_on_decoding():
         saves += plan.saves
         restores += plan.restores
         prefilled += sum(piece.count for piece in plan.pieces)
-    assert [row for _, row, _ in saves] == [row for _, row, _ in restores] == [second] * second.num_preemptions
+    assert [move.sequence for move in saves] == [move.sequence for move in restores] == [second] * second.num_preemptions
+    assert [move.key for move in saves] == [move.key for move in restores]
     assert second.num_preemptions >= 1
-    assert [len(pages) for _, _, pages in saves] == [len(pages) for _, _, pages in restores]
+    assert [len(move.pages) for move in saves] == [len(move.pages) for move in restores]
     assert prefilled == 20
     assert len(first.completion.token_ids) == len(second.completion.token_ids) == 40
 
@@ -312,7 +316,7 @@ def test_an_aborted_rows_pages_are_free_at_once():
     assert host.scheduler.pools[0].num_held == 7
     host.scheduler.release(row)
     assert host.scheduler.pools[0].num_held == 0
-    assert (host.scheduler.table == -1).all()
+    assert (host.scheduler.tables[ALL_LAYERS] == -1).all()
 
 
 @pytest.mark.parametrize("is_native", [True, False])

@@ -4,6 +4,7 @@ Two things run: a hypothesis state machine, which shrinks what it finds, and one
 """
 import collections
 import dataclasses
+import random
 
 import hypothesis.strategies as st
 import numpy as np
@@ -12,10 +13,11 @@ from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from tpllm import SamplingParams
-from tpllm.engine.plan import StepPlan
+from tpllm.engine.plan import Owner, StepPlan
 from tpllm.engine.request import Request, Sequence, new_request
 from tpllm.engine.scheduler import Scheduler
 from tpllm.engine.shapes import EngineShapes
+from tpllm.model.config import ALL_LAYERS
 
 MAX_LEN, PAGE = 160, 16
 
@@ -30,25 +32,33 @@ class Setup:
     chunk: int = 32
     is_native: bool = True
     swaps: bool = False
+    tokens_per_step: int = 1
 
 
 SETUPS = (Setup(), Setup(swaps=True), Setup(is_native=False, swaps=True), Setup(num_groups=2, num_pages=11), Setup(num_slots=1, num_pages=10),
-          Setup(is_native=False, swaps=True, num_groups=2), Setup(num_slots=8, num_pages=30, chunk=64), Setup(num_slots=16, chunk=16))
+          Setup(is_native=False, swaps=True, num_groups=2), Setup(num_slots=8, num_pages=30, chunk=64), Setup(num_slots=16, chunk=16),
+          Setup(tokens_per_step=4), Setup(tokens_per_step=3, swaps=True, is_native=False, num_groups=2), Setup(tokens_per_step=8, num_pages=30))
+REJECTED = -5  # what a step leaves in the cache beyond the tokens that it gives
 
 
 class World:
     """A scheduler and a device that only remembers which tokens lie in which page.
 
-    A token's value is made of its row and position, so that what a step would read can be compared with what the row's context is.
+    A token's value is made of its row and position, so that what a step would read can be compared with what the row's context is. How many
+    tokens a step gives is drawn; what it writes beyond them is junk.
     """
 
     def __init__(self, setup: Setup):
         shapes = EngineShapes(max_num_seqs=setup.num_slots, max_model_len=MAX_LEN, prefill_chunk=setup.chunk, page_size=PAGE,
                               has_invariant_kernels=setup.is_native)
-        self.scheduler = Scheduler(shapes, num_pages=setup.num_pages, num_groups=setup.num_groups, swaps=setup.swaps)
+        self.tokens_per_step, self.random = setup.tokens_per_step, random.Random(setup.num_slots)
+        self.scheduler = Scheduler(shapes, num_pages=setup.num_pages, num_groups=setup.num_groups, swaps=setup.swaps,
+                                   tokens_per_step=setup.tokens_per_step)
         self.max_len = min(MAX_LEN, setup.num_pages * PAGE)
         self.memory = np.full((setup.num_groups, setup.num_pages, PAGE), -1)
-        self.in_flight: collections.deque[StepPlan] = collections.deque()
+        self.in_flight: collections.deque[tuple[StepPlan, list[int]]] = collections.deque()  # with the tokens that each owner gets
+        self.saved: dict[int, np.ndarray] = {}
+        self.num_drawn: dict[int, int] = {}  # of each row, by its identity, as the device knows it
         self.requests: list[Request] = []
         self.num_requests = 0
 
@@ -66,46 +76,73 @@ class World:
         plan = self.scheduler.plan(max_steps, token_budget)
         if plan is None:
             return
-        for group, sequence, pages in plan.saves:
-            sequence.saved = self.memory[group, list(pages)].copy()
-        for group, sequence, pages in plan.restores:
-            self.memory[group, list(pages)], sequence.saved = sequence.saved, None
+        for move in plan.saves:
+            self.saved[move.key] = self.memory[self.group_of(move.slot), list(move.pages)].copy()
+        for move in plan.restores:
+            self.memory[self.group_of(move.slot), list(move.pages)] = self.saved.pop(move.key)
+            self.num_drawn[id(move.sequence)] = len(move.sequence.completion.token_ids)
         for group, source, target in plan.copies:
             self.memory[group, target] = self.memory[group, source]
-        writes = [(piece.sequence, position) for piece in plan.pieces for position in range(piece.start, piece.start + piece.count)]
-        starts = {id(owner.sequence): owner.sequence.prompt_len + owner.sequence.num_dispatched - 1 for owner in plan.owners}
-        is_completed = {id(piece.sequence) for piece in plan.pieces}
-        writes += [(owner.sequence, position) for owner in plan.owners if id(owner.sequence) not in is_completed
-                   for position in self._steps(owner.sequence, starts[id(owner.sequence)], plan.num_steps)]
+        for sequence in plan.started:
+            self.num_drawn[id(sequence)] = len(sequence.completion.token_ids)
         owner_of_page: dict[tuple[int, int], Sequence] = {}
-        for sequence, position in writes:
-            group, page = self.place(sequence, position)
-            for row in self.scheduler.slots:  # rows that share a page which is being filled read from it what they would have written
-                if row is not None and row is not sequence and self.group(row) == group and page in row.pages:
-                    assert row.pages[position // PAGE] == page
-                    assert self.value(row, position) == self.value(sequence, position), "a shared page is written to"
-            assert owner_of_page.setdefault((group, page), sequence) is sequence, "two rows write to one page"
-            self.memory[group, page, position % PAGE] = self.value(sequence, position)
-        for sequence, position in writes:  # what attention reads
-            group = self.place(sequence, position)[0]
-            for earlier in range(0, position + 1, 7):
-                page = sequence.pages[earlier // PAGE]
-                assert self.memory[group, page, earlier % PAGE] == self.value(sequence, earlier), "a row reads what is not its own"
-        self.in_flight.append(plan)
+        for piece in plan.pieces:
+            for position in range(piece.start, piece.start + piece.count):
+                self.write(piece.sequence, position, owner_of_page)
+        counts, is_completed = [], {id(piece.sequence) for piece in plan.pieces}
+        for owner in plan.owners:
+            counts.append(1 if id(owner.sequence) in is_completed else self.run_steps(owner, owner_of_page))
+            self.num_drawn[id(owner.sequence)] += counts[-1] if id(owner.sequence) in is_completed else 0
+        for piece in plan.pieces:  # what attention reads
+            self.read(piece.sequence, piece.start + piece.count)
+        self.in_flight.append((plan, counts))
 
-    def _steps(self, sequence: Sequence, stop: int, num_steps: int) -> range:
-        taken = min(num_steps, sequence.max_new_tokens)
-        return range(max(stop - taken, sequence.prompt_len), min(stop, sequence.prompt_len + sequence.max_new_tokens - 1))
+    def run_steps(self, owner: Owner, owner_of_page: dict[tuple[int, int], Sequence]) -> int:
+        """Decode steps of one row, each of which writes its drafts too; how many tokens it gets."""
+        sequence, before = owner.sequence, self.num_drawn[id(owner.sequence)]
+        for _ in range(owner.num_steps):
+            drawn = self.num_drawn[id(sequence)]
+            if drawn >= sequence.max_new_tokens:
+                break
+            count = min(self.random.randint(1, self.tokens_per_step), sequence.max_new_tokens - drawn)
+            first = sequence.prompt_len + drawn - 1
+            for position in range(first, first + self.tokens_per_step):
+                if position < first + count or position // PAGE < len(sequence.pages):
+                    self.write(sequence, position, owner_of_page, is_kept=position < first + count)
+            self.num_drawn[id(sequence)] += count
+            self.read(sequence, first + count)
+        return self.num_drawn[id(sequence)] - before
+
+    def write(self, sequence: Sequence, position: int, owner_of_page: dict[tuple[int, int], Sequence], *, is_kept: bool = True) -> None:
+        """One row writes one place, which must be its own."""
+        group, page = self.place(sequence, position)
+        value = self.value(sequence, position) if is_kept else REJECTED
+        for row in self.scheduler.slots:  # rows that share a page which is being filled read from it what they would have written
+            if row is not None and row is not sequence and self.group(row) == group and page in row.pages:
+                assert row.pages[position // PAGE] == page
+                assert self.value(row, position) == value, "a shared page is written to"
+        assert owner_of_page.setdefault((group, page), sequence) is sequence, "two rows write to one page"
+        self.memory[group, page, position % PAGE] = value
+
+    def read(self, sequence: Sequence, stop: int) -> None:
+        """One row reads its context up to a position."""
+        for position in (*range(0, stop, 7), *range(max(stop - self.tokens_per_step, 0), stop)):
+            page = sequence.pages[position // PAGE]
+            assert self.memory[self.group(sequence), page, position % PAGE] == self.value(sequence, position), "a row reads what is not its own"
 
     def place(self, sequence: Sequence, position: int) -> tuple[int, int]:
         """(group, page) of a row's token, which the table knows too."""
         group, page = self.group(sequence), sequence.pages[position // PAGE]
-        assert self.scheduler.table[sequence.slot, position // PAGE] == page
+        assert self.scheduler.tables[ALL_LAYERS][sequence.slot, position // PAGE] == page
         return group, page
 
     def group(self, sequence: Sequence) -> int:
         """The data group of a row's slot."""
-        return sequence.slot * self.memory.shape[0] // len(self.scheduler.slots)
+        return self.group_of(sequence.slot)
+
+    def group_of(self, slot: int) -> int:
+        """The data group of a slot."""
+        return slot * self.memory.shape[0] // len(self.scheduler.slots)
 
     def value(self, sequence: Sequence, position: int) -> int:
         """The token at a position: the prompt's, or the one that this row always draws there."""
@@ -120,18 +157,28 @@ class World:
         """Read the oldest program; every row that draws a multiple of ``stops_at`` stops."""
         if not self.in_flight:
             return
-        plan = self.in_flight.popleft()
-        for owner in plan.owners:
-            for _ in range(plan.num_steps if owner.is_current else 0):
-                sequence = owner.sequence
+        plan, counts = self.in_flight.popleft()
+        for owner, count in zip(plan.owners, counts, strict=True):
+            sequence = owner.sequence
+            if not owner.is_current:
+                continue
+            assert sequence.most_promised >= sequence.least_promised >= owner.num_steps
+            for _ in range(count):
                 token = self.drawn(sequence, sequence.context_len)
                 sequence.push(token, 0.0, None)
                 is_full = len(sequence.completion.token_ids) >= sequence.max_new_tokens
                 if is_full or token % stops_at == 0:
                     sequence.finish("length" if is_full else "stop")
-                    self.scheduler.release(sequence)
+                    self.release(sequence)
                     break
-            self.scheduler.commit(owner.sequence)
+            else:
+                self.scheduler.commit(owner)
+
+    def release(self, sequence: Sequence) -> None:
+        """What the engine does with a row that has ended."""
+        if sequence.saved is not None:
+            del self.saved[sequence.saved]
+        self.scheduler.release(sequence)
 
     def abort(self, index: int) -> None:
         """End a request now."""
@@ -139,7 +186,7 @@ class World:
         for sequence in live[index % len(live)].sequences if live else ():
             if not sequence.is_finished:
                 sequence.finish("abort")
-                self.scheduler.release(sequence)
+                self.release(sequence)
 
     def check(self) -> None:
         """What holds at any time."""
@@ -150,12 +197,15 @@ class World:
             assert pool.num_available + len(held) == pool.num_pages
             assert pool.num_held == len(held)
         for slot, row in enumerate(self.scheduler.slots):
-            used = self.scheduler.table[slot][self.scheduler.table[slot] >= 0].tolist()
+            used = self.scheduler.tables[ALL_LAYERS][slot]
+            used = used[used >= 0].tolist()
             assert used == ([] if row is None else row.pages)
             assert row is None or not row.is_finished
         waiting = self.scheduler.waiting
         assert [row.order for row in waiting] == sorted(row.order for row in waiting)
-        assert all(not row.pages and row.slot is None for row in waiting)
+        assert all(not row.pages and row.slot is None and not row.most_promised for row in waiting)
+        if not self.in_flight:
+            assert all(row is None or row.least_promised == row.most_promised == 0 for row in self.scheduler.slots), "a promise is not kept"
         self.requests = [request for request in self.requests if not request.is_finished]
 
     def drain(self) -> None:
@@ -168,6 +218,7 @@ class World:
         self.check()
         assert not self.scheduler.has_work
         assert all(pool.num_held == 0 for pool in self.scheduler.pools)
+        assert not self.saved
 
 
 def prompt_of(family: int, length: int) -> list[int]:

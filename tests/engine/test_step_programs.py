@@ -1,19 +1,14 @@
 """What XLA makes of the whole decode step."""
 import jax
-import numpy as np
 import pytest
 
-from tests.engine.conftest import CONFIG, make_llm, random_prompts
+from tests.engine.conftest import CONFIG, lowered_decode, make_llm, random_prompts
 from tpllm import SamplingParams
 from tpllm.aot.report import CompiledProgram, compile_lowered
 
 
 def compiled_decode(llm) -> CompiledProgram:
-    runner = llm._engine.runner
-    busy = np.ones(llm.shapes.max_num_seqs, bool)
-    table = llm._engine.scheduler.table
-    return compile_lowered(runner._programs.decode.lower(runner.params, runner.cache, runner.state, busy, table, np.int32(1),
-                                                         num_rows=llm.shapes.max_num_seqs))
+    return compile_lowered(lowered_decode(llm))
 
 
 @pytest.mark.parametrize("tp", [2, 4, 8])
@@ -33,10 +28,10 @@ def test_sampling_adds_a_fixed_number_of_small_collectives_and_gathers_nothing(t
 def test_cache_and_slots_are_updated_in_place():
     llm = make_llm({"tp": 4})
     llm.generate(random_prompts(5), SamplingParams(max_tokens=2))
-    runner = llm._engine.runner
+    executor = llm._engine.runner.executor
 
     def pointers():
-        return [shard.data.unsafe_buffer_pointer() for leaf in jax.tree.leaves(runner.cache) for shard in leaf.addressable_shards]
+        return [shard.data.unsafe_buffer_pointer() for leaf in jax.tree.leaves((executor.cache, executor.state)) for shard in leaf.addressable_shards]
     before = pointers()
     llm.generate(random_prompts(40, 9, 20), SamplingParams(max_tokens=12))
     assert pointers() == before

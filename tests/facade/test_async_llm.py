@@ -9,6 +9,7 @@ import pytest
 from tests.engine.conftest import make_llm, make_packed_llm, random_prompts
 from tpllm import AsyncLLM, SamplingParams
 from tpllm.errors import ConfigError
+from tpllm.model.config import ALL_LAYERS
 
 GREEDY = SamplingParams(temperature=0, max_tokens=12)
 
@@ -221,5 +222,5 @@ def test_an_aborted_requests_pages_are_free_at_once():
     assert llm.metrics().num_pages_used >= 4
     llm._engine.abort(request)
     assert llm.metrics().num_pages_used == 0
-    assert np.all(llm._engine.scheduler.table == -1)
+    assert np.all(llm._engine.scheduler.tables[ALL_LAYERS] == -1)
     assert llm.generate(random_prompts(5), GREEDY)[0].outputs[0].finish_reason == "length"

@@ -165,7 +165,7 @@ def test_an_error_after_the_weights_were_loaded_frees_them(baseline, monkeypatch
     def fail(*_):
         assert live_bytes() > baseline + 5_000_000
         raise error
-    monkeypatch.setattr("tpllm.engine.runner.init_cache", fail)
+    monkeypatch.setattr("tpllm.engine.executor.init_cache", fail)
     with pytest.raises(error) as caught:
         make()
     assert live_bytes() == baseline, "while the traceback still holds the frames"

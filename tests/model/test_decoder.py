@@ -176,5 +176,5 @@ def test_a_multiplier_of_embeddings_is_rounded_to_the_dtype_they_have():
     model = BY_NAME["gemma-default"]  # the root of 40: 6.3246, and in bfloat16 6.3125
     table = jnp.asarray(model.weights()["model.embed_tokens.weight"], jnp.bfloat16)
     params = DecoderParams(embed=table, layers=(), final_norm=jnp.zeros(40, jnp.bfloat16))
-    x_1TD = decoder._embed(params, np.array([[3, 5]]), model.config)
+    x_1TD = decoder.embed(params, np.array([[3, 5]]), model.config).x
     assert (np.asarray(x_1TD[0]) == np.asarray((table[np.array([3, 5])].astype(jnp.float32) * 6.3125).astype(jnp.bfloat16))).all()

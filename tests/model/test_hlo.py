@@ -14,7 +14,7 @@ from sharding_rules import DATA_TENSOR, TENSOR, make_mesh
 from tpllm import ops
 from tpllm.aot.hlo import replica_groups
 from tpllm.aot.report import CompiledProgram, compile_lowered
-from tpllm.model.config import ModelConfig
+from tpllm.model.config import ALL_LAYERS, ModelConfig
 from tpllm.model.decoder import forward
 from tpllm.model.kv_cache import init_cache
 from tpllm.model.params import abstract_params
@@ -54,7 +54,8 @@ def compiled(num_tokens, *, dp=1, tp=1, num_heads=16, num_kv_heads=8, dtype="flo
     batch = NUM_ROWS if num_tokens == 1 else 1
     table = None if num_tokens == 1 else PageTable(ints((NUM_ROWS, 1)), ints((1,)))
     program = jax.jit(functools.partial(forward, config=config, output="hidden"), donate_argnums=3)
-    lowered = program.lower(abstract_params(config, jnp.dtype(dtype)), ints((batch, num_tokens)), ints((batch, num_tokens)), cache, table=table)
+    lowered = program.lower(abstract_params(config, jnp.dtype(dtype)), ints((batch, num_tokens)), ints((batch, num_tokens)), cache,
+                            tables=table and {ALL_LAYERS: table})
     return Backbone(config, compile_lowered(lowered))
 
 
@@ -122,7 +123,7 @@ def test_every_cache_buffer_is_aliased_and_stays_at_its_address(num_tokens, dtyp
     shape = (NUM_ROWS, 1) if num_tokens == 1 else (1, num_tokens)
     positions = np.broadcast_to(np.arange(num_tokens, dtype=np.int32), shape)
     table = None if num_tokens == 1 else one_page_a_row(NUM_ROWS, np.full(1, 2, np.int32))
-    _, cache = backbone.program.executable(params, np.zeros(shape, np.int32), positions, cache, table=table)
+    _, cache = backbone.program.executable(params, np.zeros(shape, np.int32), positions, cache, tables=table and {ALL_LAYERS: table})
     assert pointers(cache) == before
     assert len(set(before)) == 2 * num_buffers
 
@@ -139,7 +140,7 @@ def compiled_over_pages(call, *, dtype="float32", is_native=True):
     program = jax.jit(functools.partial(forward, config=config, output="hidden"), donate_argnums=3)
     with mock.patch.object(ops, "uses_native", ops.uses_native if is_native else lambda _: False):
         lowered = program.lower(abstract_params(config, jnp.dtype(dtype)), tokens, tokens, cache,
-                                table=PageTable(ints((NUM_ROWS, MAX_LEN // PAGE_SIZE)), rows))
+                                tables={ALL_LAYERS: PageTable(ints((NUM_ROWS, MAX_LEN // PAGE_SIZE)), rows)})
     return Backbone(config, compile_lowered(lowered))
 
 
@@ -166,7 +167,7 @@ def test_the_pool_of_a_paged_cache_stays_at_its_address(call):
     shape, rows = {"decode": ((NUM_ROWS, 1), None), "chunk": ((1, CHUNK), np.full(1, 2, np.int32)),
                    "ragged": ((1, CHUNK), np.array([[2, 2, 0, 3]], np.int32))}[call]
     positions = np.broadcast_to(np.arange(60, 60 + shape[1], dtype=np.int32), shape)
-    _, cache = backbone.program.executable(params, np.zeros(shape, np.int32), positions, cache, table=PageTable(pages_RL, rows))
+    _, cache = backbone.program.executable(params, np.zeros(shape, np.int32), positions, cache, tables={ALL_LAYERS: PageTable(pages_RL, rows)})
     assert pointers(cache) == before
 
 

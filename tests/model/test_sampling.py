@@ -14,9 +14,10 @@ from tpllm import SamplingParams
 from tpllm.model.sampling import SamplingRows, gumbel_noise, sample
 
 VOCAB = 96
-NONE = SamplingRows(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, seed=(0, 0), sample_index=0, stop_ids=(-1, -1), stop_from=0, num_logprobs=-1)
+NONE = SamplingRows(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, seed=(0, 0), sample_index=0, stop_ids=(-1, -1), stop_from=0, num_logprobs=-1,
+                    is_adjusted=False)
 DTYPES = SamplingRows(temperature=np.float32, top_k=np.int32, top_p=np.float32, min_p=np.float32, seed=np.uint32, sample_index=np.uint32,
-                      stop_ids=np.int32, stop_from=np.int32, num_logprobs=np.int32)
+                      stop_ids=np.int32, stop_from=np.int32, num_logprobs=np.int32, is_adjusted=np.bool_)
 
 
 def rows(*each: dict) -> SamplingRows:

@@ -5,9 +5,9 @@ import json
 import re
 
 import jax
-import numpy as np
 import pytest
 
+from tests.engine.conftest import lowered_decode
 from tpllm import LLM
 from tpllm.aot import hlo
 from tpllm.bench.shapes import SHAPES, llm_of_shape
@@ -39,18 +39,15 @@ def test_planned_bytes_are_what_an_engine_allocates(changes):
                       max_model_len=128) as llm:
         device = llm.config.partition.mesh.devices.flat[0]
         assert memory["weight_bytes"] == pytest.approx(bytes_on(device, llm.params), rel=0.05)
-        assert memory["kv_bytes"] == pytest.approx(bytes_on(device, llm._engine.runner.cache), rel=0.05)
-        assert memory["slot_bytes"] == pytest.approx(bytes_on(device, llm._engine.runner.state), rel=0.05)
+        assert memory["kv_bytes"] == pytest.approx(bytes_on(device, llm._engine.runner.executor.cache), rel=0.05)
+        assert memory["slot_bytes"] == pytest.approx(bytes_on(device, llm._engine.runner.executor.state), rel=0.05)
     assert memory["fits"]
     assert memory["temporary_bytes"] > 0
 
 
 def test_planned_collectives_are_those_of_the_engines_own_step(plan):
     with llm_of_shape("tiny", mesh=OPTIONS.mesh, max_num_seqs=4, max_model_len=128) as llm:
-        runner = llm._engine.runner
-        table = np.zeros((4, runner.shapes.pages_per_row), np.int32)
-        lowered = runner._programs.decode.lower(llm.params, runner.cache, runner.state, np.ones(4, bool), table, np.int32(1), num_rows=4)
-        found = hlo.collectives(hlo.read_instructions(lowered.compile().as_text()))
+        found = hlo.collectives(hlo.read_instructions(lowered_decode(llm).compile().as_text()))
     planned = collections.Counter()
     for one in plan["programs"]["decode"]["collectives"]:
         planned[one["op"]] += one["count"]

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.engine.conftest import lowered_decode
 from tests.quant.test_quantize import KEPT, layout_of, random_rows
 from tpllm import LLM
 from tpllm.checkpoint.matrices import make_matrix
@@ -34,8 +35,5 @@ def test_a_product_and_a_lookup_make_no_array_of_the_weights_shape(native_librar
 @pytest.mark.parametrize("quantization", ["int8", "int4", "q4_k", "fp8", "w8a8", "llm.int8"])
 def test_the_engines_decode_takes_no_memory_for_weights(native_library, quantization):
     with LLM("demo", mesh="tp=1", quantization=quantization, max_model_len=128, max_num_seqs=2) as llm:
-        runner = llm._live_engine.runner
-        lowered = runner._programs.decode.lower(runner.params, runner.cache, runner.state, np.array([True, True]), llm._engine.scheduler.table,
-                                               np.int32(1), num_rows=2)
-        largest = max(leaf.nbytes for leaf in jax.tree.leaves(runner.params))
-        assert lowered.compile().memory_analysis().temp_size_in_bytes < largest
+        largest = max(leaf.nbytes for leaf in jax.tree.leaves(llm.params))
+        assert lowered_decode(llm).compile().memory_analysis().temp_size_in_bytes < largest

@@ -8,14 +8,16 @@ from jax.sharding import Mesh
 from sharding_rules.axes import BATCH
 from tpllm import ops
 from tpllm.engine.batch import pack_chunk
+from tpllm.engine.executor import MAX_STEPS, empty_slots
 from tpllm.engine.plan import StepPlan
-from tpllm.engine.programs import SlotState, empty_slots, jit_programs, slot_shardings
-from tpllm.engine.runner import MAX_STEPS
+from tpllm.engine.programs import jit_programs
 from tpllm.engine.sampling_params import MAX_STOP_TOKEN_IDS
 from tpllm.engine.shapes import EngineShapes
-from tpllm.model.config import ModelConfig
+from tpllm.engine.slots import TARGET, Cache, SlotState
+from tpllm.model.config import ALL_LAYERS, ModelConfig
 from tpllm.model.kv_cache import KVCache, init_cache
 from tpllm.model.params import DecoderParams
+from tpllm.model.per_row import shardings_of
 
 _PLATFORMS = {"gpu": "cuda"}  # a device's platform -> the lowering's, where they differ
 
@@ -33,7 +35,7 @@ def lower_decode(config: ModelConfig, shapes: EngineShapes, *, params: DecoderPa
     cache, state = _abstract_rows(config, shapes, cache_dtype, num_eos_ids)
     decode = jit_programs(config, cache, state, max_steps=MAX_STEPS).decode
     with jax.set_mesh(config.partition.mesh):
-        return decode.trace(params, cache, state, *_busy_slots(shapes), np.int32(1), num_rows=shapes.max_num_seqs).lower(
+        return decode.trace({TARGET: params}, cache, state, *_busy_slots(shapes), num_rows=shapes.max_num_seqs).lower(
             lowering_platforms=_lowering_platforms(config.partition.mesh))
 
 
@@ -50,7 +52,7 @@ def lower_prefill(config: ModelConfig, shapes: EngineShapes, *, params: DecoderP
     chunk = pack_chunk(StepPlan(pieces=(), owners=(), bucket=shapes.prefill_chunk), num_slots=shapes.max_num_seqs,
                        num_groups=config.partition.size(BATCH), is_ragged=shapes.has_invariant_kernels)
     with jax.set_mesh(config.partition.mesh):
-        return step.trace(params, cache, state, chunk, *_busy_slots(shapes), scores_prompt=has_prompt_logprobs).lower(
+        return step.trace({TARGET: params}, cache, state, chunk, *_busy_slots(shapes), scores_prompt=has_prompt_logprobs).lower(
             lowering_platforms=_lowering_platforms(config.partition.mesh))
 
 
@@ -62,18 +64,18 @@ def abstract_cache(config: ModelConfig, shapes: EngineShapes, dtype: Any) -> KVC
 
 def abstract_slots(config: ModelConfig, shapes: EngineShapes, *, num_stop_ids: int) -> SlotState:
     """Shapes, dtypes and shardings of the slots' state."""
-    state = jax.eval_shape(lambda: empty_slots(shapes.max_num_seqs, num_stop_ids, config.padded_vocab_size))
-    return jax.tree.map(_placed, state, slot_shardings(config.partition))
+    state = jax.eval_shape(lambda: empty_slots(config, shapes, num_stop_ids=num_stop_ids))
+    return jax.tree.map(_placed, state, shardings_of(SlotState, config.partition))
 
 
-def _abstract_rows(config: ModelConfig, shapes: EngineShapes, cache_dtype: Any, num_eos_ids: int) -> tuple[KVCache, SlotState]:
-    return abstract_cache(config, shapes, cache_dtype), abstract_slots(config, shapes, num_stop_ids=MAX_STOP_TOKEN_IDS + num_eos_ids)
+def _abstract_rows(config: ModelConfig, shapes: EngineShapes, cache_dtype: Any, num_eos_ids: int) -> tuple[Cache, SlotState]:
+    return Cache({TARGET: abstract_cache(config, shapes, cache_dtype)}), abstract_slots(config, shapes, num_stop_ids=MAX_STOP_TOKEN_IDS + num_eos_ids)
 
 
-def _busy_slots(shapes: EngineShapes) -> tuple[np.ndarray, np.ndarray]:
-    """Every slot is kept, and has all its pages."""
+def _busy_slots(shapes: EngineShapes) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Every slot may take a step, and has all its pages."""
     table = np.arange(shapes.max_num_seqs * shapes.pages_per_row, dtype=np.int32).reshape(shapes.max_num_seqs, -1)
-    return np.ones(shapes.max_num_seqs, bool), table
+    return np.ones(shapes.max_num_seqs, np.int32), {ALL_LAYERS: table}
 
 
 def _placed(leaf: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:

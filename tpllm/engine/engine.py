@@ -17,7 +17,6 @@ from tpllm.engine.pace import Pace
 from tpllm.engine.plan import StepPlan
 from tpllm.engine.programs import FULL, NO_CHOICE, NO_TOKEN, NOT_FINITE, RUNNING, StepOutput
 from tpllm.engine.request import Request, Sequence, new_request
-from tpllm.engine.roofline import find_costs
 from tpllm.engine.runner import Dispatched, Runner
 from tpllm.engine.sampling_params import SamplingParams
 from tpllm.engine.scheduler import Scheduler
@@ -53,7 +52,7 @@ class Engine:
         self.runner, self.scheduler, self.tokenizer, self.seed = runner, scheduler, tokenizer, seed
         self.admission = Admission(runner.config, max_model_len=runner.shapes.max_model_len,
                                    num_cache_tokens=runner.num_pages * runner.shapes.page_size, tokenizer=tokenizer)
-        self.metrics = Metrics(find_costs(runner.config, runner.params, runner.cache_dtype))
+        self.metrics = Metrics(runner.costs)
         self._in_flight: collections.deque[tuple[Dispatched, float]] = collections.deque()
         self._pace = Pace(runner.shapes.buckets)
         self._num_requests = 0
@@ -90,7 +89,7 @@ class Engine:
             start = time.monotonic()
             plan = self.scheduler.plan(self._pace.steps_at_once(is_watched), self._pace.token_budget(is_watched))
             if plan is not None:
-                self._in_flight.append((self.runner.dispatch(plan, self.scheduler.kept_slots, self.scheduler.table), start))
+                self._in_flight.append((self.runner.dispatch(plan, self.scheduler.tables), start))
             self.metrics.host_s += time.monotonic() - start
             if not self._in_flight or (plan is not None and len(self._in_flight) < MAX_IN_FLIGHT):
                 return []
@@ -221,7 +220,7 @@ class Engine:
         output, prompt_scores = jax.device_get((dispatched.output, dispatched.prompt_scores))
         now = time.monotonic()
         owners = [owner for owner in plan.owners if owner.is_current]
-        num_steps = 0 if output is None else int((output.token != NO_TOKEN).any(axis=1).sum())
+        num_steps = int(output.num_steps) if plan.owners else 0
         took_s = self._pace.measure(plan, now, dispatched_at=dispatched_at, num_steps=num_steps)
         self.metrics.count_program(plan, num_steps=num_steps, waited_s=now - before, took_s=took_s)
         if prompt_scores is not None:
@@ -233,7 +232,7 @@ class Engine:
             if ending is not None:
                 self._finish(sequence, **ending)
             else:
-                self.scheduler.commit(sequence)
+                self.scheduler.commit(owner)
         self.metrics.host_s += time.monotonic() - now
         return list({id(owner.sequence.request): owner.sequence.request for owner in owners}.values())
 
@@ -295,6 +294,8 @@ class Engine:
         except Exception as error:
             sequence.end("error", error=f"internal error: {error!r}")
             log.exception("the last text of request %s failed", sequence.request.output.request_id)
+        if sequence.saved is not None:
+            self.runner.drop(sequence.saved)
         self.scheduler.release(sequence)
         self.metrics.count_end(sequence)
         if sequence.request.is_finished:

@@ -1,8 +1,8 @@
 """How much to do at a time, from how long programs took: nothing that a result depends on."""
 import numpy as np
 
+from tpllm.engine.executor import MAX_STEPS
 from tpllm.engine.plan import StepPlan
-from tpllm.engine.runner import MAX_STEPS
 
 CHUNK_SECONDS = 0.25  # about how long the device decodes before the host looks, when nobody watches the tokens come
 STREAM_SECONDS = 0.04

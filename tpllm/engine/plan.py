@@ -1,21 +1,47 @@
 """A plan of the scheduler: one device program, and what has to be done before it."""
 import dataclasses
 
+import numpy as np
+
 from tpllm.engine.request import Sequence
 
 
 @dataclasses.dataclass(frozen=True)
 class Owner:
-    """A row that a program gives tokens to, in which slot, and how often it had lost its slot by then."""
+    """A row that a program gives tokens to, in which slot, and how often it had lost its slot by then.
+
+    Attributes:
+        num_steps: that the program may run for it.
+        least, most: tokens that it is promised, unless it ends.
+    """
 
     slot: int
     sequence: Sequence
     num_preemptions: int
+    num_steps: int = 1
+    least: int = 1
+    most: int = 1
 
     @property
     def is_current(self) -> bool:
         """Whether the row still wants what the program gives."""
         return not self.sequence.is_finished and self.sequence.num_preemptions == self.num_preemptions
+
+
+@dataclasses.dataclass(frozen=True)
+class Move:
+    """Pages of a row that are copied to the host, or back from it.
+
+    Attributes:
+        key: what the copy is known by.
+        sequence, slot: the row, and the slot that it leaves or comes to.
+        pages: in order.
+    """
+
+    key: int
+    sequence: Sequence
+    slot: int
+    pages: tuple[int, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,28 +59,33 @@ class StepPlan:
     """One program, and what has to be done before it.
 
     Attributes:
-        pieces: of contexts. None: the program is ``num_steps`` decode steps for all its owners.
+        pieces: of contexts. None: the program is decode steps for all its owners.
         owners: the rows that get tokens: those whose context the pieces complete, and those that decode.
         bucket: padded tokens of each data group.
-        num_steps: K; 1 where there are pieces.
-        started: rows that come to their slot with this program.
-        saves, restores: (data group, row, its pages), to be copied to the host, or back.
+        started: rows that come to their slot with this program, to compute their contexts.
+        saves, restores: to the host, and back: then the row goes on in its slot.
         copies: (data group, from, to), pages to be copied.
     """
 
     pieces: tuple[Piece, ...]
     owners: tuple[Owner, ...]
     bucket: int = 0
-    num_steps: int = 1
     started: tuple[Sequence, ...] = ()
-    saves: tuple[tuple[int, Sequence, tuple[int, ...]], ...] = ()
-    restores: tuple[tuple[int, Sequence, tuple[int, ...]], ...] = ()
+    saves: tuple[Move, ...] = ()
+    restores: tuple[Move, ...] = ()
     copies: tuple[tuple[int, int, int], ...] = ()
 
     @property
     def is_empty(self) -> bool:
         """Whether there is nothing to do."""
         return not (self.owners or self.pieces or self.started or self.saves or self.restores or self.copies)
+
+    def steps(self, num_slots: int) -> np.ndarray:
+        """int32 [B], how many steps the program may give each slot; 0 for those that it gives nothing."""
+        steps_B = np.zeros(num_slots, np.int32)
+        for owner in self.owners:
+            steps_B[owner.slot] = owner.num_steps
+        return steps_B
 
 
 class Draft:
@@ -64,13 +95,15 @@ class Draft:
         self.pieces: list[Piece] = []
         self.owners: list[Owner] = []
         self.started: list[Sequence] = []
-        self.saves: list[tuple[int, Sequence, tuple[int, ...]]] = []
-        self.restores: list[tuple[int, Sequence, tuple[int, ...]]] = []
+        self.saves: list[Move] = []
+        self.restores: list[Move] = []
         self.copies: list[tuple[int, int, int]] = []
 
-    def give_tokens(self, sequence: Sequence) -> None:
-        """Let the program give a row tokens."""
-        self.owners.append(Owner(sequence.slot, sequence, sequence.num_preemptions))
+    def give_tokens(self, sequence: Sequence, num_steps: int = 1, tokens_per_step: int = 1) -> None:
+        """Let the program give a row one token a step, or up to ``tokens_per_step``."""
+        owner = Owner(sequence.slot, sequence, sequence.num_preemptions, num_steps, least=num_steps, most=num_steps * tokens_per_step)
+        sequence.promise(owner.least, owner.most)
+        self.owners.append(owner)
 
     def computes(self, sequence: Sequence) -> bool:
         """Whether the program computes a piece of a row's context."""
@@ -79,9 +112,9 @@ class Draft:
     def has(self, sequence: Sequence) -> bool:
         """Whether a row has a part in the program, or in what comes before it."""
         return (self.computes(sequence) or any(owner.sequence is sequence for owner in self.owners)
-                or any(row is sequence for _, row, _ in self.restores))
+                or any(move.sequence is sequence for move in self.restores))
 
-    def plan(self, *, bucket: int = 0, num_steps: int = 1) -> StepPlan:
+    def plan(self, *, bucket: int = 0) -> StepPlan:
         """The finished plan."""
-        return StepPlan(pieces=tuple(self.pieces), owners=tuple(self.owners), bucket=bucket, num_steps=num_steps, started=tuple(self.started),
+        return StepPlan(pieces=tuple(self.pieces), owners=tuple(self.owners), bucket=bucket, started=tuple(self.started),
                         saves=tuple(self.saves), restores=tuple(self.restores), copies=tuple(self.copies))

@@ -5,47 +5,28 @@ are read. Keys and values lie in pages; which pages a slot's row has comes with 
 """
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import struct
 
 from pallas_kernels.page_table import PageTable
-from sharding_rules import Partition
-from sharding_rules.axes import BATCH, VOCAB
+from sharding_rules.axes import BATCH
 from tpllm import ops
+from tpllm.engine.slots import TARGET, Cache, SlotState
 from tpllm.model.config import ModelConfig
 from tpllm.model.decoder import forward, unembed
 from tpllm.model.kv_cache import KVCache
-from tpllm.model.logit_adjustments import Adjustments, History, empty_history, no_adjustments, remember
+from tpllm.model.logit_adjustments import remember
 from tpllm.model.params import DecoderParams
-from tpllm.model.sampling import MAX_TOP_LOGPROBS, Sampled, SamplingRows, TokenScores, sample, score
+from tpllm.model.sampling import MAX_TOP_LOGPROBS, Sampled, TokenScores, sample, score
 
 RUNNING, STOPPED, FULL, NOT_FINITE, NO_CHOICE = range(5)
 NO_TOKEN = -1
-
-
-@struct.dataclass
-class SlotState:
-    """What the device knows of B slots.
-
-    Attributes:
-        token: int32 [B], the last token, not yet in the cache.
-        position: int32 [B], its position.
-        is_alive: bool [B], whether the row decodes.
-        remaining: int32 [B], tokens the row may still get.
-        prompt_len: int32 [B].
-        sampling: the rows' sampling parameters.
-        history: what the rows have generated.
-    """
-
-    token: jax.Array
-    position: jax.Array
-    is_alive: jax.Array
-    remaining: jax.Array
-    prompt_len: jax.Array
-    sampling: SamplingRows
-    history: History
+Params = dict[str, DecoderParams]  # of each model, by its name
+Drawn = tuple[jax.Array, jax.Array, TokenScores]  # token, status and scores of each row; see StepOutput
+Tables = dict[str, jax.Array]  # int32 [B, L] for each group of layers: the pages of each slot's row, counted within its data group
 
 
 @struct.dataclass
@@ -79,123 +60,106 @@ class StepOutput:
         token: int32 [T, R]; -1 where a row was not alive.
         status: int32 [T, R]: after the token the row is RUNNING, STOPPED, FULL, or NOT_FINITE or NO_CHOICE (then the token means nothing).
         scores: :class:`TokenScores` of [T, R, ...].
+        num_steps: int32, how many steps ran.
     """
 
     token: jax.Array
     status: jax.Array
     scores: TokenScores
+    num_steps: jax.Array
 
 
-def empty_slots(num_slots: int, num_stop_ids: int, vocab_size: int) -> SlotState:
-    """The state of slots that hold nothing."""
-    def zeros(*shape, dtype=jnp.int32):
-        return jnp.zeros((num_slots, *shape), dtype)
-    sampling = SamplingRows(
-        temperature=zeros(dtype=jnp.float32), top_k=zeros(), top_p=zeros(dtype=jnp.float32) + 1, min_p=zeros(dtype=jnp.float32),
-        seed=zeros(2, dtype=jnp.uint32), sample_index=zeros(dtype=jnp.uint32), stop_ids=zeros(num_stop_ids) - 1, stop_from=zeros(),
-        num_logprobs=zeros() - 1, adjustments=no_adjustments(num_slots, vocab_size))
-    return SlotState(token=zeros(), position=zeros(), is_alive=zeros(dtype=bool), remaining=zeros(), prompt_len=zeros() + 1, sampling=sampling,
-                     history=empty_history(num_slots, vocab_size))
-
-
-def slot_shardings(partition: Partition) -> SlotState:
-    """Where the slots' state lies: what is as wide as the vocabulary is split like it, the rest is everywhere."""
-    one, wide = partition.sharding(()), partition.sharding((None, VOCAB))
-    adjustments = Adjustments(is_used=one, bias=wide, presence=one, frequency=one, repetition=one, in_prompt=wide, bad_words=one)
-    sampling = SamplingRows(temperature=one, top_k=one, top_p=one, min_p=one, seed=one, sample_index=one, stop_ids=one, stop_from=one,
-                            num_logprobs=one, adjustments=adjustments)
-    return SlotState(token=one, position=one, is_alive=one, remaining=one, prompt_len=one, sampling=sampling,
-                     history=History(counts=wide, recent=one))
-
-
-def step(params: DecoderParams, cache: KVCache, state: SlotState, chunk: Chunk, is_kept_B: jax.Array, pages_BL: jax.Array, *,
-         config: ModelConfig, scores_prompt: bool) -> tuple[KVCache, SlotState, StepOutput, TokenScores | None]:
+def step(params: Params, cache: Cache, state: SlotState, chunk: Chunk, steps_B: jax.Array, tables: Tables, *,
+         config: ModelConfig, scores_prompt: bool) -> tuple[Cache, SlotState, StepOutput, TokenScores | None]:
     """Run one chunk; draw a token for each row whose context it completes, and for each one that decodes in it.
 
     Args:
-        params, cache, state, config: the model and its rows; cache and state are donated.
+        params, cache, state, config: the models and the rows; cache and state are donated.
         chunk: the tokens.
-        is_kept_B: bool [B], False for rows the host has given up.
-        pages_BL: int32, the pages of each slot's row, counted within its data group.
+        steps_B: int32 [B], how many steps the program may give each row; a row of 0 is paused and stays as it is.
+        tables: the rows' pages.
         scores_prompt: whether every token of the chunk is scored.
 
     Returns:
         The cache, the slots, one token a slot (T = 1), and, where asked for, the scores of the chunk's tokens ([G * C, ...]).
     """
     G, B = chunk.tokens.shape[0], state.token.shape[0]
-    state = state.replace(is_alive=state.is_alive & is_kept_B)
+    may_go_on_B = state.is_alive & (steps_B > 0)
     from_slot_GC, slot_GC = chunk.slot >= 0, jnp.maximum(chunk.slot, 0)
     tokens_GC = jnp.where(from_slot_GC, state.token[slot_GC], chunk.tokens)
-    positions_GC = jnp.where(from_slot_GC, jnp.where(state.is_alive, state.position, -1)[slot_GC], chunk.positions)
+    positions_GC = jnp.where(from_slot_GC, jnp.where(may_go_on_B, state.position, -1)[slot_GC], chunk.positions)
     first_slot = (jnp.arange(G) * (B // G)).reshape(G, *(1,) * (chunk.rows.ndim - 1))
-    hidden_GCD, cache = forward(params, _by_rows(tokens_GC, config), _by_rows(positions_GC, config), cache, config,
-                                table=PageTable(pages_BL, chunk.rows), prompt_lens=state.prompt_len[first_slot + chunk.rows], output="hidden")
+    hidden_GCD, cache = _forward(params, tokens_GC, positions_GC, cache, config, {group: PageTable(pages_BL, chunk.rows)
+                                 for group, pages_BL in tables.items()}, state.prompt_len[first_slot + chunk.rows])
     last_GR1 = jnp.maximum(chunk.last, 0).reshape(G, B // G, 1)
     hidden_BD = jnp.take_along_axis(hidden_GCD, last_GR1, axis=1).reshape(B, -1)
-    is_drawn_B = (chunk.last >= 0) & (state.is_alive | chunk.is_complete)
+    is_drawn_B = (chunk.last >= 0) & (may_go_on_B | (chunk.is_complete & (steps_B > 0)))
     state, out = _draw(params, hidden_BD, state, is_drawn_B, config)
     scores = _score_chunk(params, hidden_GCD, chunk, config) if scores_prompt else None
-    return cache, state, jax.tree.map(lambda leaf: leaf[None], out), scores
+    return cache, state, StepOutput(*(jax.tree.map(lambda leaf: leaf[None], part) for part in out), num_steps=jnp.int32(1)), scores
 
 
-def decode(params: DecoderParams, cache: KVCache, state: SlotState, is_kept_B: jax.Array, pages_BL: jax.Array, num_steps: jax.Array, *,
-           config: ModelConfig, max_steps: int, num_rows: int) -> tuple[KVCache, SlotState, StepOutput]:
-    """Up to ``num_steps`` tokens for every live slot among the first ``num_rows``; ends early when none is alive.
+def decode(params: Params, cache: Cache, state: SlotState, steps_B: jax.Array, tables: Tables, *, config: ModelConfig, max_steps: int,
+           num_rows: int) -> tuple[Cache, SlotState, StepOutput]:
+    """Some tokens for every live slot among the first ``num_rows``; ends early when no row goes on.
 
     Args:
-        params, cache, state, config: the model and its rows; cache and state are donated.
-        is_kept_B, pages_BL: see :func:`step`; there are pages for all the steps.
-        num_steps: traced, at most ``max_steps``, the static size of the output.
-        num_rows: how many slots, from the first on, the step computes.
+        params, cache, state, config: the models and the rows; cache and state are donated.
+        steps_B, tables: see :func:`step`; at most ``max_steps``, the static size of the output, and there are pages for all of them.
+        num_rows: how many slots, from the first on, the program computes.
     """
-    state = state.replace(is_alive=state.is_alive & is_kept_B)
-    rows = jax.tree.map(lambda leaf: leaf[:num_rows], state)
+    rows, steps_B, tables = jax.tree.map(lambda leaf: leaf[:num_rows], (state, steps_B, tables))
+    page_tables = {group: PageTable(pages_BL) for group, pages_BL in tables.items()}
 
-    def is_going_on(carry):
-        step, _, rows, _ = carry
-        return (step < num_steps) & jnp.any(rows.is_alive)
+    def is_drawn(step, changing):
+        return changing["is_alive"] & (step < steps_B)
 
     def run_one(carry):
-        step, cache, rows, out = carry
-        cache, rows, one = _decode_one(params, cache, rows, pages_BL[:num_rows], config)
-        return step + 1, cache, rows, jax.tree.map(lambda all_steps, this: all_steps.at[step].set(this), out, one)
+        step, cache, changing, out = carry
+        now, is_drawn_B = rows.replace(**changing), is_drawn(step, changing)
+        hidden_B1D, cache = _forward(params, now.token[:, None], jnp.where(is_drawn_B, now.position, -1)[:, None], cache, config, page_tables,
+                                     rows.prompt_len)
+        now, one = _draw(params, hidden_B1D[:, 0], now, is_drawn_B, config)
+        return step + 1, cache, _changing(now), jax.tree.map(lambda all_steps, this: all_steps.at[step].set(this), out, one)
 
-    _, cache, rows, out = jax.lax.while_loop(is_going_on, run_one, (jnp.int32(0), cache, rows, _empty_output(max_steps, num_rows)))
-    state = jax.tree.map(lambda slots, part: slots.at[:num_rows].set(part), state, rows)
-    return cache, state, out
+    num_steps, cache, changing, out = jax.lax.while_loop(lambda carry: jnp.any(is_drawn(carry[0], carry[2])), run_one,
+                                                         (jnp.int32(0), cache, _changing(rows), _empty_output(max_steps, num_rows)))
+    changed = jax.tree.map(lambda slots, part: slots.at[:num_rows].set(part), _changing(state), changing)
+    return cache, state.replace(**changed), StepOutput(*out, num_steps=num_steps)
 
 
-def start(state: SlotState, slot: jax.Array, row: SlotState, *, has_adjustments: bool) -> SlotState:
+def start(per_row: dict[str, jax.Array], state: SlotState, slot: jax.Array, row: SlotState) -> tuple[dict[str, jax.Array], SlotState]:
     """Put one row into its slot.
 
     Args:
-        state: donated.
+        per_row, state: of all slots, donated; the row's own part of ``per_row`` is emptied.
         slot: int32.
-        row: a state of one slot.
-        has_adjustments: whether the row adjusts its logits; without them the slot's biases, bans and history stay what they are, unused.
+        row: a state of one slot; where it has None, its slot's part stays what it is.
     """
-    if not has_adjustments:
-        unused = state.sampling.adjustments.replace(is_used=state.sampling.adjustments.is_used.at[slot].set(False))
-        kept, state, row = state.history, _without_adjustments(state), _without_adjustments(row)
-        state = jax.tree.map(lambda slots, one: slots.at[slot].set(one[0]), state, row)
-        return state.replace(history=kept, sampling=state.sampling.replace(adjustments=unused))
-    return jax.tree.map(lambda slots, one: slots.at[slot].set(one[0]), state, row)
+    per_row = jax.tree.map(lambda slots: slots.at[slot].set(0), per_row)
+
+    def put(one, slots):
+        return slots if one is None else slots.at[slot].set(one[0])
+    return per_row, jax.tree.map(put, row, state, is_leaf=lambda part: part is None)
 
 
-def copy_page(cache: KVCache, source: jax.Array, target: jax.Array) -> KVCache:
-    """The cache, donated, with the content of one page in another too."""
-    return jax.tree.map(lambda pages: pages.at[target].set(pages[source]), cache)
+def copy_page(pages: dict[str, KVCache], source: jax.Array, target: jax.Array) -> dict[str, KVCache]:
+    """The cache's pages, donated, with the content of one in another too."""
+    return jax.tree.map(lambda leaf: leaf.at[target].set(leaf[source]), pages)
 
 
-def read_pages(cache: KVCache, pages_L: jax.Array) -> KVCache:
-    """A row's pages, in order: arrays of [L, ...]; what is read for a negative page means nothing."""
-    return jax.tree.map(lambda pages: pages[jnp.maximum(pages_L, 0)], cache)
+def read_row(cache: Cache, slot: jax.Array, pages_L: jax.Array) -> Cache:
+    """What the cache holds of one row: its pages in order, [L, ...], and its own state. What is read for a negative page means nothing."""
+    return Cache(pages=jax.tree.map(lambda leaf: leaf[jnp.maximum(pages_L, 0)], cache.pages),
+                 per_row=jax.tree.map(lambda leaf: leaf[slot], cache.per_row))
 
 
-def write_pages(cache: KVCache, pages_L: jax.Array, saved: KVCache) -> KVCache:
-    """The cache, donated, with what :func:`read_pages` gave in other pages; negative ones are not written."""
-    at_L = jnp.where(pages_L < 0, cache.num_pages, pages_L)
-    return jax.tree.map(lambda pages, old: pages.at[at_L].set(old, mode="drop"), cache, saved)
+def write_row(cache: Cache, slot: jax.Array, pages_L: jax.Array, saved: Cache) -> Cache:
+    """The cache, donated, with what :func:`read_row` gave in another slot and other pages; negative ones are not written."""
+    def write(leaf, old):
+        return leaf.at[jnp.where(pages_L < 0, leaf.shape[0], pages_L)].set(old, mode="drop")
+    return Cache(pages=jax.tree.map(write, cache.pages, saved.pages),
+                 per_row=jax.tree.map(lambda leaf, old: leaf.at[slot].set(old), cache.per_row, saved.per_row))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -206,11 +170,11 @@ class Programs:
     decode: jax.stages.Wrapped
     start: jax.stages.Wrapped
     copy_page: jax.stages.Wrapped
-    read_pages: jax.stages.Wrapped
-    write_pages: jax.stages.Wrapped
+    read_row: jax.stages.Wrapped
+    write_row: jax.stages.Wrapped
 
 
-def jit_programs(config: ModelConfig, cache: KVCache, state: SlotState, *, max_steps: int) -> Programs:
+def jit_programs(config: ModelConfig, cache: Cache, state: SlotState, *, max_steps: int) -> Programs:
     """The programs of an engine. Engines of one model, mesh and layout share them, so that the second one of a process compiles nothing.
 
     Args:
@@ -233,37 +197,35 @@ def _jitted(config: ModelConfig, shardings: tuple[jax.sharding.Sharding, ...], t
                      out_shardings=(cache_at, state_at, everywhere, everywhere)),
         decode=jax.jit(functools.partial(decode, config=config, max_steps=max_steps), static_argnames="num_rows", donate_argnums=(1, 2),
                        out_shardings=(cache_at, state_at, everywhere)),
-        start=jax.jit(start, static_argnames="has_adjustments", donate_argnums=0, out_shardings=state_at),
-        copy_page=jax.jit(copy_page, donate_argnums=0, out_shardings=cache_at), read_pages=jax.jit(read_pages),
-        write_pages=jax.jit(write_pages, donate_argnums=0, out_shardings=cache_at))
+        start=jax.jit(start, donate_argnums=(0, 1), out_shardings=(cache_at.per_row, state_at)),
+        copy_page=jax.jit(copy_page, donate_argnums=0, out_shardings=cache_at.pages), read_row=jax.jit(read_row),
+        write_row=jax.jit(write_row, donate_argnums=0, out_shardings=cache_at))
 
 
-def _decode_one(params: DecoderParams, cache: KVCache, rows: SlotState, pages_BL: jax.Array,
-                config: ModelConfig) -> tuple[KVCache, SlotState, StepOutput]:
-    positions_B1 = jnp.where(rows.is_alive, rows.position, -1)[:, None]
-    hidden_B1D, cache = forward(params, _by_rows(rows.token[:, None], config), _by_rows(positions_B1, config), cache, config,
-                                table=PageTable(pages_BL), prompt_lens=rows.prompt_len, output="hidden")
-    return cache, *_draw(params, hidden_B1D[:, 0], rows, rows.is_alive, config)
+def _forward(params: Params, tokens_BT: jax.Array, positions_BT: jax.Array, cache: Cache, config: ModelConfig, tables: dict[str, PageTable],
+             prompt_lens: jax.Array) -> tuple[jax.Array, Cache]:
+    """Hidden states of the model whose tokens are drawn."""
+    hidden_BTD, pages = forward(params[TARGET], _by_rows(tokens_BT, config), _by_rows(positions_BT, config), cache.pages[TARGET], config,
+                                tables=tables, prompt_lens=prompt_lens, output="hidden")
+    return hidden_BTD, cache.replace(pages={**cache.pages, TARGET: pages})
 
 
-def _draw(params: DecoderParams, hidden_BD: jax.Array, state: SlotState, is_drawn_B: jax.Array, config: ModelConfig) -> tuple[SlotState, StepOutput]:
+def _changing(state: SlotState) -> dict[str, Any]:
+    """What a token changes."""
+    return {name: getattr(state, name) for name in ("token", "position", "remaining", "is_alive", "history")}
+
+
+def _draw(params: Params, hidden_BD: jax.Array, state: SlotState, is_drawn_B: jax.Array, config: ModelConfig) -> tuple[SlotState, Drawn]:
     """The token after each row's last one; rows that none is drawn for stay as they are."""
-    position_B = state.position + 1
-    sampled = sample(unembed(params, hidden_BD, config), state.sampling, position_B, state.history, vocab_size=config.vocab_size,
+    position_B, sampling = state.position + 1, state.sampling.only(is_drawn_B)
+    sampled = sample(unembed(params[TARGET], hidden_BD, config), sampling, position_B, state.history, vocab_size=config.vocab_size,
                      partition=config.partition)
     remaining_B, status_B = _advance(sampled, state.remaining)
-
-    def keep(new, old):
-        return jnp.where(is_drawn_B.reshape(-1, *(1,) * (old.ndim - 1)), new, old)
-    drawn = state.replace(token=sampled.token, position=position_B, remaining=remaining_B, is_alive=status_B == RUNNING,
-                          history=remember(state.history, sampled.token))
-    out = StepOutput(token=jnp.where(is_drawn_B, sampled.token, NO_TOKEN), status=status_B, scores=sampled.scores)
-    names = ("token", "position", "remaining", "is_alive", "history")
-    return state.replace(**{name: jax.tree.map(keep, getattr(drawn, name), getattr(state, name)) for name in names}), out
-
-
-def _without_adjustments(state: SlotState) -> SlotState:
-    return state.replace(history=None, sampling=state.sampling.replace(adjustments=None))
+    state = state.replace(token=jnp.where(is_drawn_B, sampled.token, state.token), position=jnp.where(is_drawn_B, position_B, state.position),
+                          remaining=jnp.where(is_drawn_B, remaining_B, state.remaining),
+                          is_alive=jnp.where(is_drawn_B, status_B == RUNNING, state.is_alive),
+                          history=remember(state.history, sampled.token, sampling.is_adjusted))
+    return state, (jnp.where(is_drawn_B, sampled.token, NO_TOKEN), status_B, sampled.scores)
 
 
 def _advance(sampled: Sampled, remaining_B: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -273,17 +235,17 @@ def _advance(sampled: Sampled, remaining_B: jax.Array) -> tuple[jax.Array, jax.A
     return remaining_B, jnp.where(sampled.is_finite, jnp.where(sampled.has_choice, status_B, NO_CHOICE), NOT_FINITE)
 
 
-def _score_chunk(params: DecoderParams, hidden_GCD: jax.Array, chunk: Chunk, config: ModelConfig) -> TokenScores:
-    logits = unembed(params, hidden_GCD.reshape(chunk.targets.size, -1), config)
+def _score_chunk(params: Params, hidden_GCD: jax.Array, chunk: Chunk, config: ModelConfig) -> TokenScores:
+    logits = unembed(params[TARGET], hidden_GCD.reshape(chunk.targets.size, -1), config)
     return score(logits, jnp.maximum(chunk.targets, 0).reshape(-1), chunk.num_logprobs.reshape(-1), partition=config.partition)
 
 
-def _empty_output(max_steps: int, num_rows: int) -> StepOutput:
+def _empty_output(max_steps: int, num_rows: int) -> Drawn:
     def full(*shape, value, dtype=jnp.int32):
         return jnp.full((max_steps, num_rows, *shape), value, dtype)
     scores = TokenScores(logprob=full(value=0, dtype=jnp.float32), rank=full(value=0), top_ids=full(MAX_TOP_LOGPROBS, value=-1),
                          top_logprobs=full(MAX_TOP_LOGPROBS, value=0, dtype=jnp.float32))
-    return StepOutput(token=full(value=NO_TOKEN), status=full(value=RUNNING), scores=scores)
+    return full(value=NO_TOKEN), full(value=RUNNING), scores
 
 
 def _by_rows(x_BT: jax.Array, config: ModelConfig) -> jax.Array:

@@ -1,7 +1,6 @@
 """One request and its ``n`` sequences, as the host sees them."""
 import dataclasses
 import time
-from typing import Any
 
 from tpllm.engine.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
 from tpllm.engine.sampling_params import SamplingParams
@@ -55,9 +54,9 @@ class Sequence:
         num_pages_known: how many of its pages the prefix cache was told of.
         prefill_len: tokens whose keys and values a prefill makes: the context when it last got its slot.
         num_computed: positions whose keys and values dispatched programs write, at most.
-        num_dispatched: tokens that dispatched programs give, at most, those already here included.
+        least_promised, most_promised: tokens that programs give it which were dispatched and not read yet: at least, unless it ends, and at most.
         num_preemptions: how often it lost its slot. What programs give that were dispatched before the last time is not wanted: it comes again.
-        saved: host copies of its pages, where it lost its slot and they were kept.
+        saved: what its pages are known by that were kept when it lost its slot; None where there are none.
         last_token_time: when it got its last token, in seconds of ``time.monotonic``.
     """
 
@@ -72,9 +71,10 @@ class Sequence:
     num_pages_known: int = 0
     prefill_len: int = 0
     num_computed: int = 0
-    num_dispatched: int = 0
+    least_promised: int = 0
+    most_promised: int = 0
     num_preemptions: int = 0
-    saved: Any = None
+    saved: int | None = None
     last_token_time: float | None = None
 
     @property
@@ -110,19 +110,39 @@ class Sequence:
     @property
     def may_go_on(self) -> bool:
         """Whether another decode step may give it a token, as far as the host knows."""
-        return not self.is_finished and not self.is_prefilling and self.num_dispatched < self.max_new_tokens
-
-    def positions_of(self, num_steps: int) -> tuple[int, int]:
-        """First and one past the last position that its next decode steps write: so many, or as many as it may still take."""
-        start = self.prompt_len + self.num_dispatched - 1
-        return start, start + min(num_steps, self.max_new_tokens - self.num_dispatched)
+        return not self.is_finished and not self.is_prefilling and self.num_left > 0
 
     @property
-    def num_sure_steps(self) -> int:
-        """How many more decode steps it takes at least, as far as its parameters say."""
+    def least_tokens(self) -> int:
+        """Tokens that it has when the programs under way are done, unless it ends: at least."""
+        return min(len(self.completion.token_ids) + self.least_promised, self.max_new_tokens)
+
+    @property
+    def most_tokens(self) -> int:
+        """The like, at most."""
+        return min(len(self.completion.token_ids) + self.most_promised, self.max_new_tokens)
+
+    @property
+    def num_left(self) -> int:
+        """Tokens that it may still take of programs that are not dispatched yet."""
+        return self.max_new_tokens - self.least_tokens
+
+    def positions_of(self, num_tokens: int) -> tuple[int, int]:
+        """The lowest position that the program writes which gives it its next tokens, and one past the highest: so many, or as many as it may
+        still take."""
+        return self.prompt_len + self.least_tokens - 1, self.prompt_len + min(self.most_tokens + num_tokens, self.max_new_tokens) - 1
+
+    @property
+    def num_sure_tokens(self) -> int:
+        """How many more tokens it takes at least, as far as its parameters say."""
         params = self.request.params
         ends_early = params.stop or params.stop_token_ids or not params.ignore_eos
-        return (min(params.min_tokens, self.max_new_tokens) if ends_early else self.max_new_tokens) - self.num_dispatched
+        return (min(params.min_tokens, self.max_new_tokens) if ends_early else self.max_new_tokens) - self.most_tokens
+
+    def promise(self, least: int, most: int) -> None:
+        """Take note of a program that is to give it so many tokens; or, where they are negative, of one whose tokens have come."""
+        self.least_promised += least
+        self.most_promised += most
 
     @property
     def order(self) -> tuple[int, int, int]:

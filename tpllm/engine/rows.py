@@ -4,14 +4,16 @@ Rows wait in order of priority, then arrival. A row that gets a slot takes pages
 gives all of them back when it ends. Where pages run out, the last row in that order loses its own and waits again.
 """
 import bisect
+import itertools
 
 import numpy as np
 
 from tpllm.engine.page_pool import PagePool
-from tpllm.engine.plan import Draft, Piece
+from tpllm.engine.plan import Draft, Move, Owner, Piece
 from tpllm.engine.prefix_cache import PrefixCache
 from tpllm.engine.request import Sequence
 from tpllm.engine.shapes import EngineShapes
+from tpllm.model.config import ALL_LAYERS
 
 
 class Rows:
@@ -24,18 +26,20 @@ class Rows:
         caches_prefixes: whether rows share the pages of what their contexts have in common.
         depends_on_prompt_len: whether keys and values depend on the length of the prompt.
         swaps: whether a row that loses its pages gets their content back from the host, and does not compute it again.
+        tokens_per_step: most tokens that a decode step gives a row; each gives it at least one.
 
     Attributes:
-        table: int32 [B, L], the pages of each slot's row; -1 where there is none.
+        tables: int32 [B, L] for each group of layers, the pages of each slot's row; -1 where there is none.
         num_preemptions: how often a row lost its pages.
         num_context_tokens, num_reused_tokens: of the rows that began: all, and those whose pages they shared.
     """
 
     def __init__(self, shapes: EngineShapes, *, num_pages: int, num_groups: int = 1, caches_prefixes: bool = True,
-                 depends_on_prompt_len: bool = False, swaps: bool = False):
-        self.shapes, self.num_pages, self.num_groups, self.swaps = shapes, num_pages, num_groups, swaps
+                 depends_on_prompt_len: bool = False, swaps: bool = False, tokens_per_step: int = 1):
+        self.shapes, self.num_pages, self.num_groups, self.swaps, self.tokens_per_step = shapes, num_pages, num_groups, swaps, tokens_per_step
         self._caches_prefixes, self._depends_on_prompt_len = caches_prefixes, depends_on_prompt_len
         self.num_preemptions = self.num_context_tokens = self.num_reused_tokens = 0
+        self._keys_of_saved = itertools.count()
         self.reset()
 
     def reset(self) -> None:
@@ -46,15 +50,19 @@ class Rows:
         self.pools = [PagePool(self.num_pages) for _ in range(self.num_groups)]
         self.prefixes = [PrefixCache(pool, page_size=shapes.page_size, granularity=shapes.shared_multiple, is_enabled=self._caches_prefixes,
                                      depends_on_prompt_len=self._depends_on_prompt_len) for pool in self.pools]
-        self.table = np.full((shapes.max_num_seqs, shapes.pages_per_row), -1, np.int32)
+        self.tables = {ALL_LAYERS: np.full((shapes.max_num_seqs, shapes.pages_per_row), -1, np.int32)}
         self._draft = Draft()
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence."""
         bisect.insort(self.waiting, sequence, key=lambda row: row.order)
 
-    def commit(self, sequence: Sequence) -> None:
-        """Take note of the tokens that a row got: its full pages can be shared."""
+    def commit(self, owner: Owner) -> None:
+        """Take note that a program's tokens have come to a row, as many as they are; its full pages can be shared."""
+        owner.sequence.promise(-owner.least, -owner.most)
+        self._share_full_pages(owner.sequence)
+
+    def _share_full_pages(self, sequence: Sequence) -> None:
         if self.shapes.has_invariant_kernels and sequence.slot is not None:
             self.prefixes[self._group(sequence)].remember(sequence, min(sequence.num_computed, sequence.context_len - 1))
 
@@ -64,7 +72,7 @@ class Rows:
             if sequence.completion.finish_reason == "error":
                 self.pools[self._group(sequence)].forget(sequence.pages)
             else:
-                self.commit(sequence)
+                self._share_full_pages(sequence)
             self._leave(sequence)
         elif sequence in self.waiting:
             self.waiting.remove(sequence)
@@ -84,11 +92,6 @@ class Rows:
         """The rows in slots, first those that come first."""
         return sorted((sequence for sequence in self.slots if sequence is not None), key=lambda row: row.order)
 
-    @property
-    def kept_slots(self) -> list[bool]:
-        """For each slot whether the row in it decodes, and is still wanted."""
-        return [sequence is not None and not sequence.is_prefilling for sequence in self.slots]
-
     # --- a row's way: into its slot, on, out of it -----------------------------------------------------------------------------------
     def _admit(self) -> None:
         """Give free slots to the rows that come first."""
@@ -97,7 +100,7 @@ class Rows:
                 sequence = self.waiting.pop(0)
                 sequence.slot, self.slots[slot] = slot, sequence
                 sequence.prefill_len, sequence.num_computed = sequence.context_len, 0
-                sequence.num_dispatched, sequence.num_pages_known = len(sequence.completion.token_ids), 0
+                sequence.num_pages_known = 0
         for sequence in self.slots:
             if sequence is not None and sequence.saved is not None and not sequence.pages:
                 self._restore(sequence)
@@ -139,10 +142,11 @@ class Rows:
 
     def _restore(self, sequence: Sequence) -> None:
         """Give a row that was saved its pages again; it goes on decoding."""
-        if self._reserve(sequence, 0, sequence.context_len, spare=self._num_earlier(sequence)):  # a token's place more than it had: it goes on
+        stop = sequence.positions_of(self.tokens_per_step)[1]  # with places for a step, so that it goes on
+        if self._reserve(sequence, 0, stop, spare=self._num_earlier(sequence)):
             sequence.num_computed = sequence.prefill_len
-            self._draft.started.append(sequence)
-            self._draft.restores.append((self._group(sequence), sequence, tuple(sequence.pages[:self._num_saved_pages(sequence)])))
+            self._draft.restores.append(self._move(sequence, sequence.saved))
+            sequence.saved = None
 
     def _compute(self, sequence: Sequence, count: int) -> int:
         """Plan the next ``count`` tokens of a row's context; returns their number."""
@@ -150,7 +154,6 @@ class Rows:
         sequence.num_computed += count
         self.prefixes[self._group(sequence)].remember(sequence, min(sequence.num_computed, self._prefilled_len(sequence)))
         if not sequence.is_prefilling:
-            sequence.num_dispatched = len(sequence.completion.token_ids) + 1
             self._draft.give_tokens(sequence)
         return count
 
@@ -160,33 +163,33 @@ class Rows:
 
     def _go_on(self, sequence: Sequence, num_steps: int) -> None:
         """Plan decode steps of a row, or take its slot where there are no pages for them."""
-        start, stop = sequence.positions_of(num_steps)
+        start, stop = sequence.positions_of(num_steps * self.tokens_per_step)
         if not self._reserve(sequence, start, stop):
             self._preempt(sequence)
             return
         sequence.num_computed = stop
-        sequence.num_dispatched += stop - start
-        self._draft.give_tokens(sequence)
+        self._draft.give_tokens(sequence, min(num_steps, sequence.num_left), self.tokens_per_step)
 
     def _preempt(self, sequence: Sequence) -> None:
-        keeps = self.swaps and not sequence.is_prefilling and sequence.completion.token_ids
-        if keeps:
-            self._draft.saves.append((self._group(sequence), sequence, tuple(sequence.pages[:self._num_saved_pages(sequence)])))
+        if self.swaps and not sequence.is_prefilling and sequence.completion.token_ids:
+            sequence.saved = next(self._keys_of_saved)
+            self._draft.saves.append(self._move(sequence, sequence.saved))
         self._leave(sequence)
         sequence.num_preemptions += 1
         self.num_preemptions += 1
-        sequence.saved = () if keeps else None
         self.add(sequence)
 
-    def _num_saved_pages(self, sequence: Sequence) -> int:
-        """Of the tokens that are in the cache: all but the last."""
-        return -(-(sequence.context_len - 1) // self.shapes.page_size)
+    def _move(self, sequence: Sequence, key: int) -> Move:
+        """Of the pages of the tokens that are in the cache: all but the last."""
+        num_pages = -(-(sequence.context_len - 1) // self.shapes.page_size)
+        return Move(key, sequence, sequence.slot, tuple(sequence.pages[:num_pages]))
 
     def _leave(self, sequence: Sequence) -> None:
         self.pools[self._group(sequence)].release(sequence.pages)
-        self.table[sequence.slot] = -1
+        for table in self.tables.values():
+            table[sequence.slot] = -1
         self.slots[sequence.slot] = None
-        sequence.pages, sequence.slot, sequence.num_pages_known = [], None, 0
+        sequence.pages, sequence.slot, sequence.num_pages_known, sequence.least_promised, sequence.most_promised = [], None, 0, 0, 0
 
     # --- pages ------------------------------------------------------------------------------------------------------------------------
     def _reserve(self, sequence: Sequence, start: int, stop: int, *, spare: int = 0) -> bool:
@@ -206,13 +209,15 @@ class Rows:
             pool.release([old])
             self._draft.copies.append((self._group(sequence), old, sequence.pages[first]))
         sequence.pages += [pool.take() for _ in range(num_missing)]
-        self.table[sequence.slot, :len(sequence.pages)] = sequence.pages
+        for table in self.tables.values():
+            table[sequence.slot, :len(sequence.pages)] = sequence.pages
         return True
 
     def _has_pages_for(self, rows: list[Sequence], num_steps: int) -> bool:
         needed, size = [0] * self.num_groups, self.shapes.page_size
         for row in rows:
-            needed[self._group(row)] += max(0, -(-row.positions_of(num_steps)[1] // size) - len(row.pages)) + 1  # a shared page, perhaps
+            stop = row.positions_of(num_steps * self.tokens_per_step)[1]
+            needed[self._group(row)] += max(0, -(-stop // size) - len(row.pages)) + 1  # a shared page, perhaps
         return all(pool.num_available >= count for pool, count in zip(self.pools, needed, strict=True))
 
     def _num_earlier(self, sequence: Sequence) -> int:

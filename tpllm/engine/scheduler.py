@@ -81,14 +81,14 @@ class Scheduler(Rows):
         if not decoding:
             return self._draft.plan()
         if self.waiting or any(row.is_prefilling for row in self.running):
-            max_steps = min(max_steps, max(1, min(row.num_sure_steps for row in decoding)))
-        num_steps = min(max_steps, max(row.max_new_tokens - row.num_dispatched for row in decoding))
+            max_steps = min(max_steps, max(1, -(-min(row.num_sure_tokens for row in decoding) // self.tokens_per_step)))
+        num_steps = min(max_steps, max(row.num_left for row in decoding))
         while num_steps > 1 and not self._has_pages_for(decoding, num_steps):
             num_steps //= 2
         for row in decoding:
             if row.slot is not None:
                 self._go_on(row, num_steps)
-        return self._draft.plan(num_steps=num_steps)
+        return self._draft.plan()
 
     def _piece_size(self, sequence: Sequence, used: int, size: int, *, is_last: bool) -> int:
         """How many tokens of a row's context go into a program that has ``used`` of at most ``size``."""

@@ -6,6 +6,7 @@ from pallas_kernels.gated_mlp import ClampedGlu
 from sharding_rules import Partition
 
 ROPE_KINDS = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
+ALL_LAYERS = "all"
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
 
 
@@ -140,6 +141,17 @@ class ModelConfig:
             object.__setattr__(self, "sparse_layers", (self.num_experts > 0,) * self.num_layers)
         if not self.padded_vocab_size:
             object.__setattr__(self, "padded_vocab_size", self.vocab_size)
+
+    @property
+    def layer_groups(self) -> tuple[str, ...]:
+        """For each layer the group whose pages it uses: layers of a group have the same page ids. There is one group today."""
+        return (ALL_LAYERS,) * self.num_layers
+
+    def slice(self, first: int, last: int) -> "ModelConfig":
+        """Layers ``first`` to ``last``, that one not included, as a stage of a pipeline has them."""
+        layers = range(self.num_layers)[first:last]
+        return dataclasses.replace(self, num_layers=len(layers), **{
+            name: tuple(getattr(self, name)[index] for index in layers) for name in ("layer_ropes", "layer_windows", "sparse_layers")})
 
     @property
     def stored_kv_heads(self) -> int:

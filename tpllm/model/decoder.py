@@ -1,8 +1,10 @@
 """The decoder as a pure function of its parameters, tokens and cache."""
+from collections.abc import Mapping
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
+from flax import struct
 
 from pallas_kernels.flash_attention import soft_cap
 from pallas_kernels.page_table import PageTable
@@ -18,38 +20,81 @@ from tpllm.model.rope import rope_tables
 from tpllm.quant.linear import linear, lookup
 
 
+@struct.dataclass
+class Stream:
+    """The residual stream between two layers.
+
+    Attributes:
+        x: [B, T, D].
+        delta: [B, T, D], what is still to be added to it: the next norm does that; None before the first layer.
+    """
+
+    x: jax.Array
+    delta: jax.Array | None = None
+
+
 def forward(params: DecoderParams, tokens_BT: jax.Array, positions_BT: jax.Array, cache: KVCache | None, config: ModelConfig, *,
-            table: PageTable | None = None, prompt_lens: jax.Array | None = None,
+            tables: Mapping[str, PageTable] | None = None, prompt_lens: jax.Array | None = None,
             output: Literal["logits", "hidden"] = "logits") -> tuple[jax.Array, KVCache | None]:
-    """Run the decoder over some tokens of some rows.
+    """Run the decoder over some tokens of some rows: :func:`embed`, :func:`run_layers` and :func:`finish`.
 
     Args:
         params: from ``load_model`` or ``init_params``; activations take the norms' dtype.
         tokens_BT: int32 token ids.
         positions_BT: int32 absolute positions, consecutive within a row; negative marks padding at a row's end.
-        cache: keys and values of the rows so far, or None: then tokens see only this call's.
-        config: the model; static.
-        table: where the rows' tokens lie in a paged cache; None where batch row b is page b.
-        prompt_lens: int32 [B], or [B, T] for tokens of several rows; read by dynamic and longrope rope only; by default the last position of
-            this call plus one.
+        cache, config, tables, prompt_lens: see :func:`run_layers`.
         output: ``"logits"``, or ``"hidden"`` for the normalized hidden states, which :func:`.unembed` turns into logits.
 
     Returns:
         ([B, T, V] float32 logits, padding of the vocabulary at -inf, or [B, T, D] hidden states; the updated cache or None).
     """
+    stream, cache = run_layers(params, embed(params, tokens_BT, config), positions_BT, cache, config, tables=tables, prompt_lens=prompt_lens)
+    hidden_BTD = finish(params, stream, config)
+    return (unembed(params, hidden_BTD, config) if output == "logits" else hidden_BTD), cache
+
+
+def embed(params: DecoderParams, tokens_BT: jax.Array, config: ModelConfig) -> Stream:
+    """The stream before the first layer, of int32 token ids."""
+    x_BTD = _constrain_hidden(lookup(tokens_BT, params.embed, params.dtype), config)
+    return Stream(x_BTD if config.embedding_multiplier == 1 else x_BTD * jnp.asarray(config.embedding_multiplier, x_BTD.dtype))
+
+
+def run_layers(params: DecoderParams, stream: Stream, positions_BT: jax.Array, cache: KVCache | None, config: ModelConfig, *, first: int = 0,
+               last: int | None = None, tables: Mapping[str, PageTable] | None = None,
+               prompt_lens: jax.Array | None = None) -> tuple[Stream, KVCache | None]:
+    """Run layers ``first`` to ``last``, that one not included.
+
+    Args:
+        params, config: the model, or the part of it that a stage has (see :meth:`.ModelConfig.slice`); layers count from its first one.
+        stream: what the layer before gave.
+        positions_BT: see :func:`forward`.
+        cache: keys and values of the rows so far, or None: then tokens see only this call's.
+        first, last: all layers by default.
+        tables: where the rows' tokens lie in a paged cache, for each of ``config.layer_groups``; None where batch row b is page b.
+        prompt_lens: int32 [B], or [B, T] for tokens of several rows; read by dynamic and longrope rope only; by default the last position of
+            this call plus one.
+
+    Returns:
+        (the stream after the last one, the cache with these layers' keys and values or None).
+    """
     if prompt_lens is None:
         prompt_lens = jnp.max(positions_BT, axis=-1) + 1
-    x_BTD = _embed(params, tokens_BT, config)
-    ropes = {rope: rope_tables(positions_BT, prompt_lens, head_dim=config.head_dim, rope=rope) for rope in dict.fromkeys(config.layer_ropes)}
-    layers, delta_BTD = [], None
-    for index, layer in enumerate(params.layers):
-        cache_kv = None if cache is None else cache.layer(index)
-        x_BTD, delta_BTD, cache_kv = _block(x_BTD, delta_BTD, layer, config, rope_BTR=ropes[config.layer_ropes[index]], positions_BT=positions_BT,
-                                            cache_kv=cache_kv, table=table, window=config.layer_windows[index])
-        layers.append(cache_kv)
-    hidden_BTD, _ = _add_and_norm(x_BTD, delta_BTD, (params.final_norm, params.final_norm_bias), config)
-    cache = None if cache is None else KVCache.of_layers(layers)
-    return (unembed(params, hidden_BTD, config) if output == "logits" else hidden_BTD), cache
+    layers = range(config.num_layers)[first:last]
+    ropes = {rope: rope_tables(positions_BT, prompt_lens, head_dim=config.head_dim, rope=rope)
+             for rope in dict.fromkeys(config.layer_ropes[index] for index in layers)}
+    of_layers = [] if cache is None else [cache.layer(index) for index in range(config.num_layers)]
+    for index in layers:
+        cache_kv = None if cache is None else of_layers[index]
+        stream, cache_kv = _block(stream, params.layers[index], config, rope_BTR=ropes[config.layer_ropes[index]], positions_BT=positions_BT,
+                                  cache_kv=cache_kv, table=tables and tables[config.layer_groups[index]], window=config.layer_windows[index])
+        if cache is not None:
+            of_layers[index] = cache_kv
+    return stream, None if cache is None else KVCache.of_layers(of_layers)
+
+
+def finish(params: DecoderParams, stream: Stream, config: ModelConfig) -> jax.Array:
+    """[B, T, D] normalized hidden states after some layer: of the last one, or of an earlier one that the model's head is to read."""
+    return _add_and_norm(stream.x, stream.delta, (params.final_norm, params.final_norm_bias), config)[0]
 
 
 def unembed(params: DecoderParams, hidden_D: jax.Array, config: ModelConfig) -> jax.Array:
@@ -72,20 +117,15 @@ def unembed(params: DecoderParams, hidden_D: jax.Array, config: ModelConfig) -> 
     return logits_V
 
 
-def _embed(params: DecoderParams, tokens_BT: jax.Array, config: ModelConfig) -> jax.Array:
-    x_BTD = _constrain_hidden(lookup(tokens_BT, params.embed, params.dtype), config)
-    return x_BTD if config.embedding_multiplier == 1 else x_BTD * jnp.asarray(config.embedding_multiplier, x_BTD.dtype)
-
-
-def _block(x_BTD: jax.Array, delta_BTD: jax.Array | None, layer: LayerParams, config: ModelConfig, *, rope_BTR: tuple[jax.Array, jax.Array],
-           **where) -> tuple[jax.Array, jax.Array, tuple | None]:
-    """Attention and MLP. Takes and gives the residual stream and what is still to be added to it: the next norm does that."""
-    normed_BTD, x_BTD = _add_and_norm(x_BTD, delta_BTD, (layer.attn_norm, layer.attn_norm_bias), config)
+def _block(stream: Stream, layer: LayerParams, config: ModelConfig, *, rope_BTR: tuple[jax.Array, jax.Array],
+           **where) -> tuple[Stream, tuple | None]:
+    """Attention and MLP."""
+    normed_BTD, x_BTD = _add_and_norm(stream.x, stream.delta, (layer.attn_norm, layer.attn_norm_bias), config)
     attn_BTD, cache_kv = attention(normed_BTD, layer.attn, config, rope_BTR, **where)
     normed_BTD, x_BTD = _add_and_norm(x_BTD, _delta(attn_BTD, layer.attn_post_norm, config), (layer.mlp_norm, layer.mlp_norm_bias), config)
     is_sparse = isinstance(layer.mlp, MoeParams)
     mlp_BTD = moe(normed_BTD, layer.mlp, config, positions_BT=where["positions_BT"]) if is_sparse else mlp(normed_BTD, layer.mlp, config)
-    return x_BTD, _delta(mlp_BTD, layer.mlp_post_norm, config), cache_kv
+    return Stream(x_BTD, _delta(mlp_BTD, layer.mlp_post_norm, config)), cache_kv
 
 
 def _add_and_norm(x_BTD: jax.Array, delta_BTD: jax.Array | None, weight_and_bias: tuple[jax.Array | None, jax.Array | None],

@@ -9,11 +9,42 @@ All of it is elementwise over the vocabulary, which may be split.
 """
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
+
+from sharding_rules.axes import VOCAB
+from tpllm.model.per_row import Row, per_row, within_float32
 
 MAX_BAD_WORDS = 32
 MAX_BAD_WORD_TOKENS = 8
 NEVER = -2  # a recent token that no bad word matches; -1 is a bad word's padding, which matches every token
+
+
+def _bias(row: Row, vocab_size: int) -> np.ndarray:
+    allowed = row.params.allowed_token_ids
+    bias_V = np.full(vocab_size, 0 if allowed is None else -np.inf, np.float32)
+    if allowed is not None:
+        bias_V[list(allowed)] = 0
+    for token, bias in row.params.logit_bias.items():
+        bias_V[token] += bias
+    for word in row.bad_words:
+        if len(word) == 1:
+            bias_V[word[0]] = -np.inf
+    return bias_V
+
+
+def _is_in_prompt(row: Row, vocab_size: int) -> np.ndarray:
+    is_in_V = np.zeros(vocab_size, bool)
+    is_in_V[list(row.prompt)] = True
+    return is_in_V
+
+
+def _long_bad_words(row: Row, max_words: int, max_tokens: int) -> np.ndarray:
+    words = np.full((max_words, max_tokens), -1, np.int32)
+    for index, word in enumerate(row.bad_words):
+        if len(word) > 1:
+            words[index, -len(word):] = word
+    return words
 
 
 @struct.dataclass
@@ -21,57 +52,51 @@ class Adjustments:
     """The adjustments of B rows.
 
     Attributes:
-        is_used: bool [B], whether the row has any.
         bias: float32 [B, V], added to the logits; -inf for tokens that may not be drawn.
         presence, frequency, repetition: float32 [B]; 0, 0 and 1 for none.
         in_prompt: bool [B, V], tokens of the prompt.
         bad_words: int32 [B, 32, 8], sequences of at least two tokens that may not be completed, padded with -1 in front.
     """
 
-    is_used: jax.Array
-    bias: jax.Array
-    presence: jax.Array
-    frequency: jax.Array
-    repetition: jax.Array
-    in_prompt: jax.Array
-    bad_words: jax.Array
+    bias: jax.Array = per_row(jnp.float32, VOCAB, pack=_bias)
+    presence: jax.Array = per_row(jnp.float32, pack=lambda row: row.params.presence_penalty)
+    frequency: jax.Array = per_row(jnp.float32, pack=lambda row: row.params.frequency_penalty)
+    repetition: jax.Array = per_row(jnp.float32, empty=1, pack=lambda row: within_float32(row.params.repetition_penalty))
+    in_prompt: jax.Array = per_row(jnp.bool_, VOCAB, pack=_is_in_prompt)
+    bad_words: jax.Array = per_row(jnp.int32, MAX_BAD_WORDS, MAX_BAD_WORD_TOKENS, empty=-1, pack=_long_bad_words)
+
+
+def _counts(row: Row, vocab_size: int) -> np.ndarray:
+    return np.bincount(np.array(row.completion, np.int64), minlength=vocab_size)
+
+
+def _recent(row: Row, count: int) -> list[int]:
+    return ([NEVER] * count + list(row.completion[-count:]))[-count:]
 
 
 @struct.dataclass
 class History:
-    """What B rows have generated.
+    """What B rows that adjust their logits have generated; that of others means nothing.
 
     Attributes:
         counts: int32 [B, V], how often each token.
         recent: int32 [B, 7], the latest tokens, the newest last.
     """
 
-    counts: jax.Array
-    recent: jax.Array
+    counts: jax.Array = per_row(jnp.int32, VOCAB, pack=_counts)
+    recent: jax.Array = per_row(jnp.int32, MAX_BAD_WORD_TOKENS - 1, empty=NEVER, pack=_recent)
 
 
-def no_adjustments(num_rows: int, vocab_size: int) -> Adjustments:
-    """Rows that adjust nothing."""
-    return Adjustments(
-        is_used=jnp.zeros(num_rows, bool), bias=jnp.zeros((num_rows, vocab_size), jnp.float32), presence=jnp.zeros(num_rows, jnp.float32),
-        frequency=jnp.zeros(num_rows, jnp.float32), repetition=jnp.ones(num_rows, jnp.float32), in_prompt=jnp.zeros((num_rows, vocab_size), bool),
-        bad_words=jnp.full((num_rows, MAX_BAD_WORDS, MAX_BAD_WORD_TOKENS), -1, jnp.int32))
+def remember(history: History, token_B: jax.Array, is_kept_B: jax.Array) -> History:
+    """The history after one more token of the rows that ``is_kept_B`` names. It touches one count a row, not the vocabulary."""
+    rows_B = jnp.arange(token_B.shape[0])
+    later_B7 = jnp.concatenate([history.recent[:, 1:], token_B[:, None]], axis=1)
+    return History(counts=history.counts.at[rows_B, token_B].add(is_kept_B.astype(jnp.int32)),
+                   recent=jnp.where(is_kept_B[:, None], later_B7, history.recent))
 
 
-def empty_history(num_rows: int, vocab_size: int) -> History:
-    """Rows that have generated nothing."""
-    return History(counts=jnp.zeros((num_rows, vocab_size), jnp.int32), recent=jnp.full((num_rows, MAX_BAD_WORD_TOKENS - 1), NEVER, jnp.int32))
-
-
-def remember(history: History, token_B: jax.Array) -> History:
-    """The history after one more token a row."""
-    ids_V = jnp.arange(history.counts.shape[1], dtype=jnp.int32)
-    return History(counts=history.counts + (ids_V == token_B[:, None]).astype(jnp.int32),
-                   recent=jnp.concatenate([history.recent[:, 1:], token_B[:, None]], axis=1))
-
-
-def adjust(logits_BV: jax.Array, adjustments: Adjustments, history: History) -> jax.Array:
-    """[B, V] logits after all adjustments; a row without any keeps its logits to the bit."""
+def adjust(logits_BV: jax.Array, is_adjusted_B: jax.Array, adjustments: Adjustments, history: History) -> jax.Array:
+    """[B, V] logits after all adjustments of the rows that ``is_adjusted_B`` names; the others keep their logits to the bit."""
     adjusted_BV = _ban_bad_words(logits_BV + adjustments.bias, adjustments.bad_words, history.recent)
     is_seen_BV = adjustments.in_prompt | (history.counts > 0)
     repetition_B1 = adjustments.repetition[:, None]
@@ -81,7 +106,7 @@ def adjust(logits_BV: jax.Array, adjustments: Adjustments, history: History) -> 
     adjusted_BV = jnp.where(is_seen_BV & ~is_banned_BV, repeated_BV, adjusted_BV)
     adjusted_BV -= adjustments.frequency[:, None] * history.counts.astype(jnp.float32)
     adjusted_BV -= adjustments.presence[:, None] * (history.counts > 0).astype(jnp.float32)
-    return jnp.where(adjustments.is_used[:, None], adjusted_BV, logits_BV)
+    return jnp.where(is_adjusted_B[:, None], adjusted_BV, logits_BV)
 
 
 def _ban_bad_words(logits_BV: jax.Array, bad_words_BWL: jax.Array, recent_BL: jax.Array) -> jax.Array:

@@ -16,8 +16,15 @@ from sharding_rules import Partition
 from sharding_rules.axes import BATCH, VOCAB
 from tpllm import ops
 from tpllm.model.logit_adjustments import Adjustments, History, adjust
+from tpllm.model.per_row import Row, per_row, rows_of, within_float32
 
 MAX_TOP_LOGPROBS = 20
+STOP_IDS = "stop_ids"  # a dim: the most stop ids that a row may have
+
+
+def _stop_ids(row: Row, most: int) -> list[int]:
+    ids = sorted({*row.params.stop_token_ids, *(() if row.params.ignore_eos else row.eos_ids)})
+    return ids + [-1] * (most - len(ids))
 
 
 @struct.dataclass
@@ -33,19 +40,26 @@ class SamplingRows:
         stop_ids: int32 [B, N], padded with -1.
         stop_from: int32, the first position at which a stop id may be drawn.
         num_logprobs: int32, how many likeliest tokens to report; -1 for none.
+        is_adjusted: bool, whether the row has adjustments.
         adjustments: bias, bans and penalties, or None where no row has any.
     """
 
-    temperature: jax.Array
-    top_k: jax.Array
-    top_p: jax.Array
-    min_p: jax.Array
-    seed: jax.Array
-    sample_index: jax.Array
-    stop_ids: jax.Array
-    stop_from: jax.Array
-    num_logprobs: jax.Array
-    adjustments: Adjustments | None = None
+    temperature: jax.Array = per_row(jnp.float32, pack=lambda row: within_float32(row.params.temperature))
+    top_k: jax.Array = per_row(jnp.int32, pack=lambda row: max(row.params.top_k, 0))
+    top_p: jax.Array = per_row(jnp.float32, empty=1, pack=lambda row: within_float32(row.params.top_p))
+    min_p: jax.Array = per_row(jnp.float32, pack=lambda row: within_float32(row.params.min_p))
+    seed: jax.Array = per_row(jnp.uint32, 2, pack=lambda row, _: (row.seed >> 32, row.seed & 0xFFFFFFFF))
+    sample_index: jax.Array = per_row(jnp.uint32, pack=lambda row: row.sample_index)
+    stop_ids: jax.Array = per_row(jnp.int32, STOP_IDS, empty=-1, pack=_stop_ids)
+    stop_from: jax.Array = per_row(jnp.int32, pack=lambda row: len(row.prompt) + min(row.params.min_tokens, row.max_new_tokens))
+    num_logprobs: jax.Array = per_row(jnp.int32, empty=-1, pack=lambda row: -1 if row.params.logprobs is None else row.params.logprobs)
+    is_adjusted: jax.Array = per_row(jnp.bool_, pack=lambda row: row.params.adjusts_logits)
+    adjustments: Adjustments | None = rows_of(Adjustments, default=None)
+
+    def only(self, is_drawn_B: jax.Array) -> "SamplingRows":
+        """The same, but that what is costly is asked for by the rows alone that ``is_drawn_B`` names."""
+        return self.replace(temperature=jnp.where(is_drawn_B, self.temperature, 0), num_logprobs=jnp.where(is_drawn_B, self.num_logprobs, -1),
+                            is_adjusted=self.is_adjusted & is_drawn_B)
 
 
 @struct.dataclass
@@ -106,7 +120,7 @@ def sample(logits_BV: jax.Array, rows: SamplingRows, positions_B: jax.Array, his
 
     adjusted_BV = logits_BV
     if rows.adjustments is not None:
-        adjusted_BV = only_if(jnp.any(rows.adjustments.is_used), adjust, logits_BV, rows.adjustments, history)
+        adjusted_BV = only_if(jnp.any(rows.is_adjusted), adjust, logits_BV, rows.is_adjusted, rows.adjustments, history)
     allowed_BV = only_if(jnp.any(bans_stop_B), _ban_stop_ids, adjusted_BV, rows.stop_ids, bans_stop_B)
     is_random_B = rows.temperature > 0
     noisy_BV = only_if(jnp.any(is_random_B), lambda x: _noisy(x, rows, positions_B, partition), allowed_BV)

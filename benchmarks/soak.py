@@ -87,7 +87,7 @@ def soak(llm: LLM, *, minutes: float, warm_up_minutes: float, period_s: float, s
         period_s: between two samples.
         seed: chooses the requests and what happens to them.
     """
-    traffic, guard = Traffic(llm, seed), llm._live_engine.runner.guard
+    traffic, guard = Traffic(llm, seed), llm.engine.runner.guard
     traffic.run_until(time.monotonic() + 60 * warm_up_minutes)
     compiled, before, start = guard.num_compiles, traffic.counts(), time.monotonic()
     times, rss = [0.0], [_resident_bytes() / MIB]
@@ -104,7 +104,7 @@ class Traffic:
     """Requests of every kind, so many that some always wait."""
 
     def __init__(self, llm: LLM, seed: int):
-        self._llm, self._engine, self._rng = llm, llm._live_engine, np.random.default_rng(seed)
+        self._llm, self._engine, self._rng = llm, llm.engine, np.random.default_rng(seed)
         self._open: dict[int, Request] = {}
         self._items: list = []
         self._num_sent = self._num_done = self._num_aborted = self._num_refused = 0

@@ -35,7 +35,7 @@ class AsyncLLM:
 
     def __init__(self, model: str | LLM, **options: Any):
         self._llm = model if isinstance(model, LLM) else LLM(model, **options)
-        self._engine = self._llm._live_engine
+        self._engine = self._llm.engine
         self._inbox: queue.SimpleQueue[tuple[_Answer | _Stream | None, Callable[[], None]]] = queue.SimpleQueue()
         self._streams: dict[str, _Stream] = {}
         self._thread = threading.Thread(target=self._run, name="tpllm-engine", daemon=True)

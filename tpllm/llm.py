@@ -17,7 +17,7 @@ from tpllm.engine.description import Description, describe, kernels_of
 from tpllm.engine.engine import Engine
 from tpllm.engine.options import EngineOptions, build_engine
 from tpllm.engine.outputs import CompletionDelta, RequestOutput
-from tpllm.engine.prompts import Messages, Prompt, encode_prompt
+from tpllm.engine.prompts import Messages, Prompt, Requests
 from tpllm.engine.request import Request
 from tpllm.engine.runner import Runner
 from tpllm.engine.sampling_params import SamplingParams
@@ -35,6 +35,8 @@ from tpllm.progress import progress_bar
 from tpllm.quant.policy import Quantization
 from tpllm.tokenizer import Tokenizer
 from tpllm.tokenizer.generation_defaults import GenerationDefaults
+
+ONE = (SamplingParams, int, type(None))  # what is given once for all prompts
 
 
 class LLM:
@@ -137,13 +139,14 @@ class LLM:
                                      family=family)
         self._engine = engine
 
-    def generate(self, prompts: Prompt | Iterable[Prompt], sampling_params: SamplingParams | Iterable[SamplingParams] | None = None, *,
+    def generate(self, prompts: Prompt | Requests, sampling_params: SamplingParams | Iterable[SamplingParams] | None = None, *,
                  priority: int | Iterable[int] = 0, show_progress: bool | None = None) -> list[RequestOutput]:
         """Complete prompts.
 
         Args:
-            prompts: one or many: text, ``{"prompt": ...}``, ``{"prompt_token_ids": [...]}`` or ``{"messages": [...]}``.
-            sampling_params: one for all, or one each; None takes the model's own defaults (``default_sampling``).
+            prompts: one or many: text, ``{"prompt": ...}``, ``{"prompt_token_ids": [...]}`` or ``{"messages": [...]}``; of many each may be a pair
+                of a prompt and its own :class:`SamplingParams`.
+            sampling_params: one for all that bring none, or one each; None takes the model's own defaults (``default_sampling``).
             priority: one for all, or one each; lower ones come first, and among equals those that came first.
             show_progress: a progress bar on standard error; None shows it for more than one prompt on a terminal.
 
@@ -153,22 +156,12 @@ class LLM:
         Raises:
             PromptError, SamplingError: a prompt or parameter that cannot be used; nothing is generated then.
         """
-        prompts = [prompts] if isinstance(prompts, str | Mapping) else list(prompts)
-        prompts = [encode_prompt(prompt, self._tokenizer) for prompt in prompts]
-        if sampling_params is None or isinstance(sampling_params, SamplingParams):
-            sampling_params = [sampling_params or self._default_params()] * len(prompts)
-        sampling_params = list(sampling_params)
-        if len(sampling_params) != len(prompts):
-            raise ConfigError(f"{len(prompts)} prompts but {len(sampling_params)} sampling_params; give one for all, or one each")
-        priorities = list(itertools.islice(_each(priority), len(prompts)))
-        if len(priorities) != len(prompts):
-            raise ConfigError(f"{len(prompts)} prompts but {len(priorities)} priorities; give one for all, or one each")
-        for prompt, params, one in zip(prompts, sampling_params, priorities, strict=True):
-            self._live_engine.admission.check_request(prompt["prompt_token_ids"], params, one)
-        order = sorted(range(len(prompts)), key=priorities.__getitem__)
+        engine, prompts = self.engine, [prompts] if isinstance(prompts, str | Mapping) else list(prompts)
+        given = [_listed(values, len(prompts), name) for values, name in ((sampling_params, "sampling_params"), (priority, "priorities"))]
+        prepared = [engine.prepare(prompt, params, priority=one) for prompt, params, one in self._requests(prompts, *given)]
+        order = sorted(range(len(prompts)), key=lambda index: prepared[index].priority)
         outputs: list[RequestOutput | None] = [None] * len(prompts)
-        ordered = ([values[index] for index in order] for values in (prompts, sampling_params, priorities))
-        completed = complete(self._live_engine, zip(*ordered, strict=True), on_error="raise")
+        completed = complete(engine, iter([prepared[index] for index in order]), on_error="raise")
         with progress_bar(len(prompts), is_shown=show_progress) as advance, contextlib.closing(completed):
             for output in completed:
                 index = order[int(output.request_id)]
@@ -176,7 +169,7 @@ class LLM:
                 advance(output)
         return outputs
 
-    def generate_iter(self, prompts: Iterable[Prompt], sampling_params: SamplingParams | Iterable[SamplingParams] | None = None, *,
+    def generate_iter(self, prompts: Requests, sampling_params: SamplingParams | Iterable[SamplingParams] | None = None, *,
                       priority: int | Iterable[int] = 0, on_error: OnError = "raise") -> Iterator[RequestOutput]:
         """Complete prompts, each given back as soon as it ends.
 
@@ -189,9 +182,7 @@ class LLM:
         Yields:
             Outputs; ``request_id`` is the prompt's position, as text.
         """
-        default = self._default_params()
-        params = (default if one is None else one for one in _each(default if sampling_params is None else sampling_params))
-        yield from complete(self._live_engine, zip(prompts, params, _each(priority), strict=False), on_error=on_error)
+        yield from complete(self.engine, self._requests(prompts, sampling_params, priority), on_error=on_error)
 
     def stream(self, prompt: Prompt | Messages, sampling_params: SamplingParams | None = None) -> Iterator[CompletionDelta]:
         """Complete one prompt, or one chat, token by token.
@@ -204,7 +195,7 @@ class LLM:
             The new text and tokens of one completion at a time.
         """
         prompt = {"messages": prompt} if isinstance(prompt, list) else prompt
-        yield from stream(self._live_engine, prompt, sampling_params or self._default_params())
+        yield from stream(self.engine, prompt, sampling_params or self._default_params())
 
     def chat(self, messages: Messages | list[Messages], sampling_params: SamplingParams | None = None, *,
              template_kwargs: Mapping[str, Any] | None = None, tools: list[dict[str, Any]] | None = None, add_generation_prompt: bool = True,
@@ -226,17 +217,17 @@ class LLM:
 
     def warm_up(self, *, has_prompt_logprobs: bool = False) -> None:
         """Compile every program now; afterwards nothing compiles."""
-        self._live_engine.warm_up(has_prompt_logprobs=has_prompt_logprobs)
+        self.engine.warm_up(has_prompt_logprobs=has_prompt_logprobs)
 
     def metrics(self) -> Snapshot:
         """What the engine is doing and has done; ``metrics().to_prometheus()`` is the text that Prometheus scrapes."""
-        engine = self._live_engine
+        engine = self.engine
         with contextlib.nullcontext() if engine.is_in_turn else engine.turn():  # what is called within a step may look, too
             return take_snapshot(engine)
 
     def reset_prefix_cache(self) -> None:
         """Forget the keys and values of earlier prompts; rows that run keep theirs."""
-        self._live_engine.reset_prefix_cache()
+        self.engine.reset_prefix_cache()
 
     def close(self) -> None:
         """Give the memory of parameters and cache back at once; ``params`` taken from it before are deleted too. Closing twice is fine."""
@@ -278,7 +269,7 @@ class LLM:
     @property
     def params(self) -> DecoderParams:
         """The parameters on the mesh."""
-        return self._live_engine.runner.executor.params[TARGET]
+        return self.engine.runner.executor.params[TARGET]
 
     @property
     def default_sampling(self) -> dict[str, Any]:
@@ -288,7 +279,7 @@ class LLM:
 
     def fingerprint(self) -> dict[str, Any]:
         """Everything a result depends on besides the request: model, software, hardware, mesh and shapes. JSON-able."""
-        runner = self._live_engine.runner
+        runner = self.engine.runner
         device = self.config.partition.mesh.devices.flat[0]
         return {"model": self._model_fingerprint, "environment": describe_environment(device.platform, device.device_kind),
                 "mesh": mesh_text(self.config.partition.mesh), "rules": dict(self.config.partition.rules.entries),
@@ -296,16 +287,24 @@ class LLM:
                 "quantization": self._quantization, "kernels": kernels_of(self.params)}
 
     @property
-    def _live_engine(self) -> Engine:
+    def engine(self) -> Engine:
+        """The engine, for those who queue requests and step it themselves; raises ``ConfigError`` once this is closed."""
         if self._engine is None:
             raise ConfigError("this LLM is closed; make a new one")
         return self._engine
 
     def submit(self, request_id: str, prompt: Prompt, params: SamplingParams | None = None, *, priority: int = 0) -> Request:
         """Queue a request with the engine, for those who step it themselves; see :class:`.AsyncLLM` for services."""
-        encoded = encode_prompt(prompt, self._tokenizer)
-        return self._live_engine.add_request(request_id, encoded.get("prompt"), encoded["prompt_token_ids"], params or self._default_params(),
-                                             priority=priority)
+        engine = self.engine
+        return engine.add_request(request_id, engine.prepare(prompt, params or self._default_params(), priority=priority))
+
+    def _requests(self, prompts: Requests, sampling_params: SamplingParams | Iterable[SamplingParams] | None,
+                  priority: int | Iterable[int]) -> Iterator[tuple[Prompt, SamplingParams, int]]:
+        """Each prompt with its parameters and priority, as they are asked for; the shortest of several iterables ends them."""
+        default = self._default_params()
+        for prompt, params, one in zip(prompts, _each(sampling_params), _each(priority), strict=False):
+            prompt, own = prompt if isinstance(prompt, tuple) and len(prompt) == 2 else (prompt, None)
+            yield prompt, own or params or default, one
 
     def _default_params(self) -> SamplingParams:
         return SamplingParams(**self.default_sampling)
@@ -319,4 +318,12 @@ def _wait_for(runner: Runner) -> None:
 
 def _each(values: Any | Iterable[Any]) -> Iterator[Any]:
     """One value again and again, or each of several."""
-    return itertools.repeat(values) if isinstance(values, SamplingParams | int) else iter(values)
+    return itertools.repeat(values) if isinstance(values, ONE) else iter(values)
+
+
+def _listed(values: Any | Iterable[Any], count: int, name: str) -> list[Any]:
+    """Each of several, or one value so often."""
+    found = [values] * count if isinstance(values, ONE) else list(values)
+    if len(found) != count:
+        raise ConfigError(f"{count} prompts but {len(found)} {name}; give one for all, or one each")
+    return found

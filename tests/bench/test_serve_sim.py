@@ -54,7 +54,7 @@ def test_requests_are_served_in_real_time_and_those_in_time_are_counted(llm):
 
 
 def test_a_watched_request_gets_every_token_delivered(llm):
-    watch = Watch(llm._live_engine)
+    watch = Watch(llm.engine)
     request = watch.add(Item([5, 6, 7], 9))
     watch.run_until(lambda: request.is_finished)
     assert sum(num for _, num in watch.of(request).deliveries) == 9
@@ -67,7 +67,7 @@ def test_a_long_prompt_is_measured_among_rows_that_go_on(llm):
     for run in found["runs"]:
         assert min(run["num_spans"].values()) >= 3
         assert run["inter_token_p99_ratio"] == run["inter_token_disturbed_p99_s"] / run["inter_token_undisturbed_p99_s"]
-    assert not llm._live_engine.has_work
+    assert not llm.engine.has_work
 
 
 def test_a_long_prompt_that_no_row_holds_is_refused(llm):

@@ -45,7 +45,7 @@ def test_a_run_counts_every_token_once_and_a_second_run_finds_nothing_cached(llm
 
 
 def test_static_batching_never_runs_more_than_one_batch(llm, items, monkeypatch):
-    engine, waiting = llm._live_engine, []
+    engine, waiting = llm.engine, []
     add_request = engine.add_request
     monkeypatch.setattr(engine, "add_request", lambda request_id, *rest: waiting.append((int(request_id), engine.scheduler.running))
                         or add_request(request_id, *rest))
@@ -57,8 +57,8 @@ def test_static_batching_never_runs_more_than_one_batch(llm, items, monkeypatch)
 
 def test_a_request_that_ended_early_is_no_result(llm):
     item = Item([1, 2, 3], 5)
-    request = llm._live_engine.add_request("9", None, item.prompt_token_ids, item.params)
-    llm._live_engine.abort(request)
+    request = llm.engine.add_request("9", item.prepared(llm.engine))
+    llm.engine.abort(request)
     with pytest.raises(TpllmError, match="request 9 gave 0 of 5 tokens: abort"):
         check_done(item, request)
 

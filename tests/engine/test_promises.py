@@ -7,7 +7,7 @@ import pytest
 from tests.engine.fake_device import fake_llm
 from tpllm import LLM, SamplingParams
 from tpllm.engine.engine import Engine
-from tpllm.engine.request import Request
+from tpllm.engine.request import Prepared, Request
 
 VOCAB, CONTEXT = 96, 120
 
@@ -59,7 +59,7 @@ class Walk:
         chance = self.rng.random()
         if chance < 0.12 and len(self.live) < 12:
             prompt, params = drawn_request(self.rng)
-            request = self.engine.add_request("r", None, prompt, params, priority=self.rng.choice([0, 0, 0, -1, 1]))
+            request = self.engine.add_request("r", Prepared(None, prompt, params, self.rng.choice([0, 0, 0, -1, 1])))
             self.live[request] = prompt, params
         elif chance < 0.14 and self.live:
             self.engine.abort(self.rng.choice(list(self.live)))
@@ -113,7 +113,8 @@ def test_steps_that_give_several_tokens_are_fewer_and_are_counted_as_the_device_
 def test_a_row_that_lost_its_pages_and_is_given_up_leaves_nothing_on_the_host():
     with fake_llm(is_native=False, num_pages=8) as llm:
         engine = llm._engine
-        requests = [engine.add_request(str(index), None, [index + 1] * 20, SamplingParams(temperature=0, max_tokens=90)) for index in range(3)]
+        params = SamplingParams(temperature=0, max_tokens=90)
+        requests = [engine.add_request(str(index), Prepared(None, [index + 1] * 20, params)) for index in range(3)]
         while engine.runner.executor.num_saved == 0:
             engine.step()
         engine.abort(*requests)

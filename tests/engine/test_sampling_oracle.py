@@ -12,7 +12,7 @@ from sharding_rules import TENSOR, Partition, make_mesh
 from tests import numpy_sampler
 from tpllm import SamplingParams
 from tpllm.engine.batch import row_of
-from tpllm.engine.request import new_request
+from tpllm.engine.request import Prepared, new_request
 from tpllm.engine.slots import SlotState
 from tpllm.model import sampling
 from tpllm.model.logit_adjustments import History, adjust, remember
@@ -88,8 +88,8 @@ def packed(rows: list[Row]) -> tuple[np.ndarray, SamplingRows, np.ndarray, Histo
     """(logits [B, V], sampling parameters, positions, history) as the device gets them."""
     sequences = []
     for slot, row in enumerate(rows):
-        request = new_request(str(slot), None, row.prompt, params=row.params, seed=1000 + slot, max_len=100, tokenizer=None)
-        request.bad_words = row.bad_words
+        prepared = Prepared(None, row.prompt, row.params, bad_words=row.bad_words)
+        request = new_request(str(slot), prepared, seed=1000 + slot, max_len=100, tokenizer=None)
         sequences.append(request.sequences[0])
         sequences[-1].slot = slot
     states = [pack_row(SlotState, row_of(sequence, frozenset(EOS_IDS)), vocab=VOCAB, **{STOP_IDS: 8}) for sequence in sequences]

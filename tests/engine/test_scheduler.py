@@ -2,7 +2,7 @@
 import pytest
 
 from tpllm import SamplingParams
-from tpllm.engine.request import Request, Sequence, new_request
+from tpllm.engine.request import Prepared, Request, Sequence, new_request
 from tpllm.engine.scheduler import MAX_PREFILLS_IN_A_ROW, Scheduler
 from tpllm.engine.shapes import EngineShapes
 from tpllm.model.config import ALL_LAYERS
@@ -22,8 +22,8 @@ class Host:
         self.num_requests += 1
         priority = params.pop("priority", 0)
         tokens = [1000 * self.num_requests + i for i in range(prompt)] if isinstance(prompt, int) else prompt
-        request = new_request(str(self.num_requests), None, tokens, params=SamplingParams(max_tokens=max_tokens, **params), seed=0, max_len=MAX_LEN,
-                              tokenizer=None, priority=priority, number=self.num_requests)
+        prepared = Prepared(None, tokens, SamplingParams(max_tokens=max_tokens, **params), priority)
+        request = new_request(str(self.num_requests), prepared, seed=0, max_len=MAX_LEN, tokenizer=None, number=self.num_requests)
         for sequence in request.sequences:
             self.scheduler.add(sequence)
         return request

@@ -14,7 +14,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from tpllm import SamplingParams
 from tpllm.engine.plan import Owner, StepPlan
-from tpllm.engine.request import Request, Sequence, new_request
+from tpllm.engine.request import Prepared, Request, Sequence, new_request
 from tpllm.engine.scheduler import Scheduler
 from tpllm.engine.shapes import EngineShapes
 from tpllm.model.config import ALL_LAYERS
@@ -65,8 +65,8 @@ class World:
     def add(self, prompt: list[int], *, n: int, max_tokens: int, priority: int) -> None:
         """Queue a request."""
         self.num_requests += 1
-        request = new_request(str(self.num_requests), None, prompt[:self.max_len - 1], params=SamplingParams(n=n, max_tokens=max_tokens), seed=0,
-                              max_len=self.max_len, tokenizer=None, priority=priority, number=self.num_requests)
+        prepared = Prepared(None, prompt[:self.max_len - 1], SamplingParams(n=n, max_tokens=max_tokens), priority)
+        request = new_request(str(self.num_requests), prepared, seed=0, max_len=self.max_len, tokenizer=None, number=self.num_requests)
         self.requests.append(request)
         for sequence in request.sequences:
             self.scheduler.add(sequence)

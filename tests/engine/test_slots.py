@@ -73,7 +73,7 @@ def test_a_row_that_is_paused_stays_as_it_is_and_goes_on_later_as_if_nothing_was
     expected = [output.outputs[0].token_ids for output in llm.generate(prompts, params)]
     engine = llm._engine
     for index, prompt in enumerate(prompts):
-        engine.add_request(str(index), None, prompt["prompt_token_ids"], params)
+        engine.add_request(str(index), engine.prepare(prompt, params))
     while not all(row and row.completion.token_ids for row in engine.scheduler.slots[:2]):
         engine.step()
     while engine._in_flight:

@@ -13,6 +13,7 @@ import tpllm
 from sharding_rules import MeshError
 from tpllm import LLM, SamplingParams
 from tpllm.checkpoint.source import DEMO_FOLDER
+from tpllm.engine import admission
 from tpllm.errors import ConfigError, PromptError, SamplingError, TpllmError
 
 GREEDY = SamplingParams(temperature=0, max_tokens=16)
@@ -226,3 +227,28 @@ def test_a_sampling_value_out_of_range_is_named_with_its_limits(values, words):
         SamplingParams(**values)
     assert isinstance(caught.value, TpllmError)
     assert isinstance(caught.value, ValueError)
+
+
+def test_each_prompt_may_bring_its_own_parameters(llm):
+    one, two = SamplingParams(temperature=0, max_tokens=2), SamplingParams(temperature=0, max_tokens=5)
+    given, numbers = [("The sea", two), "A ship", ("Once", two), "So"], [5, 2, 5, 2]
+    assert [len(output.outputs[0].token_ids) for output in llm.generate(given, one)] == numbers
+    iterated = {int(output.request_id): output for output in llm.generate_iter(iter(given), one)}
+    assert [len(iterated[index].outputs[0].token_ids) for index in range(4)] == numbers
+    assert len(llm.generate([("So", one)])[0].outputs[0].token_ids) == 2
+    returned = list(llm.generate_iter([("", one), ("So", "greedy")], on_error="return"))
+    assert [output.outputs[0].finish_reason for output in returned] == ["error", "error"]
+    assert "the sampling parameters are 'greedy'" in returned[1].outputs[0].error
+
+
+def test_a_prompt_is_encoded_and_checked_once(llm, monkeypatch):
+    calls, tokenizer = [], llm.get_tokenizer()
+    encode, find = tokenizer.encode, admission.find_bad_words
+    monkeypatch.setattr(tokenizer, "encode", lambda text, **options: calls.append(text) or encode(text, **options))
+    monkeypatch.setattr(admission, "find_bad_words", lambda *args, **options: calls.append("check") or find(*args, **options))
+    params = SamplingParams(temperature=0, max_tokens=1)
+    llm.generate(["The sea", "A ship"], params)
+    assert calls == ["The sea", "check", "A ship", "check"]
+    calls.clear()
+    list(llm.generate_iter(["So"], params))
+    assert calls == ["So", "check"]

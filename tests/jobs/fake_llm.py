@@ -28,9 +28,9 @@ class FakeLLM:
     def close(self):
         self.is_closed = True
 
-    def generate_iter(self, prompts, sampling_params, *, on_error="raise"):
+    def generate_iter(self, requests, *, on_error="raise"):
         assert on_error == "return"
-        waiting = enumerate(zip(prompts, sampling_params, strict=True))
+        waiting = enumerate(requests)
         running = []
         while True:
             for number, (prompt, params) in itertools.islice(waiting, self.max_num_seqs - len(running)):

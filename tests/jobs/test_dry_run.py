@@ -52,8 +52,8 @@ class Paced(FakeLLM):
     def get_tokenizer(self):
         return Words()
 
-    def generate_iter(self, prompts, sampling_params, *, on_error="raise"):
-        for number, (prompt, params) in enumerate(zip(prompts, sampling_params, strict=True)):
+    def generate_iter(self, requests, *, on_error="raise"):
+        for number, (prompt, params) in enumerate(requests):
             ids = prompt["prompt_token_ids"]
             limit = min(params.max_tokens or CONTEXT, CONTEXT - len(ids))
             length = limit if params.ignore_eos else min(limit, ids[0])

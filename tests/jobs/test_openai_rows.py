@@ -25,10 +25,9 @@ ROW = batch_row("a", COMPLETIONS, {"prompt": "x", "max_tokens": 2})
 class SeenLLM(FakeLLM):
     """Notes what reaches the engine."""
 
-    def generate_iter(self, prompts, sampling_params, *, on_error):
-        pairs = list(zip(prompts, sampling_params, strict=True))
-        type(self).seen = pairs
-        return super().generate_iter((prompt for prompt, _ in pairs), (params for _, params in pairs), on_error=on_error)
+    def generate_iter(self, requests, *, on_error):
+        type(self).seen = list(requests)
+        return super().generate_iter(type(self).seen, on_error=on_error)
 
 
 def test_a_batch_file_of_the_openai_package_runs_and_its_output_reads_with_its_types(run_text):
@@ -167,8 +166,8 @@ def test_the_shards_of_a_job_of_batch_rows_hold_the_bytes_of_the_whole(make_job)
 
 def test_a_row_of_several_prompts_is_written_once_all_of_them_are_there(make_job):
     class Stopping(FakeLLM):
-        def generate_iter(self, prompts, sampling_params, *, on_error):
-            outputs = super().generate_iter(prompts, sampling_params, on_error=on_error)
+        def generate_iter(self, requests, *, on_error):
+            outputs = super().generate_iter(requests, on_error=on_error)
             yield next(outputs)
     job = make_job(to_jsonl([batch_row("a", COMPLETIONS, {"prompt": ["x", "y"], "max_tokens": 1})]))
     with pytest.raises(Exception, match="1 rows unfinished"):

@@ -87,10 +87,10 @@ def test_the_job_is_that_of_the_same_rows_as_jsonl(write, make_job):
 class Recorder(FakeLLM):
     seen: list
 
-    def generate_iter(self, prompts, sampling_params, *, on_error):
-        pairs = list(zip(prompts, sampling_params, strict=True))
+    def generate_iter(self, requests, *, on_error):
+        pairs = list(requests)
         type(self).seen = [(prompt, params.temperature, params.top_k) for prompt, params in pairs]
-        return super().generate_iter((prompt for prompt, _ in pairs), (params for _, params in pairs), on_error=on_error)
+        return super().generate_iter(pairs, on_error=on_error)
 
 
 MESSAGES = [{"role": "user", "content": "a"}]

@@ -169,15 +169,10 @@ def test_a_chance_collision_of_digests_refuses_nothing(run_text, monkeypatch):
 class Recorder(FakeLLM):
     params: dict[str, SamplingParams]
 
-    def generate_iter(self, prompts, sampling_params, *, on_error):
-        type(self).params = {}
-
-        def noted():
-            for prompt, params in zip(prompts, sampling_params, strict=True):
-                type(self).params[json.dumps(prompt)] = params
-                yield prompt, params
-        pairs = list(noted())
-        return super().generate_iter((prompt for prompt, _ in pairs), (params for _, params in pairs), on_error=on_error)
+    def generate_iter(self, requests, *, on_error):
+        pairs = list(requests)
+        type(self).params = {json.dumps(prompt): params for prompt, params in pairs}
+        return super().generate_iter(pairs, on_error=on_error)
 
 
 def test_a_rows_seed_follows_from_the_jobs_and_its_place_unless_one_is_given(make_job):

@@ -211,15 +211,15 @@ def test_the_engine_is_closed_whatever_happens(make_job):
 
 def test_prompts_are_read_as_they_are_needed(make_job):
     class Slow(FakeLLM):
-        def generate_iter(self, prompts, sampling_params, **options):
+        def generate_iter(self, requests, **options):
             num_read = 0
 
             def counted():
                 nonlocal num_read
-                for prompt in prompts:
+                for request in requests:
                     num_read += 1
-                    yield prompt
-            for number, output in enumerate(super().generate_iter(counted(), sampling_params, **options)):
+                    yield request
+            for number, output in enumerate(super().generate_iter(counted(), **options)):
                 assert num_read <= number + 2 * self.max_num_seqs
                 yield output
     assert run_job(make_job(rows_text(100), rows_per_part=10), make_llm=Slow).is_complete

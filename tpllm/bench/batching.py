@@ -106,14 +106,14 @@ def run_static(llm: LLM, items: Sequence[Item]) -> BatchRun:
 
 
 def _run(llm: LLM, batches: Iterable[Sequence[Item]], num_items: int) -> BatchRun:
-    engine, timeline, done = llm._live_engine, Timeline(), []
+    engine, timeline, done = llm.engine, Timeline(), []
     llm.reset_prefix_cache()  # an earlier run had the same prompts
     before, numbers, num_later = count(engine), itertools.count(), num_items
     timeline.add(0.0, 0, num_items)
     start = time.perf_counter()
     for batch in batches:
         num_later -= len(batch)
-        done += [(item, engine.add_request(str(next(numbers)), None, item.prompt_token_ids, item.params)) for item in batch]
+        done += [(item, engine.add_request(str(next(numbers)), item.prepared(engine))) for item in batch]
         while engine.has_work:
             engine.step()
             timeline.add(time.perf_counter() - start, num_busy(engine), engine.num_waiting + num_later)

@@ -46,7 +46,7 @@ def measure_long_prompt(llm: LLM, prompt_len: int, *, num_runs: int, seed: int =
 
 def _run_long_prompt(llm: LLM, alone: Item, among: Item, rows: list[Item]) -> dict[str, float]:
     llm.reset_prefix_cache()
-    engine = llm._live_engine
+    engine = llm.engine
     watch = Watch(engine)
     request = watch.add(alone)
     watch.run_until(lambda: request.is_finished)
@@ -93,7 +93,7 @@ def measure_shared_prefix(llm: LLM, prefix_len: int, *, num_requests: int, suffi
         num_runs: hits and misses, one at a time, whose medians count.
         seed: chooses the tokens.
     """
-    engine, scheduler = llm._live_engine, llm._live_engine.scheduler
+    engine, scheduler = llm.engine, llm.engine.scheduler
 
     def prompts(number: int, seed: int) -> list[Item]:
         lengths = MixedLengths(number, seed, prompt_lens=(suffix_len, suffix_len), output_lens=(2, 2), shared_prefix_len=prefix_len)
@@ -120,7 +120,7 @@ def measure_shared_prefix(llm: LLM, prefix_len: int, *, num_requests: int, suffi
 
 
 def _ttft_alone(llm: LLM, item: Item) -> float:
-    watch = Watch(llm._live_engine)
+    watch = Watch(llm.engine)
     request = watch.add(item)
     watch.run_until(lambda: request.is_finished)
     return watch.of(request).ttft

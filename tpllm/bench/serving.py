@@ -76,7 +76,7 @@ class Watch:
         """Queue a request that came now, or at a time that has passed."""
         self._num_added += 1
         now = time.perf_counter() if arrival is None else arrival
-        request = self.engine.add_request(str(self._num_added), None, item.prompt_token_ids, item.params)
+        request = self.engine.add_request(str(self._num_added), item.prepared(self.engine))
         self._served[id(request)] = Served(now)
         return request
 
@@ -105,7 +105,7 @@ def serve(llm: LLM, items: Sequence[Item], *, ttft_limit: float, token_limit: fl
         ttft_limit, token_limit: seconds to the first token, and for each further one in the mean, that still are good service.
     """
     llm.reset_prefix_cache()
-    engine = llm._live_engine
+    engine = llm.engine
     watch, timeline, pending, done, before = Watch(engine), Timeline(), collections.deque(items), [], count(engine)
     start = time.perf_counter()
     timeline.add(0.0, 0, 0)

@@ -11,6 +11,8 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
+from tpllm.engine.engine import Engine
+from tpllm.engine.request import Prepared
 from tpllm.engine.sampling_params import SamplingParams
 from tpllm.errors import ConfigError
 
@@ -69,6 +71,10 @@ class Item:
     def params(self) -> SamplingParams:
         """Greedy, to the last token."""
         return SamplingParams(temperature=0.0, max_tokens=self.output_len, ignore_eos=True)
+
+    def prepared(self, engine: Engine) -> Prepared:
+        """The request, checked by an engine."""
+        return engine.prepare({"prompt_token_ids": self.prompt_token_ids}, self.params)
 
 
 def make_workload(vocab_size: int, lengths: MixedLengths) -> list[Item]:

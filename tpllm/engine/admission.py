@@ -1,5 +1,9 @@
 """What is asked of a request before it is queued."""
+from collections.abc import Mapping
+from typing import Any
+
 from tpllm.engine.bad_words import check_vocabulary, find_bad_words
+from tpllm.engine.request import Prepared
 from tpllm.engine.sampling_params import SamplingParams
 from tpllm.errors import PromptError, SamplingError
 from tpllm.model.config import ModelConfig
@@ -26,8 +30,8 @@ class Admission:
         """Tokens that a row can reach, prompt and completion together."""
         return min(self._max_model_len, self._num_cache_tokens)
 
-    def check_request(self, prompt_token_ids: list[int], params: SamplingParams, priority: int = 0) -> list[list[int]]:
-        """Check a request; returns the token sequences of ``params.bad_words``.
+    def prepare(self, encoded: Mapping[str, Any], params: SamplingParams, priority: int = 0) -> Prepared:
+        """Check a request whose prompt is ``encoded``, as :func:`.encode_prompt` gives it.
 
         Raises:
             PromptError: an empty prompt, one that leaves no room in the context or the cache, or an id outside the vocabulary.
@@ -38,11 +42,13 @@ class Admission:
             raise SamplingError(f"the sampling parameters are {params!r}; give SamplingParams(...)")
         if not isinstance(priority, int) or isinstance(priority, bool) or abs(priority) > MAX_PRIORITY:
             raise SamplingError(f"the priority is {priority!r}; it must be a whole number from -{MAX_PRIORITY} to {MAX_PRIORITY}, lower ones first")
-        self.check_prompt(prompt_token_ids)
+        token_ids = encoded["prompt_token_ids"]
+        self.check_prompt(token_ids)
         if params.stop and self._tokenizer is None:
             raise SamplingError(f"stop is {params.stop!r}, but this model has no tokenizer to make text; use stop_token_ids")
         check_vocabulary(params, self._config.vocab_size)
-        return find_bad_words(params.bad_words, self._tokenizer, vocab_size=self._config.vocab_size)
+        bad_words = find_bad_words(params.bad_words, self._tokenizer, vocab_size=self._config.vocab_size)
+        return Prepared(encoded.get("prompt"), token_ids, params, priority, bad_words)
 
     def check_prompt(self, token_ids: list[int]) -> None:
         """Raise ``PromptError`` for an empty prompt, one that leaves no room in the context or the cache, or an id outside the vocabulary."""

@@ -8,8 +8,8 @@ from typing import Any, Literal
 
 from tpllm.engine.engine import Engine
 from tpllm.engine.outputs import CompletionDelta, RequestOutput, failed_output
-from tpllm.engine.prompts import Prompt, encode_prompt
-from tpllm.engine.request import Request, Sequence
+from tpllm.engine.prompts import Prompt
+from tpllm.engine.request import Prepared, Request, Sequence
 from tpllm.engine.sampling_params import SamplingParams
 from tpllm.engine.turns import HeldSignals
 from tpllm.errors import ConfigError, TpllmError
@@ -31,12 +31,10 @@ class Call:
         if sys is not None and not sys.is_finalizing():  # at exit modules are None, and nothing runs on
             self._engine.abort(*self.unfinished.values())
 
-    def submit(self, request_id: str, prompt: Prompt, params: SamplingParams, *, priority: int = 0) -> Request:
-        """Queue a request; raises what :func:`.encode_prompt` and :meth:`.Engine.add_request` raise."""
-        encoded = encode_prompt(prompt, self._engine.tokenizer)
+    def submit(self, request_id: str, prepared: Prepared) -> Request:
+        """Queue a request."""
         with HeldSignals():  # a request that is queued and not noted here could not be given up
-            request = self.unfinished[request_id] = self._engine.add_request(request_id, encoded.get("prompt"), encoded["prompt_token_ids"], params,
-                                                                             priority=priority)
+            request = self.unfinished[request_id] = self._engine.add_request(request_id, prepared)
         return request
 
     @property
@@ -50,23 +48,30 @@ class Call:
         return [self.unfinished.pop(request_id) for request_id in found]
 
 
-def complete(engine: Engine, requests: Iterator[tuple[Prompt, SamplingParams, int]], *, on_error: OnError) -> Iterator[RequestOutput]:
-    """Outputs as they end; a bad prompt is raised, or given back as one. At most ``max_num_seqs`` of its sequences wait at a time."""
+def complete(engine: Engine, requests: Iterator[Prepared | tuple[Prompt, SamplingParams, int]], *, on_error: OnError) -> Iterator[RequestOutput]:
+    """Outputs as they end; a bad prompt is raised, or given back as one. At most ``max_num_seqs`` of its sequences wait at a time.
+
+    Args:
+        engine: of all calls.
+        requests: prepared, or a prompt, parameters and a priority each, which are encoded and checked when their turn comes.
+        on_error: ``"raise"`` or ``"return"``.
+    """
     numbered, is_exhausted = enumerate(requests), False
     with Call(engine) as call:
         while call.unfinished or not is_exhausted:
             room = 0 if is_exhausted else engine.runner.shapes.max_num_seqs - call.num_waiting
             while room > 0:
-                index, (prompt, params, priority) = next(numbered, (None, (None,) * 3))
+                index, request = next(numbered, (None, None))
                 if index is None:
                     is_exhausted = True
                     break
                 try:
-                    room -= len(call.submit(str(index), prompt, params, priority=priority).sequences)
+                    prepared = request if isinstance(request, Prepared) else engine.prepare(*request[:2], priority=request[2])
+                    room -= len(call.submit(str(index), prepared).sequences)
                 except TpllmError as error:
                     if on_error == "raise" or isinstance(error, ConfigError):  # that one is about the engine
                         raise
-                    yield failed_output(str(index), prompt if isinstance(prompt, str) else None, str(error))
+                    yield failed_output(str(index), request[0] if isinstance(request[0], str) else None, str(error))
             for request in engine.wait(call.take_finished):
                 yield request.output
 
@@ -74,7 +79,7 @@ def complete(engine: Engine, requests: Iterator[tuple[Prompt, SamplingParams, in
 def stream(engine: Engine, prompt: Prompt, params: SamplingParams) -> Iterator[CompletionDelta]:
     """What is new of a request's completions, until the last of them ends; raises ``TpllmError`` where one fails."""
     with Call(engine) as call:
-        growing = {sequence.completion.index: _Growing(sequence) for sequence in call.submit("0", prompt, params).sequences}
+        growing = {sequence.completion.index: _Growing(sequence) for sequence in call.submit("0", engine.prepare(prompt, params)).sequences}
 
         def news() -> list[CompletionDelta]:
             return [delta for one in growing.values() if (delta := one.take_new()) is not None]

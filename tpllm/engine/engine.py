@@ -16,7 +16,8 @@ from tpllm.engine.outputs import Logprob
 from tpllm.engine.pace import Pace
 from tpllm.engine.plan import StepPlan
 from tpllm.engine.programs import FULL, NO_CHOICE, NO_TOKEN, NOT_FINITE, RUNNING, StepOutput
-from tpllm.engine.request import Request, Sequence, new_request
+from tpllm.engine.prompts import Prompt, encode_prompt
+from tpllm.engine.request import Prepared, Request, Sequence, new_request
 from tpllm.engine.runner import Dispatched, Runner
 from tpllm.engine.sampling_params import SamplingParams
 from tpllm.engine.scheduler import Scheduler
@@ -50,8 +51,8 @@ class Engine:
 
     def __init__(self, runner: Runner, scheduler: Scheduler, tokenizer: Tokenizer | None, *, seed: int = 0):
         self.runner, self.scheduler, self.tokenizer, self.seed = runner, scheduler, tokenizer, seed
-        self.admission = Admission(runner.config, max_model_len=runner.shapes.max_model_len,
-                                   num_cache_tokens=runner.num_pages * runner.shapes.page_size, tokenizer=tokenizer)
+        self._admission = Admission(runner.config, max_model_len=runner.shapes.max_model_len,
+                                    num_cache_tokens=runner.num_pages * runner.shapes.page_size, tokenizer=tokenizer)
         self.metrics = Metrics(runner.costs)
         self._in_flight: collections.deque[tuple[Dispatched, float]] = collections.deque()
         self._pace = Pace(runner.shapes.buckets)
@@ -95,13 +96,16 @@ class Engine:
                 return []
             return self._commit(*self._in_flight.popleft())
 
-    def add_request(self, request_id: str, prompt: str | None, prompt_token_ids: list[int], params: SamplingParams, *, priority: int = 0) -> Request:
-        """Queue a request; raises what :meth:`.Admission.check_request` raises."""
-        bad_words = self.admission.check_request(prompt_token_ids, params, priority)
+    def prepare(self, prompt: Prompt, params: SamplingParams, *, priority: int = 0) -> Prepared:
+        """A request that can be queued; raises what :func:`.encode_prompt` and :meth:`.Admission.prepare` raise."""
+        return self._admission.prepare(encode_prompt(prompt, self.tokenizer), params, priority)
+
+    def add_request(self, request_id: str, prepared: Prepared) -> Request:
+        """Queue a request."""
         with self.turn():
-            seed = self._choose_seed() if params.seed is None else params.seed % 2**64
-            request = new_request(request_id, prompt, list(prompt_token_ids), params=params, seed=seed, max_len=self.admission.max_len,
-                                  tokenizer=self.tokenizer, priority=priority, number=self._num_requests + 1, bad_words=bad_words)
+            seed = self._choose_seed() if prepared.params.seed is None else prepared.params.seed % 2**64
+            request = new_request(request_id, prepared, seed=seed, max_len=self._admission.max_len, tokenizer=self.tokenizer,
+                                  number=self._num_requests + 1)
             with self._change():
                 self._num_requests += 1
                 self.metrics.num_requests += 1

@@ -1,13 +1,15 @@
 """The forms a prompt may have, and their token ids."""
 import operator
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
+from tpllm.engine.sampling_params import SamplingParams
 from tpllm.errors import PromptError, TokenizerError, short
 from tpllm.tokenizer import Tokenizer
 
 Prompt = str | Mapping[str, Any]
 Messages = list[dict[str, Any]]
+Requests = Iterable[Prompt | tuple[Prompt, SamplingParams]]
 CHAT_OPTIONS = ("template_kwargs", "tools", "add_generation_prompt", "parse_special")
 
 

@@ -5,7 +5,26 @@ import time
 from tpllm.engine.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
 from tpllm.engine.sampling_params import SamplingParams
 from tpllm.engine.stop_strings import StopStrings
-from tpllm.tokenizer import Detokenizer
+from tpllm.tokenizer import Detokenizer, Tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """A request that was checked and can be queued.
+
+    Attributes:
+        prompt: its text, where it has one.
+        prompt_token_ids: at least one.
+        params: how it is sampled.
+        priority: lower ones come first.
+        bad_words: the token sequences of ``params.bad_words``.
+    """
+
+    prompt: str | None
+    prompt_token_ids: list[int]
+    params: SamplingParams
+    priority: int = 0
+    bad_words: list[list[int]] = dataclasses.field(default_factory=list)
 
 
 @dataclasses.dataclass(eq=False)
@@ -200,14 +219,14 @@ class Sequence:
         return stop
 
 
-def new_request(request_id: str, prompt: str | None, prompt_token_ids: list[int], *, params: SamplingParams, seed: int, max_len: int,
-                tokenizer, priority: int = 0, number: int = 0, bad_words: list[list[int]] | None = None) -> Request:
+def new_request(request_id: str, prepared: Prepared, *, seed: int, max_len: int, tokenizer: Tokenizer | None, number: int = 0) -> Request:
     """A request with its sequences, ready to be scheduled; a row holds at most ``max_len`` tokens."""
-    output = RequestOutput(request_id=request_id, prompt=prompt, prompt_token_ids=prompt_token_ids, outputs=[],
+    params, prompt_token_ids = prepared.params, list(prepared.prompt_token_ids)
+    output = RequestOutput(request_id=request_id, prompt=prepared.prompt, prompt_token_ids=prompt_token_ids, outputs=[],
                            metrics=RequestMetrics(arrival_time=time.monotonic()))
     if params.prompt_logprobs is not None:
         output.prompt_logprobs = [None]
-    request = Request(output=output, params=params, seed=seed, priority=priority, number=number, bad_words=bad_words or [])
+    request = Request(output=output, params=params, seed=seed, priority=prepared.priority, number=number, bad_words=prepared.bad_words)
     stops = StopStrings(params.stop, is_included=params.include_stop_str_in_output)
     room = max_len - len(prompt_token_ids)
     for index in range(params.n):

@@ -1,7 +1,6 @@
 """Running a batch job from its file of rows to its committed parts."""
 import contextlib
 import dataclasses
-import itertools
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -144,8 +143,7 @@ class _Run:
                 self._write_manifest(section)
                 self._ledger.settle()
             self._records = Records(job.seed, job.model, system_fingerprint(section), lambda: llm.get_tokenizer())
-            requests, again = itertools.tee(self._requests({**llm.default_sampling, **job.sampling}, stop))
-            outputs = llm.generate_iter((prompt for prompt, _ in requests), (params for _, params in again), on_error="return")
+            outputs = llm.generate_iter(self._requests({**llm.default_sampling, **job.sampling}, stop), on_error="return")
             self._progress = Progress(self._parts.num_rows, self._ledger.num_done)
             with contextlib.closing(self._progress), contextlib.closing(outputs):
                 for output in outputs:

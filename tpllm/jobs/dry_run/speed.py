@@ -61,8 +61,8 @@ def measure_speed(llm: Any, sample: Sequence[SampleRow], *, budget_s: float = BU
     """
     def timed(max_tokens: int, *, is_natural: bool = False) -> tuple[float, list[RequestOutput]]:
         start = clock()
-        outputs = list(llm.generate_iter(({"prompt_token_ids": list(row.prompt_token_ids)} for row in sample),
-                                         (_limited(row.params, max_tokens, is_natural=is_natural) for row in sample), on_error="return"))
+        requests = (({"prompt_token_ids": list(row.prompt_token_ids)}, _limited(row.params, max_tokens, is_natural=is_natural)) for row in sample)
+        outputs = list(llm.generate_iter(requests, on_error="return"))
         return clock() - start, outputs
 
     context = llm.shapes.max_model_len

@@ -70,7 +70,9 @@ class Walk:
         self.check()
 
     def check(self) -> None:
-        """Tokens so far are the right ones, and so are the ends."""
+        """The ends are the right ones, and promises are settled by what has come."""
+        if not self.engine._in_flight:
+            assert all(row is None or (row.least_promised, row.most_promised) == (0, 0) for row in self.engine.scheduler.slots)
         for request in [request for request in self.live if request.is_finished]:
             prompt, params = self.live.pop(request)
             for completion in request.output.outputs:

@@ -118,6 +118,8 @@ def test_a_damaged_library_is_never_opened_and_warned_of_once(native_library, mo
             assert library.instruction_set() is None
         (line,) = caplog.records
         assert (line.levelname, str(path) in line.getMessage(), "XLA computes everything" in line.getMessage()) == ("WARNING", True, True), case
+    os.mkfifo(tmp_path / "pipe.so.sha256")
+    assert "has no size" in library.find_fault(_written(tmp_path / "pipe.so", whole))  # it does not wait for a writer
     (tmp_path / "folder.so").mkdir()
     assert "is no file" in library.find_fault(_with_record(tmp_path / "folder.so", record))
     assert library.find_fault(_with_record(_written(tmp_path / "intact.so", whole), record)) is None

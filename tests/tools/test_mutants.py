@@ -1,11 +1,14 @@
 """The tool that makes faults: what it finds in a tiny tree of its own, that it leaves that tree alone, and that its list fits this one."""
 import json
 import pathlib
+import subprocess
+import sys
 import textwrap
 
 import pytest
 
 from tools.mutants import main
+from tools.mutation.copied_tree import copied_tree
 from tools.mutation.draw import draw
 from tools.mutation.mutant import Mutant, StaleError, read_mutants
 
@@ -140,3 +143,10 @@ def test_every_mutant_of_the_list_fits_this_tree():
     for mutant in mutants:
         mutant.applied(ROOT)
     assert len(mutants) >= 80
+
+
+def test_a_copied_tree_has_a_native_library_that_loads(native_library):
+    with copied_tree(ROOT, "") as tree:
+        command = [sys.executable, "-c", "from tpllm.native import library; print(library.PATH, library.is_available())"]
+        done = subprocess.run(command, cwd=tree.path, env=tree.environment(), capture_output=True, text=True, check=True)
+        assert done.stdout.split() == [str(tree.path / "tpllm/native/_kernels.so"), "True"]

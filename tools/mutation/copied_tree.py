@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 from tools.mutation.mutant import Mutant
 
-LIBRARY = pathlib.Path("tpllm/native/_kernels.so")
+LIBRARY = [pathlib.Path("tpllm/native") / name for name in ("_kernels.so", "_kernels.so.sha256")]  # with its size and checksum
 TEST_CACHE = pathlib.Path("build/test-cache")
 NOT_COPIED = shutil.ignore_patterns(".*", "build", "dist", "out", "*.egg-info", "__pycache__")
 FIRST_TIME_S = 1_000_000_000
@@ -63,8 +63,8 @@ class CopiedTree:
         Raises:
             BuildError: it cannot be built.
         """
-        folder, placed = self.path / "build" / f"native-{isa or 'portable'}", self.path / LIBRARY
-        kept = placed.read_bytes() if placed.exists() else None
+        folder, placed = self.path / "build" / f"native-{isa or 'portable'}", [self.path / path for path in LIBRARY]
+        kept = {path: path.read_bytes() for path in placed if path.exists()}
         unwanted = {"AVX2", "AVX512", "AVX512_BF16"} - {isa.upper()}
         configure = ["cmake", "-S", "tpllm/native", "-B", folder, "-G", "Ninja", "-DTPLLM_INPLACE=ON", "-DCMAKE_CXX_FLAGS_RELEASE=-O0",
                      f"-DPython_EXECUTABLE={sys.executable}", *(f"-DTPLLM_TAKES_{name}=OFF" for name in sorted(unwanted))]
@@ -76,9 +76,10 @@ class CopiedTree:
                     raise BuildError(f"{' '.join(map(str, command[:3]))} ended with code {done.returncode}:\n{(done.stdout + done.stderr)[-2000:]}")
             yield
         finally:
-            placed.unlink(missing_ok=True)
-            if kept is not None:
-                placed.write_bytes(kept)
+            for path in placed:
+                path.unlink(missing_ok=True)
+                if path in kept:
+                    path.write_bytes(kept[path])
 
     def _write(self, path: pathlib.Path, content: bytes) -> None:
         """Python takes byte code for that of a source of the same size and second, so no two versions may have the same second."""
@@ -115,7 +116,7 @@ def _source_files(root: pathlib.Path) -> list[pathlib.Path]:
     else:
         files = [pathlib.Path(folder, name).relative_to(root) for folder, folders, names in os.walk(root)
                  for name in _kept(folder, folders, names)]
-    return files + [LIBRARY] * (root / LIBRARY).exists()
+    return files + [path for path in LIBRARY if (root / path).exists()]
 
 
 def _kept(folder: str, folders: list[str], names: list[str]) -> list[str]:

@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from tests.bench.conftest import bench
-from tpllm.bench.batching import Costs, Timeline, check_done, run_continuous, run_static
+from tpllm.bench.batching import MeasuredCosts, Timeline, check_done, run_continuous, run_static
 from tpllm.bench.shapes import llm_of_shape
 from tpllm.bench.throughput import gain_entry, medians
 from tpllm.bench.workload import Item, MixedLengths, make_workload
@@ -78,7 +78,7 @@ def test_means_over_time_weigh_each_state_by_how_long_it_held():
 def test_the_gain_is_compared_with_the_replay_at_the_measured_costs():
     items = [Item([1] * 10, output_len) for output_len in (3, 6, 2, 4, 3)]
     results = {"static": {"seconds": 6.0}, "continuous": {"seconds": 4.0}}
-    entry = gain_entry(items, Costs(0.02, [0.5, 0.5]), results, num_slots=2)
+    entry = gain_entry(items, MeasuredCosts(0.02, [0.5, 0.5]), results, num_slots=2)
     assert entry["replayed_seconds"] == {"continuous": 4.5, "static": 6.0}
     assert (entry["measured"], entry["allowed"], entry["steps_alone_allow"]) == (1.5, 6 / 4.5, 10 / 7)
     assert entry["share_of_allowed"] == 1.5 / (6 / 4.5)

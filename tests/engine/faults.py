@@ -9,8 +9,7 @@ import pytest
 from tpllm.engine import runner
 from tpllm.engine.engine import Engine
 from tpllm.engine.executor import LocalExecutor
-from tpllm.engine.page_pool import PagePool
-from tpllm.engine.prefix_cache import PrefixCache
+from tpllm.engine.pages import PagePool, PrefixCache
 from tpllm.engine.request import Sequence
 from tpllm.engine.rows import Rows
 from tpllm.engine.scheduler import Scheduler

@@ -149,7 +149,7 @@ def check_done(item: Item, request: Request) -> None:
 
 
 @dataclasses.dataclass(frozen=True)
-class Costs:
+class MeasuredCosts:
     """What this engine's work costs, at the contexts of a workload.
 
     Attributes:
@@ -161,7 +161,7 @@ class Costs:
     step_s: list[float]
 
 
-def measure_costs(llm: LLM, items: Sequence[Item], *, num_runs: int = 3) -> Costs | None:
+def measure_costs(llm: LLM, items: Sequence[Item], *, num_runs: int = 3) -> MeasuredCosts | None:
     """Measure them for one, two, four, ... rows, and take a straight line between; None where decoding is too short for the clock.
 
     Args:
@@ -177,7 +177,7 @@ def measure_costs(llm: LLM, items: Sequence[Item], *, num_runs: int = 3) -> Cost
     steps = [_step_cost(llm, num_rows, mean_context(items), num_runs=num_runs) for num_rows in known]
     if None in steps:
         return None
-    return Costs(prefill_s / (num_slots * prompt_len), np.interp(range(1, num_slots + 1), known, steps).tolist())
+    return MeasuredCosts(prefill_s / (num_slots * prompt_len), np.interp(range(1, num_slots + 1), known, steps).tolist())
 
 
 def _step_cost(llm: LLM, num_rows: int, context: int, *, num_runs: int) -> float | None:

@@ -18,7 +18,7 @@ import jax
 from rich.console import Console
 from rich.table import Table
 
-from tpllm.bench.batching import BatchRun, Costs, measure_costs, run_continuous, run_static
+from tpllm.bench.batching import BatchRun, MeasuredCosts, measure_costs, run_continuous, run_static
 from tpllm.bench.command import at_least, measure_and_report
 from tpllm.bench.machine import describe_machine
 from tpllm.bench.plots import check_plot, plot_occupancy
@@ -67,7 +67,7 @@ def medians(runs: Sequence[Mapping[str, float | None]]) -> dict[str, float | Non
     return {name: None if any(one[name] is None for one in runs) else statistics.median(one[name] for one in runs) for name in runs[0]}
 
 
-def gain_entry(items: Sequence[Item], costs: Costs | None, results: Mapping[str, Mapping[str, float]], *, num_slots: int) -> dict[str, Any]:
+def gain_entry(items: Sequence[Item], costs: MeasuredCosts | None, results: Mapping[str, Mapping[str, float]], *, num_slots: int) -> dict[str, Any]:
     """The measured gain of continuous batching beside the one that the lengths allow; JSON-able.
 
     Args:

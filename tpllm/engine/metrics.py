@@ -6,7 +6,7 @@ from collections.abc import Sequence as Values
 
 from tpllm.engine.plan import StepPlan
 from tpllm.engine.request import Sequence
-from tpllm.engine.roofline import Costs
+from tpllm.engine.roofline import ProgramCosts
 
 TTFT_BOUNDS = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0, 160.0)
 INTER_TOKEN_BOUNDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5)
@@ -68,7 +68,7 @@ class Metrics:
         ttft, inter_token: seconds from arrival to a request's first token; from a completion's token to its next.
     """
 
-    costs: Costs
+    costs: ProgramCosts
     num_requests: int = 0
     num_ended: dict[str, int] = dataclasses.field(default_factory=dict)
     num_generated_tokens: int = 0

@@ -88,7 +88,7 @@ class StepPlan:
         return steps_B
 
 
-class Draft:
+class PlanBuilder:
     """A plan being made."""
 
     def __init__(self):

@@ -69,7 +69,7 @@ class Sequence:
         max_new_tokens: at most this many, the context's end included.
         slot: where it lives on the device, or None.
         pages: of the KV cache, in order of position; only while it has a slot.
-        page_keys: what the first full pages of its context are known by; see ``prefix_cache``.
+        page_keys: what the first full pages of its context are known by; see ``pages``.
         num_pages_known: how many of its pages the prefix cache was told of.
         prefill_len: tokens whose keys and values a prefill makes: the context when it last got its slot.
         num_computed: positions whose keys and values dispatched programs write, at most.

@@ -16,7 +16,7 @@ PEAKS = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Costs:
+class ProgramCosts:
     """What programs of a model read and compute, all devices together.
 
     Attributes:
@@ -33,13 +33,13 @@ class Costs:
     peak_flops: float | None = None
 
 
-def find_costs(config: ModelConfig, params: DecoderParams, cache_dtype) -> Costs:
+def find_costs(config: ModelConfig, params: DecoderParams, cache_dtype) -> ProgramCosts:
     """The costs of a model on its mesh."""
     devices = config.partition.mesh.devices.flat
     read = params if params.head is None else dataclasses.replace(params, embed=None)  # of an embedding that is no head a token reads one row
     peaks = [PEAKS.get(device.device_kind) for device in devices]
     known = (sum(peak[0] for peak in peaks), sum(peak[1] for peak in peaks)) if None not in peaks else (None, None)
-    return Costs(bytes_per_device(read) * len(devices), cache_bytes_per_token(config, cache_dtype), 2 * num_matrix_values(config), *known)
+    return ProgramCosts(bytes_per_device(read) * len(devices), cache_bytes_per_token(config, cache_dtype), 2 * num_matrix_values(config), *known)
 
 
 def num_matrix_values(config: ModelConfig) -> float:

@@ -8,9 +8,8 @@ import itertools
 
 import numpy as np
 
-from tpllm.engine.page_pool import PagePool
-from tpllm.engine.plan import Draft, Move, Owner, Piece
-from tpllm.engine.prefix_cache import PrefixCache
+from tpllm.engine.pages import PagePool, PrefixCache
+from tpllm.engine.plan import Move, Owner, Piece, PlanBuilder
 from tpllm.engine.request import Sequence
 from tpllm.engine.shapes import EngineShapes
 from tpllm.model.config import ALL_LAYERS
@@ -51,7 +50,7 @@ class Rows:
         self.prefixes = [PrefixCache(pool, page_size=shapes.page_size, granularity=shapes.shared_multiple, is_enabled=self._caches_prefixes,
                                      depends_on_prompt_len=self._depends_on_prompt_len) for pool in self.pools]
         self.tables = {ALL_LAYERS: np.full((shapes.max_num_seqs, shapes.pages_per_row), -1, np.int32)}
-        self._draft = Draft()
+        self._builder = PlanBuilder()
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence."""
@@ -125,14 +124,14 @@ class Rows:
             sequence.request.output.num_cached_tokens = num_tokens
         self.num_context_tokens += sequence.prefill_len
         self.num_reused_tokens += num_tokens
-        self._draft.started.append(sequence)
+        self._builder.started.append(sequence)
         return True
 
     def _find_shared(self, sequence: Sequence) -> tuple[list[int] | None, int]:
         """(pages, tokens in them) that a row shares from the start; None where it is worth waiting for the first of its ``n``."""
         size, first = self.shapes.page_size, sequence.request.sequences[0]
         if sequence is not first and first.slot is not None and self._group(first) == self._group(sequence) and not first.is_finished:
-            if first.is_prefilling or self._draft.computes(first):
+            if first.is_prefilling or self._builder.computes(first):
                 return None, 0
             if self.shapes.shared_multiple == size and not sequence.completion.token_ids:
                 num_tokens = sequence.prompt_len - 1
@@ -145,16 +144,16 @@ class Rows:
         stop = sequence.positions_of(self.tokens_per_step)[1]  # with places for a step, so that it goes on
         if self._reserve(sequence, 0, stop, spare=self._num_earlier(sequence)):
             sequence.num_computed = sequence.prefill_len
-            self._draft.restores.append(self._move(sequence, sequence.saved))
+            self._builder.restores.append(self._move(sequence, sequence.saved))
             sequence.saved = None
 
     def _compute(self, sequence: Sequence, count: int) -> int:
         """Plan the next ``count`` tokens of a row's context; returns their number."""
-        self._draft.pieces.append(Piece(sequence, sequence.slot, sequence.num_computed, count))
+        self._builder.pieces.append(Piece(sequence, sequence.slot, sequence.num_computed, count))
         sequence.num_computed += count
         self.prefixes[self._group(sequence)].remember(sequence, min(sequence.num_computed, self._prefilled_len(sequence)))
         if not sequence.is_prefilling:
-            self._draft.give_tokens(sequence)
+            self._builder.give_tokens(sequence)
         return count
 
     def _prefilled_len(self, sequence: Sequence) -> int:
@@ -168,12 +167,12 @@ class Rows:
             self._preempt(sequence)
             return
         sequence.num_computed = stop
-        self._draft.give_tokens(sequence, min(num_steps, sequence.num_left), self.tokens_per_step)
+        self._builder.give_tokens(sequence, min(num_steps, sequence.num_left), self.tokens_per_step)
 
     def _preempt(self, sequence: Sequence) -> None:
         if self.swaps and not sequence.is_prefilling and sequence.completion.token_ids:
             sequence.saved = next(self._keys_of_saved)
-            self._draft.saves.append(self._move(sequence, sequence.saved))
+            self._builder.saves.append(self._move(sequence, sequence.saved))
         self._leave(sequence)
         sequence.num_preemptions += 1
         self.num_preemptions += 1
@@ -207,7 +206,7 @@ class Rows:
         if is_shared:
             old, sequence.pages[first] = sequence.pages[first], pool.take()
             pool.release([old])
-            self._draft.copies.append((self._group(sequence), old, sequence.pages[first]))
+            self._builder.copies.append((self._group(sequence), old, sequence.pages[first]))
         sequence.pages += [pool.take() for _ in range(num_missing)]
         for table in self.tables.values():
             table[sequence.slot, :len(sequence.pages)] = sequence.pages
@@ -226,7 +225,7 @@ class Rows:
 
     def _last_holder(self, group: int) -> Sequence | None:
         """The row with pages that comes last and has no part in the program being planned."""
-        holders = [row for row in self.running if row.pages and self._group(row) == group and not self._draft.has(row)]
+        holders = [row for row in self.running if row.pages and self._group(row) == group and not self._builder.has(row)]
         return holders[-1] if holders else None
 
     def _group(self, sequence: Sequence) -> int:

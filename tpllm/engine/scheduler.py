@@ -1,5 +1,5 @@
 """What runs next, of the rows in their slots."""
-from tpllm.engine.plan import Draft, StepPlan
+from tpllm.engine.plan import PlanBuilder, StepPlan
 from tpllm.engine.request import Sequence
 from tpllm.engine.rows import Rows
 from tpllm.engine.shapes import EngineShapes
@@ -23,7 +23,7 @@ class Scheduler(Rows):
             max_steps: decode steps to run in one go while no row waits for them to end.
             token_budget: most tokens of a program that prefills while other rows decode; None for the largest chunk.
         """
-        self._draft = Draft()
+        self._builder = PlanBuilder()
         self._admit()
         plan = self._plan_mixed(token_budget) if self._mixes else self._plan_chunk(may_repeat=token_budget is None)
         plan = plan or self._plan_decode(max_steps)
@@ -55,7 +55,7 @@ class Scheduler(Rows):
                 count = self._begin(row) and self._piece_size(row, used[group], size, is_last=row is prefilling[-1])
                 is_blocked[group] = not count
                 used[group] += self._compute(row, count) if count else 0
-        return self._draft.plan(bucket=self.shapes.bucket_for(max(used)) if self._draft.pieces else 0)
+        return self._builder.plan(bucket=self.shapes.bucket_for(max(used)) if self._builder.pieces else 0)
 
     def _plan_chunk(self, *, may_repeat: bool) -> StepPlan | None:
         """One chunk for the first row of each data group whose context is still to be computed."""
@@ -73,13 +73,13 @@ class Scheduler(Rows):
             kind = kind or own
             if own == kind:  # a row's program must not depend on its neighbours
                 self._compute(row, min(kind[0], row.prefill_len - row.num_computed))
-        return self._draft.plan(bucket=kind[0]) if self._draft.pieces else None
+        return self._builder.plan(bucket=kind[0]) if self._builder.pieces else None
 
     def _plan_decode(self, max_steps: int) -> StepPlan:
         """Some steps for every row that may go on."""
         decoding = [row for row in self.running if row.may_go_on]
         if not decoding:
-            return self._draft.plan()
+            return self._builder.plan()
         if self.waiting or any(row.is_prefilling for row in self.running):
             max_steps = min(max_steps, max(1, -(-min(row.num_sure_tokens for row in decoding) // self.tokens_per_step)))
         num_steps = min(max_steps, max(row.num_left for row in decoding))
@@ -88,7 +88,7 @@ class Scheduler(Rows):
         for row in decoding:
             if row.slot is not None:
                 self._go_on(row, num_steps)
-        return self._draft.plan()
+        return self._builder.plan()
 
     def _piece_size(self, sequence: Sequence, used: int, size: int, *, is_last: bool) -> int:
         """How many tokens of a row's context go into a program that has ``used`` of at most ``size``."""

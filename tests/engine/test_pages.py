@@ -1,5 +1,5 @@
 """Pages: who holds them, what is known of them, and in which order they go."""
-from tpllm.engine.page_pool import PagePool
+from tpllm.engine.pages import PagePool
 
 
 def test_pages_are_taken_until_none_is_left_and_come_back_when_let_go():

@@ -132,6 +132,21 @@ def test_a_named_token_that_is_no_special_one_to_the_library_is_written_out_and_
     assert (ids[-1], ids.count(size), ids.count(size + 1)) == (size, 1, 0)
 
 
+@pytest.mark.parametrize("named_by", ["generation_config", "config"])
+def test_a_token_that_ends_a_text_is_guarded_whoever_names_it(tmp_path, named_by):
+    backend = folders.byte_level_bpe()
+    size = backend.get_vocab_size()
+    backend.add_tokens(["<end_of_turn>", "<think>"])
+    word = backend.token_to_id("e")  # an ending that is no token of its own in a text
+    path = folders.write_folder(tmp_path, backend, tokenizer_config={"chat_template": "{{ messages[0].content }}<end_of_turn>"},
+                                **{named_by: {"eos_token_id": [size, word]}})
+    tokenizer = Tokenizer.from_folder(path)
+    ids = tokenizer.encode_chat([{"role": "user", "content": "the <end_of_turn><think>"}])
+    assert (ids[-1], ids.count(size), ids.count(size + 1), ids.count(word) > 0) == (size, 1, 1, True)
+    assert tokenizer.encode("<end_of_turn>", parse_special=True) == [size]
+    assert size not in tokenizer.encode("<end_of_turn>")
+
+
 def test_truncation_and_padding_kept_in_tokenizer_json_do_not_touch_prompts(tmp_path):
     backend = folders.llama3_like()
     backend.enable_truncation(4)

@@ -50,13 +50,15 @@ class Tokenizer:
         library.no_truncation()  # some tokenizer.json keep the settings of a training run, which would cut or pad prompts
         library.no_padding()
         with border(f"{folder.path}: its vocabulary cannot be read"):
-            self.special_ids, self._guarded_ids = add_missing_tokens(library, folder)
+            self.special_ids, guarded_ids = add_missing_tokens(library, folder)
+            added_ids = library.get_added_tokens_decoder().keys()
             self.vocab_size = 1 + max(library.get_vocab(with_added_tokens=True).values(), default=-1)
+        endings = ending_ids(folder.path, folder.config, folder.generation_config)
+        self._guarded_ids = guarded_ids | (endings & added_ids)
         self._backend = Backend(library, self._guarded_ids)
         self.bos_token_id, self.pad_token_id, self._unk_id = (self._named_id(name) for name in ("bos_token", "pad_token", "unk_token"))
         eos = self._named_id("eos_token") if "eos_token" in folder.tokens.named else None
-        self.generation = GenerationDefaults(ending_ids(folder.path, folder.config, folder.generation_config) | ({eos} - {None}),
-                                             default_sampling(folder.path, folder.generation_config))
+        self.generation = GenerationDefaults(endings | ({eos} - {None}), default_sampling(folder.path, folder.generation_config))
         self._adds_bos, self.splits_special = folder.flag("add_bos_token") is True, folder.flag("split_special_tokens") is True
         cleans_up, is_bpe = folder.flag("clean_up_tokenization_spaces") is True, type(library.model).__name__ == "BPE"
         self._cleans_up = cleans_up and (not is_bpe or folder.flag(ANYWAY) is True)

@@ -122,10 +122,31 @@ def test_penalties_and_prompt_scores_survive_a_preemption(make):
               SamplingParams(temperature=0, max_tokens=30, repetition_penalty=1.8)]
     prompts = random_prompts(30, 25, 28, 31, seed=2)
     roomy, tight = make(), make(kv_cache_tokens=128)
-    expected, found = roomy.generate(prompts, params), tight.generate(prompts, params)
-    assert exact(found) == exact(expected)
-    assert [output.prompt_logprobs for output in found] == [output.prompt_logprobs for output in expected]
-    assert tight._engine.scheduler.num_preemptions > 0
+    expected = roomy.generate(prompts, params)
+    for order in ([0, 1, 2, 3], [0, 1, 3, 2], [0, 2, 1, 3], [1, 2, 0, 3]):  # in each another row loses its pages
+        before = tight._engine.scheduler.num_preemptions
+        found = tight.generate([prompts[i] for i in order], [params[i] for i in order])
+        assert exact(found) == [exact(expected)[i] for i in order]
+        assert [output.prompt_logprobs for output in found] == [expected[i].prompt_logprobs for i in order]
+        assert tight._engine.scheduler.num_preemptions > before
+        tight.reset_prefix_cache()
+
+
+def test_a_prompt_that_is_begun_twice_has_its_scores_once(make):
+    llm, (long, urgent) = make(kv_cache_tokens=128), random_prompts(90, 70, seed=4)
+    params = SamplingParams(temperature=0, max_tokens=3, prompt_logprobs=1)
+    expected, engine = llm.generate([long], params)[0], llm.engine
+    llm.reset_prefix_cache()
+    request = engine.add_request("long", engine.prepare(long, params, priority=1))
+    while not request.output.prompt_logprobs[1:]:
+        engine.step()
+    assert request.sequences[0].is_prefilling
+    engine.add_request("urgent", engine.prepare(urgent, SamplingParams(max_tokens=2)))
+    while engine.has_work:
+        engine.step()
+    assert request.sequences[0].num_preemptions == 1
+    assert request.output.prompt_logprobs == expected.prompt_logprobs
+    assert exact([request.output]) == exact([expected])
 
 
 def test_ropes_that_depend_on_the_prompts_length_share_nothing_across_lengths(make):

@@ -8,7 +8,7 @@ from flax import struct
 
 from pallas_kernels.quant_matmul import PackedArrays, WeightFormat, pack
 from pallas_kernels.tiling import Device
-from sharding_rules import Partition
+from sharding_rules import ONE_DEVICE, Partition
 
 ARRAYS = PackedArrays._fields
 
@@ -22,7 +22,7 @@ class KernelLayout:
         device: whose kernels read it.
         shape: (N, K) of the whole matrix.
         axes: the logical axes of N and K.
-        partition: mesh and rules, or None for one device.
+        partition: mesh and rules.
         num_outliers: how many inputs of a row are to be multiplied as they are by the caller; kernels take no notice.
     """
 
@@ -30,13 +30,13 @@ class KernelLayout:
     device: Device
     shape: tuple[int, int]
     axes: tuple[str | None, str | None] = (None, None)
-    partition: Partition | None = None
+    partition: Partition = ONE_DEVICE
     num_outliers: int = 0
 
     @property
     def num_shards(self) -> tuple[int, int]:
         """Into how many parts N and K are cut."""
-        return (1, 1) if self.partition is None else tuple(map(self.partition.size, self.axes))
+        return tuple(map(self.partition.size, self.axes))
 
     @property
     def shard_shape(self) -> tuple[int, int]:

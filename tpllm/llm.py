@@ -116,7 +116,7 @@ class LLM:
         Without a tokenizer prompts must be token ids, and outputs have no text. The parameters stay the caller's: ``close()`` lets go of them
         but does not delete them. ``engine`` takes the options from ``max_model_len`` to ``batch_invariant`` of the class.
         """
-        if config.partition is None:
+        if config.partition.mesh is None:
             raise ConfigError("from_params needs a config that is fitted to a mesh; use fit_to_mesh(config, mesh, rules)")
         options = EngineOptions(**engine)
         enable_compile_cache()

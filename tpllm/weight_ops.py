@@ -36,8 +36,7 @@ def packed_linears(x_D: jax.Array, weights: Sequence[Packed], biases: Sequence[j
     inner_biases = [None] * len(weights) if is_summed else biases
 
     def multiply(x, weights, biases):
-        outs = _linears(x, weights, biases, dtype)
-        return tuple(jax.lax.psum(out, layout.partition.rules.mesh_axis(k_axis)) for out in outs) if is_summed else outs
+        return tuple(layout.partition.sum_shards(out, k_axis) for out in _linears(x, weights, biases, dtype))
     lead = (BATCH, *(None,) * (x_D.ndim - 2))
     outs = _on_weight_shards(multiply, layout.partition, (*lead, k_axis), weights, [(axis,) for axis in n_axes], inner_biases,
                              out_axes=[(*lead, axis) for axis in n_axes])(x_D, tuple(weights), tuple(inner_biases))
@@ -53,8 +52,7 @@ def packed_gated_mlp(x_BTD: jax.Array, weights: tuple[Packed, Packed, Packed],
     inner_biases = (*biases[:2], None if is_summed else biases[2])
 
     def multiply(x, weights, biases):
-        out = _gated_mlp(x, weights, biases, activation)
-        return (jax.lax.psum(out, layout.partition.rules.mesh_axis(mlp_axis)) if is_summed else out,)
+        return (layout.partition.sum_shards(_gated_mlp(x, weights, biases, activation), mlp_axis),)
     out = _on_weight_shards(multiply, layout.partition, HIDDEN_AXES, weights, [(mlp_axis,), (mlp_axis,), (None,)], inner_biases,
                             out_axes=[HIDDEN_AXES])(x_BTD, weights, inner_biases)[0]
     return out if biases[2] is None or not is_summed else out + biases[2].astype(out.dtype)
@@ -66,11 +64,9 @@ def packed_lookup(tokens_BT: jax.Array, table: Packed, dtype) -> jax.Array:
     tokens_BT = jnp.clip(tokens_BT, 0, layout.shape[0] - 1)
 
     def read(tokens, weights, _):
-        if layout.num_shards[0] == 1:
-            return (_lookup(tokens, weights[0], dtype),)
-        axis = layout.partition.rules.mesh_axis(layout.axes[0])
-        first = jax.lax.axis_index(axis) * layout.shard_shape[0]
-        return (jax.lax.psum(_lookup(tokens - first, weights[0], dtype), axis),)
+        axis = layout.axes[0]
+        own = tokens if layout.num_shards[0] == 1 else tokens - layout.partition.shard_index(axis) * layout.shard_shape[0]
+        return (layout.partition.sum_shards(_lookup(own, weights[0], dtype), axis),)
     return _on_weight_shards(read, layout.partition, POSITION_AXES, (table,), [()], (None,), out_axes=[HIDDEN_AXES])(tokens_BT, (table,), (None,))[0]
 
 
@@ -112,16 +108,11 @@ def _multiply(x_D: jax.Array, weight: KernelWeight, bias_F: jax.Array | None, dt
 
 def _how(layout: KernelLayout) -> dict:
     """The op chooses among the kernels of the device that the weight is packed for; where the mesh is another's, only the reference reads it."""
-    platform = jax.default_backend() if layout.partition is None else layout.partition.platform
-    return {"device": layout.device, "implementation": None if platform == layout.device.platform else REFERENCE}
+    return {"device": layout.device, "implementation": None if layout.partition.platform == layout.device.platform else REFERENCE}
 
 
-def _on_weight_shards(function, partition: Partition | None, x_axes, weights: Sequence[Packed], bias_axes, biases, *, out_axes):
+def _on_weight_shards(function, partition: Partition, x_axes, weights: Sequence[Packed], bias_axes, biases, *, out_axes):
     """``function(x, weights, biases)`` run by each device on its shards."""
-    if partition is None or partition.mesh.size == 1:
-        return function
-
     bias_specs = tuple(None if bias is None else partition.spec(axes) for bias, axes in zip(biases, bias_axes, strict=True))
     weight_specs = tuple(weight.specs(partition) for weight in weights)
-    return jax.shard_map(function, mesh=partition.mesh, in_specs=(partition.spec(x_axes), weight_specs, bias_specs),
-                         out_specs=tuple(map(partition.spec, out_axes)), check_vma=False)
+    return partition.shard_map(function, (partition.spec(x_axes), weight_specs, bias_specs), tuple(map(partition.spec, out_axes)))

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sharding_rules import DATA_TENSOR, Partition, make_mesh
+from sharding_rules import DATA_TENSOR, ONE_DEVICE, Partition, make_mesh
 from tpllm import weight_ops
 from tpllm.checkpoint.matrices import make_matrix
 from tpllm.quant.linear import linear
@@ -27,7 +27,7 @@ SHAPES = {"up": ((F, D), ("mlp", "embed")), "gate": ((F, D), ("mlp", "embed")), 
 @functools.cache
 def matrices(kind, mesh=()):
     """Packed matrices of the same numbers on a mesh, or on one device."""
-    partition = Partition(make_mesh(dict(mesh)), DATA_TENSOR) if mesh else None
+    partition = Partition(make_mesh(dict(mesh)), DATA_TENSOR) if mesh else ONE_DEVICE
     storage = Storage(jnp.dtype("bfloat16" if kind == "bfloat16" else "float32"), parse_policy(kind if "int" in kind else None), is_packed=True)
     made = {}
     with concurrent.futures.ThreadPoolExecutor(2) as pool:

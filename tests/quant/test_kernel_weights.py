@@ -11,7 +11,7 @@ import pytest
 from tiny_models import step
 
 from pallas_kernels.tiling import Device
-from sharding_rules import DATA_TENSOR, Partition, make_mesh
+from sharding_rules import DATA_TENSOR, ONE_DEVICE, Partition, make_mesh
 from tests.pallas_kernels import hidden_triton
 from tpllm.bench.shapes import find_shape, random_params
 from tpllm.checkpoint.matrices import make_matrix
@@ -34,7 +34,7 @@ N, K = 192, 512
 
 def matrix(scheme, device, cut, *, name="w", shape=(N, K)):
     """The same random matrix, packed for a device or canonical where that is None."""
-    partition = None if CUTS[cut] is None else Partition(make_mesh({"tp": 2}), DATA_TENSOR)
+    partition = ONE_DEVICE if CUTS[cut] is None else Partition(make_mesh({"tp": 2}), DATA_TENSOR)
     storage = Storage(np.dtype(np.float32), parse_policy(scheme), kernels_of=device and DEVICES[device])
     layout = storage.layout(shape, CUTS[cut] or (None, None), partition, name=name)
     rows = np.random.default_rng(5).standard_normal(shape, np.float32) / np.sqrt(shape[1])

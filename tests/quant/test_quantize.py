@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sharding_rules import TENSOR, Partition, ShardingError, make_mesh
+from sharding_rules import ONE_DEVICE, TENSOR, Partition, ShardingError, make_mesh
 from tpllm import weight_ops
 from tpllm.checkpoint.matrices import make_matrix
 from tpllm.errors import ConfigError
@@ -64,7 +64,7 @@ def made_of(layout, rows):
                            else rows[first:last].astype(layout.source_dtype), pool)
 
 
-def layout_of(scheme, shape, *, is_packed, partition=None, axes=(None, None)):
+def layout_of(scheme, shape, *, is_packed, partition=ONE_DEVICE, axes=(None, None)):
     return Storage(np.dtype(np.float32), is_packed=is_packed, stored={"w": scheme}).layout(shape, axes, partition, name="w")
 
 
@@ -167,7 +167,7 @@ def test_int8_activations_have_one_scale_a_row(native_library):
     steps = np.abs(x).max(axis=1, keepdims=True) / 127
     expected = (np.rint(x / steps) @ codes.codes.astype(np.float64).T) * steps * codes.scales[:, 0]
     for is_packed in (False, True):
-        layout = Storage(np.dtype(np.float32), parse_policy("w8a8"), is_packed).layout(rows.shape, (None, None), None, name="w")
+        layout = Storage(np.dtype(np.float32), parse_policy("w8a8"), is_packed).layout(rows.shape, (None, None), ONE_DEVICE, name="w")
         np.testing.assert_allclose(linear(jnp.asarray(x), made_of(layout, rows)), expected, rtol=1e-5, atol=1e-5)
 
 
@@ -178,7 +178,7 @@ def test_outliers_of_each_row_are_multiplied_as_they_are(is_packed):
     x, rows = rng.standard_normal((6, 96), np.float32), rng.standard_normal((40, 96), np.float32)
     outliers = np.argsort(rng.random(x.shape), axis=1)[:, :16]
     np.put_along_axis(x, outliers, 1000 * np.sign(np.take_along_axis(x, outliers, 1)) + np.take_along_axis(x, outliers, 1), axis=1)
-    layout = Storage(np.dtype(np.float32), parse_policy("llm.int8"), is_packed).layout(rows.shape, (None, None), None, name="w")
+    layout = Storage(np.dtype(np.float32), parse_policy("llm.int8"), is_packed).layout(rows.shape, (None, None), ONE_DEVICE, name="w")
     weight, bias = made_of(layout, rows), rng.standard_normal(40).astype(np.float32)
     found = np.asarray(linear(jnp.asarray(x), weight, jnp.asarray(bias)))
     codes, small = quantize(rows, SCHEMES["llm.int8"]), x.copy()

@@ -1,9 +1,7 @@
 """Making a matrix in the form it is kept in: rows come as they are, are quantized and packed some at a time, and lie where they stay."""
 import concurrent.futures
 from collections.abc import Callable, Mapping
-from typing import Any
 
-import jax
 import numpy as np
 
 from tpllm.checkpoint.placement import place_all
@@ -42,12 +40,6 @@ def make_matrix(layout: PackedMatrix | QuantizedLayout, read_rows: Callable[[int
         tasks = [pool.submit(store, shard, first, min(first + step, rows_a_shard))
                  for shard in sorted({n_shard for n_shard, _ in shards}) for first in range(0, rows_a_shard, step)]
         wait_for_all(tasks)
-    return layout.build(place_all(_described(layout), fill, num_shards=layout.num_shards))
-
-
-def _described(layout: PackedMatrix | QuantizedLayout) -> dict[str, tuple[tuple[int, ...], np.dtype, jax.sharding.Sharding]]:
-    def sharding(shape: tuple[int, ...], axes: tuple[str | None, ...], name: str) -> Any:
-        if layout.partition is None:
-            return jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        return layout.partition.sharding(axes, shape=shape, name=name)
-    return {name: (shape, dtype, sharding(shape, axes, name)) for name, (shape, dtype, axes) in layout.arrays().items()}
+    described = {name: (shape, dtype, layout.partition.sharding(axes, shape=shape, name=name))
+                 for name, (shape, dtype, axes) in layout.arrays().items()}
+    return layout.build(place_all(described, fill, num_shards=layout.num_shards))

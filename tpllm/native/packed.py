@@ -7,7 +7,7 @@ import jax
 import numpy as np
 from flax import struct
 
-from sharding_rules import Partition
+from sharding_rules import ONE_DEVICE, Partition
 from tpllm.native.library import load_library
 
 BLOCK = 32
@@ -57,7 +57,7 @@ class PackedLayout:
         format: of the codes.
         shape: (N, K) of the whole matrix.
         axes: the logical axes of N and K.
-        partition: mesh and rules, or None for one device.
+        partition: mesh and rules.
         group: inputs that share a scale: 16, 32, 64, 128 or 256; 0 where an output has one.
         super_group: inputs that share a scale of scales; 0 for none.
         zero: what is taken from each integer code; of I8, whose codes are signed, 1 says that -128 may occur.
@@ -71,7 +71,7 @@ class PackedLayout:
     format: Format
     shape: tuple[int, int]
     axes: tuple[str | None, str | None] = (None, None)
-    partition: Partition | None = None
+    partition: Partition = ONE_DEVICE
     group: int = 0
     super_group: int = 0
     zero: int = 0
@@ -92,9 +92,7 @@ class PackedLayout:
     @property
     def num_shards(self) -> tuple[int, int]:
         """Into how many parts N and K are cut."""
-        if self.partition is None:
-            return 1, 1
-        return self.partition.size(self.axes[0]), self.partition.size(self.axes[1])
+        return tuple(map(self.partition.size, self.axes))
 
     @property
     def shard_shape(self) -> tuple[int, int]:

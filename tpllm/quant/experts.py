@@ -31,7 +31,7 @@ class Experts(NamedTuple):
 
 
 def on_experts(function: Callable[..., jax.Array], x_BTD: jax.Array, routing: tuple[jax.Array, jax.Array], experts: Experts,
-               partition: Partition | None) -> jax.Array:
+               partition: Partition) -> jax.Array:
     """``function(x, routing, experts, group)`` run by each device for its group of experts, results added up; [B, T, D].
 
     Tokens are on every device of a data group. Each takes those that go to its own experts, so nothing but the sum is sent.
@@ -43,23 +43,17 @@ def on_experts(function: Callable[..., jax.Array], x_BTD: jax.Array, routing: tu
         experts: the parameters.
         partition: the model's mesh and rules.
     """
-    if partition is None or partition.mesh.size == 1:
-        return function(x_BTD, routing, experts, 0)
-    summed = [name for name in _names(partition.rules.mesh_axis(EXPERT_MLP)) if partition.mesh.shape.get(name, 1) > 1]
-
     def on_shard(x: jax.Array, routing: tuple[jax.Array, jax.Array], experts: Experts) -> jax.Array:
-        group = jax.lax.axis_index(partition.rules.mesh_axis(EXPERTS)) if partition.size(EXPERTS) > 1 else 0
         gate_bias, up_bias, down_bias = experts.biases
         if down_bias is not None and partition.size(MLP) > 1:  # shards of F are added up, and one of them adds the bias
-            down_bias = jnp.where(jax.lax.axis_index(partition.rules.mesh_axis(MLP)) == 0, down_bias, 0)
-        out = function(x, routing, experts._replace(biases=(gate_bias, up_bias, down_bias)), group)
-        return jax.lax.psum(out, tuple(summed)) if summed else out
+            down_bias = jnp.where(partition.shard_index(MLP) == 0, down_bias, 0)
+        experts = experts._replace(biases=(gate_bias, up_bias, down_bias))
+        return partition.sum_shards(function(x, routing, experts, partition.shard_index(EXPERTS)), EXPERT_MLP)
     tokens = partition.spec(TOKEN_AXES)
     axes = (INNER_AXES, INNER_AXES, OUTER_AXES)
     specs = Experts(tuple(map(functools.partial(_spec, partition), experts.matrices, axes)), tuple(
         None if bias is None else partition.spec(own[:1]) for bias, own in zip(experts.biases, axes, strict=True)))
-    return jax.shard_map(on_shard, mesh=partition.mesh, in_specs=(tokens, (tokens, tokens), specs), out_specs=tokens, check_vma=False)(
-        x_BTD, routing, experts)
+    return partition.shard_map(on_shard, (tokens, (tokens, tokens), specs), tokens)(x_BTD, routing, experts)
 
 
 def expert_mlps(x_SD: jax.Array, counts_E: jax.Array, experts: Experts, *, activation: Activation, inner_size: int) -> jax.Array:
@@ -94,7 +88,3 @@ def _spec(partition: Partition, matrix: Matrix, axes: tuple[str, str]) -> Any:
     if isinstance(matrix, QuantizedTensor):
         return matrix.replace(**{name: partition.spec(array_axes) for name, (_, _, array_axes) in matrix.layout.arrays().items()})
     return partition.spec(axes)
-
-
-def _names(axes: str | tuple[str, ...] | None) -> tuple[str, ...]:
-    return axes if isinstance(axes, tuple) else () if axes is None else (axes,)

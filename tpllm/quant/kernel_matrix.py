@@ -40,8 +40,8 @@ class KernelMatrix:
         return self.layout.num_shards
 
     @property
-    def partition(self) -> Partition | None:
-        """Mesh and rules, or None for one device."""
+    def partition(self) -> Partition:
+        """Mesh and rules."""
         return self.layout.partition
 
     @property
@@ -71,7 +71,7 @@ class KernelMatrix:
         return KernelWeight(**{name: arrays.get(name) for name in ARRAYS}, layout=self.layout)
 
 
-def kernel_matrix(scheme: Scheme, shape: tuple[int, int], axes: tuple[str | None, str | None], partition: Partition | None, *, device: Device,
+def kernel_matrix(scheme: Scheme, shape: tuple[int, int], axes: tuple[str | None, str | None], partition: Partition, *, device: Device,
                   name: str) -> KernelMatrix | None:
     """How a device's kernels want a matrix; None where they have none for its codes, or cannot read it otherwise: of routed
     experts, or an embedding.
@@ -88,8 +88,7 @@ def kernel_matrix(scheme: Scheme, shape: tuple[int, int], axes: tuple[str | None
     is_known = scheme.bits in (4, 5, 6, 7, 8) and scheme.kind != "e2m1"
     if not is_known or {EXPERTS, EXPERT_MLP} & set(axes):
         return None
-    num_shards = 1 if partition is None else partition.size(axes[1])
-    kept = fit_groups(scheme, shape[1], num_shards, allowed=GROUPS, name=name)
+    kept = fit_groups(scheme, shape[1], partition.size(axes[1]), allowed=GROUPS, name=name)
     layout = layout_for(device)
     if layout == "columns" and name == "embed":  # a table of which rows are read: XLA would turn all of it over for that
         return None

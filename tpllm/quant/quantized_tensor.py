@@ -8,7 +8,7 @@ import ml_dtypes
 import numpy as np
 from flax import struct
 
-from sharding_rules import Partition
+from sharding_rules import ONE_DEVICE, Partition
 from tpllm.quant.code_bits import RUN, num_bytes, pack_bits, unpack_bits
 from tpllm.quant.regroup import fit_groups, regroup, shard_of
 from tpllm.quant.schemes import QuantizedRows, Scheme
@@ -27,14 +27,14 @@ class QuantizedLayout:
         scheme: how it is quantized.
         shape: (N, K).
         axes: the logical axes of N and K.
-        partition: mesh and rules, or None for one device.
+        partition: mesh and rules.
         name: of the parameter, for errors.
     """
 
     scheme: Scheme
     shape: tuple[int, int]
     axes: tuple[str | None, str | None] = (None, None)
-    partition: Partition | None = None
+    partition: Partition = ONE_DEVICE
     name: str = dataclasses.field(default="", compare=False)
 
     def __post_init__(self) -> None:
@@ -50,7 +50,7 @@ class QuantizedLayout:
     @property
     def num_shards(self) -> tuple[int, int]:
         """Into how many parts N and K are cut."""
-        return (1, 1) if self.partition is None else tuple(map(self.partition.size, self.axes))
+        return tuple(map(self.partition.size, self.axes))
 
     @property
     def has_packed_codes(self) -> bool:

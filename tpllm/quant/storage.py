@@ -36,7 +36,7 @@ class Storage:
     stored: Mapping[str, Scheme] = dataclasses.field(default_factory=dict)
     kernels_of: Device | None = None
 
-    def layout(self, shape: tuple[int, ...], axes: tuple[str | None, ...], partition: Partition | None, *,
+    def layout(self, shape: tuple[int, ...], axes: tuple[str | None, ...], partition: Partition, *,
                name: str) -> "PackedMatrix | KernelMatrix | QuantizedLayout | None":
         """How a parameter lies in memory; None for a plain array of ``dtype``.
 
@@ -48,16 +48,14 @@ class Storage:
         scheme = self.policy.choose(name, self.stored.get(name))
         if scheme is None and not self.is_packed:
             return None
-        if partition is not None:
-            partition.sharding(axes, shape=shape, name=name)
+        partition.sharding(axes, shape=shape, name=name)
         if not self.is_packed:
             packed = self.kernels_of and kernel_matrix(scheme, shape, axes, partition, device=self.kernels_of, name=name)
             return packed or QuantizedLayout(scheme, shape, axes, partition, name)
         if scheme is None:
             return PackedMatrix(PackedLayout(DENSE[self.dtype], shape, axes, partition), None, None)
         code_format = FLOAT_FORMATS.get(scheme.kind) or INTEGER_FORMATS[widened(scheme).bits]
-        num_shards = 1 if partition is None else partition.size(axes[1])
-        kept = fit_groups(scheme, shape[1], num_shards, allowed=groups_of(code_format), name=name)
+        kept = fit_groups(scheme, shape[1], partition.size(axes[1]), allowed=groups_of(code_format), name=name)
         if kept.group:  # there are kernels for int8 activations where an output has one scale; without them results are closer
             kept = dataclasses.replace(kept, quantizes_input=False, num_outliers=0)
         may_be_least = code_format == Format.I8 and scheme.name not in SCHEMES  # codes of -128, which our own quantizing does not make
@@ -92,8 +90,8 @@ class PackedMatrix:
         return self.packed.num_shards
 
     @property
-    def partition(self) -> Partition | None:
-        """Mesh and rules, or None for one device."""
+    def partition(self) -> Partition:
+        """Mesh and rules."""
         return self.packed.partition
 
     @property

@@ -40,10 +40,10 @@ def uses_native(partition: Partition) -> bool:
     return partition.platform == "cpu" and native.is_available()
 
 
-def kernels_of(partition: Partition) -> Device | None:
-    """The accelerator of this mesh, for whose kernels quantized weights are packed; None where there are none."""
+def device_with_kernels(partition: Partition) -> Device | None:
+    """What the weights of this mesh are laid out for: a CPU with native kernels, or an accelerator; None where XLA multiplies all."""
     device = device_of(partition.device)
-    return device if device.platform in ("gpu", "tpu") else None
+    return device if uses_native(partition) or device.platform in ("gpu", "tpu") else None
 
 
 def choices(partition: Partition) -> tuple[bool, ...]:

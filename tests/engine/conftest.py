@@ -14,9 +14,9 @@ from tpllm.llm import LLM
 from tpllm.model.config import ModelConfig
 from tpllm.model.params import init_params
 from tpllm.model.partition import fit_to_mesh
-from tpllm.quant.policy import parse_policy
-from tpllm.quant.storage import Storage
 from tpllm.tokenizer import Tokenizer
+from tpllm.weights.policy import parse_policy
+from tpllm.weights.storage import NATIVE, Storage
 
 CONFIG = ModelConfig(vocab_size=96, hidden_size=64, num_layers=2, num_heads=8, num_kv_heads=8, head_dim=16, intermediate_size=128,
                      max_position=160, ties_embeddings=True)
@@ -37,7 +37,7 @@ def make_packed_llm(mesh: dict[str, int] | None = None, *, config: ModelConfig =
                     **options) -> LLM:
     """The like with weights packed for the native kernels, so that rows do not depend on how many tokens are computed with theirs."""
     fitted = fit_to_mesh(config, make_mesh(mesh or {"tp": 1}), DATA_TENSOR)
-    params = random_params(fitted, Storage(jnp.dtype(dtype), parse_policy(quantization), is_packed=True))
+    params = random_params(fitted, Storage(jnp.dtype(dtype), parse_policy(quantization), device=NATIVE))
     return LLM.from_params(fitted, params, **{**SHAPES, **options})
 
 

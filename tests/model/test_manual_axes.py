@@ -18,8 +18,8 @@ from tpllm.model.decoder import forward
 from tpllm.model.kv_cache import init_cache
 from tpllm.model.partition import fit_to_mesh
 from tpllm.model.sampling import score
-from tpllm.quant.policy import parse_policy
-from tpllm.quant.storage import Storage
+from tpllm.weights.policy import parse_policy
+from tpllm.weights.storage import NATIVE, Storage
 
 CONFIG = ModelConfig(vocab_size=258, hidden_size=64, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=16, intermediate_size=128, max_position=64,
                      has_qkv_bias=True, has_mlp_bias=True)
@@ -40,7 +40,7 @@ def mesh_of(sizes):
 def model_on(sizes, case, dtype, *, is_packed):
     config, scheme = CASES[case]
     fitted = fit_to_mesh(config, mesh_of(sizes), DATA_TENSOR)
-    return fitted, random_params(fitted, Storage(np.dtype(dtype), parse_policy(scheme), is_packed=is_packed))
+    return fitted, random_params(fitted, Storage(np.dtype(dtype), parse_policy(scheme), device=NATIVE if is_packed else None))
 
 
 def step(config, params, tokens, cache):

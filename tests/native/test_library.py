@@ -19,7 +19,7 @@ from tests.native.cases import Case, make_weight
 from tpllm import ops
 from tpllm.errors import ConfigError
 from tpllm.native import library
-from tpllm.native.packed import Format
+from tpllm.weights.native import Format
 
 ROOT = pathlib.Path(__file__).parents[2]
 

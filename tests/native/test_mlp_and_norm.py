@@ -12,8 +12,9 @@ from pallas_kernels.rms_norm import rms_norm_reference
 from sharding_rules import ONE_DEVICE
 from tests.native.cases import Case, k_quant, make_weight
 from tpllm import ops
-from tpllm.native import attention, products
-from tpllm.native.packed import Format
+from tpllm.native import attention
+from tpllm.weights import native_products as products
+from tpllm.weights.native import Format
 
 D, F = 96, 160
 FORMATS = {

@@ -19,7 +19,7 @@ OPTIONS = PlanOptions("dense", "cpu:8", mesh="tp=1", dtype="float32", num_seqs=8
 @pytest.fixture(autouse=True)
 def _plain_arrays(monkeypatch):
     """Weights without the native kernels' packing, so that bytes can be counted by hand."""
-    monkeypatch.setattr("tpllm.plan.setup.uses_native", lambda _: False)
+    monkeypatch.setattr("tpllm.ops.uses_native", lambda _: False)
 
 
 def work(config=DENSE, **options):

@@ -18,8 +18,8 @@ from tpllm.checkpoint.stored import RowReader, StoredMatrix
 from tpllm.errors import CheckpointError
 from tpllm.model.config import ModelConfig
 from tpllm.model.params import DecoderParams, ParamSpec, map_specs, named_leaves, param_specs
-from tpllm.quant.schemes import QuantizedRows, Scheme, dequantize, join_rows
-from tpllm.quant.storage import Storage
+from tpllm.weights.scheme import QuantizedRows, Scheme, dequantize, join_rows
+from tpllm.weights.storage import Storage
 
 Rows = np.ndarray | QuantizedRows
 log = logging.getLogger("tpllm")

@@ -1,4 +1,4 @@
-"""Making a matrix in the form it is kept in: rows come as they are, are quantized and packed some at a time, and lie where they stay."""
+"""Making a matrix in the form it is kept in: rows come as they are, are quantized and laid out some at a time, and lie where they stay."""
 import concurrent.futures
 from collections.abc import Callable, Mapping
 
@@ -6,18 +6,17 @@ import numpy as np
 
 from tpllm.checkpoint.placement import place_all
 from tpllm.checkpoint.read import wait_for_all
-from tpllm.quant.quantize import quantize
-from tpllm.quant.quantized_tensor import QuantizedLayout, QuantizedTensor
-from tpllm.quant.schemes import QuantizedRows
-from tpllm.quant.storage import PackedMatrix, PackedWeight
+from tpllm.weights.layout import Layout
+from tpllm.weights.quantize import quantize
+from tpllm.weights.scheme import QuantizedRows
+from tpllm.weights.weight import Weight
 
 CHUNK_BYTES = 2**20
-"""Of the rows that one thread reads, quantizes and packs at a time."""
+"""Of the rows that one thread reads, quantizes and lays out at a time."""
 ROW_MULTIPLE = 32
 
 
-def make_matrix(layout: PackedMatrix | QuantizedLayout, read_rows: Callable[[int, int], np.ndarray | QuantizedRows],
-                pool: concurrent.futures.Executor) -> PackedWeight | QuantizedTensor:
+def make_matrix(layout: Layout, read_rows: Callable[[int, int], np.ndarray | QuantizedRows], pool: concurrent.futures.Executor) -> Weight:
     """One matrix on its devices; the peak of host memory is its own size and a chunk a thread.
 
     Args:

@@ -11,7 +11,7 @@ import psutil
 from tpllm.errors import MemoryNeedError
 from tpllm.model.config import ModelConfig
 from tpllm.model.params import abstract_params, named_leaves
-from tpllm.quant.storage import Storage
+from tpllm.weights.storage import Storage
 
 GIB = 2**30
 _UNLIMITED = 2**60  # version 1 of cgroups writes "no limit" as a number near 2^63

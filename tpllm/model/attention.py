@@ -9,7 +9,7 @@ from sharding_rules.axes import BATCH, HEAD_DIM, HEADS, KV_HEADS
 from tpllm import ops
 from tpllm.model.config import ModelConfig
 from tpllm.model.params import AttentionParams
-from tpllm.quant.linear import linear, linears
+from tpllm.weights.linear import linear, linears
 
 
 def attention(x_BTD: jax.Array, params: AttentionParams, config: ModelConfig, rope_BTR: tuple[jax.Array, jax.Array], *,

@@ -15,7 +15,7 @@ from tpllm.model.mlp import mlp
 from tpllm.model.moe import moe
 from tpllm.model.params import DecoderParams, LayerParams, MoeParams
 from tpllm.model.rope import rope_tables
-from tpllm.quant.linear import linear, lookup
+from tpllm.weights.linear import linear, lookup
 
 
 def forward(params: DecoderParams, tokens_BT: jax.Array, positions_BT: jax.Array, cache: KVCache | None, config: ModelConfig, *,

@@ -14,7 +14,7 @@ from sharding_rules import ShardingError
 from sharding_rules.axes import EMBED, EXPERT_MLP, EXPERTS, HEAD_DIM, HEADS, KV_HEADS, MLP, VOCAB
 from tpllm.model.config import ModelConfig
 from tpllm.model.stacks import Stack
-from tpllm.quant.storage import Storage
+from tpllm.weights.storage import Storage
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,19 +1,14 @@
-"""The gated MLPs of routed experts on matrices that are dense, quantized or packed, and how they lie on a mesh."""
-import functools
+"""The gated MLPs of routed experts, whatever multiplies their matrices, and how they lie on a mesh."""
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.expert_mlps import expert_mlps_reference
 from pallas_kernels.gated_mlp import Activation
 from sharding_rules import Partition
 from sharding_rules.axes import BATCH, EMBED, EXPERT_MLP, EXPERTS, MLP
-from tpllm.native import products
-from tpllm.native.packed import PackedWeight
-from tpllm.quant.linear import Matrix
-from tpllm.quant.quantized_tensor import QuantizedTensor
+from tpllm.weights.linear import Matrix, weight_of
 
 INNER_AXES, OUTER_AXES, TOKEN_AXES = (EXPERT_MLP, EMBED), (EXPERTS, MLP), (BATCH, None, None)
 
@@ -49,9 +44,10 @@ def on_experts(function: Callable[..., jax.Array], x_BTD: jax.Array, routing: tu
             down_bias = jnp.where(partition.shard_index(MLP) == 0, down_bias, 0)
         experts = experts._replace(biases=(gate_bias, up_bias, down_bias))
         return partition.sum_shards(function(x, routing, experts, partition.shard_index(EXPERTS)), EXPERT_MLP)
-    tokens = partition.spec(TOKEN_AXES)
-    axes = (INNER_AXES, INNER_AXES, OUTER_AXES)
-    specs = Experts(tuple(map(functools.partial(_spec, partition), experts.matrices, axes)), tuple(
+    tokens, axes = partition.spec(TOKEN_AXES), (INNER_AXES, INNER_AXES, OUTER_AXES)
+    weights = tuple(weight_of(matrix, own, partition) for matrix, own in zip(experts.matrices, axes, strict=True))
+    experts = experts._replace(matrices=weights)
+    specs = Experts(tuple(weight.specs() for weight in weights), tuple(
         None if bias is None else partition.spec(own[:1]) for bias, own in zip(experts.biases, axes, strict=True)))
     return partition.shard_map(on_shard, (tokens, (tokens, tokens), specs), tokens)(x_BTD, routing, experts)
 
@@ -66,25 +62,4 @@ def expert_mlps(x_SD: jax.Array, counts_E: jax.Array, experts: Experts, *, activ
         activation: see :func:`pallas_kernels.gated_mlp.gated`.
         inner_size: F of this shard.
     """
-    matrices, biases = experts
-    if all(isinstance(matrix, PackedWeight) for matrix in matrices):
-        return products.expert_mlps(x_SD, counts_E, *matrices, biases, activation=activation, inner_size=inner_size)
-    rounds_input = tuple(isinstance(matrix, QuantizedTensor) and matrix.layout.kept.quantizes_input for matrix in matrices)
-    num_experts, sizes = counts_E.shape[0], (inner_size, inner_size, x_SD.shape[1])
-    dense = [_dense(matrix, num_experts, size, x_SD.dtype) for matrix, size in zip(matrices, sizes, strict=True)]
-    biases = tuple(None if bias is None else bias.reshape(num_experts, -1)[:, :size] for bias, size in zip(biases, sizes, strict=True))
-    return expert_mlps_reference(x_SD, counts_E, *dense, activation=activation, biases=biases, rounds_input=rounds_input)
-
-
-def _dense(matrix: Matrix, num_experts: int, num_rows: int, dtype: Any) -> jax.Array:
-    """[E, N, K]."""
-    rows = matrix.dequantize(dtype) if isinstance(matrix, QuantizedTensor) else matrix
-    return rows.reshape(num_experts, -1, rows.shape[1])[:, :num_rows]
-
-
-def _spec(partition: Partition, matrix: Matrix, axes: tuple[str, str]) -> Any:
-    if isinstance(matrix, PackedWeight):
-        return matrix.specs(partition)
-    if isinstance(matrix, QuantizedTensor):
-        return matrix.replace(**{name: partition.spec(array_axes) for name, (_, _, array_axes) in matrix.layout.arrays().items()})
-    return partition.spec(axes)
+    return experts.matrices[0].expert_mlps(x_SD, counts_E, experts.matrices, experts.biases, activation=activation, inner_size=inner_size)

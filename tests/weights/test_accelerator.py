@@ -83,10 +83,10 @@ def test_without_triton_in_jax_no_gpu_but_hopper_has_packed_weights(monkeypatch)
 def test_a_model_of_packed_weights_gives_the_logits_of_the_canonical_ones(device, scheme, tp):
     config = fit_to_mesh(find_shape("tiny"), make_mesh({"tp": tp}), DATA_TENSOR)
     tokens, positions, logits = np.arange(16, dtype=np.int32)[None], np.arange(16, dtype=np.int32)[None], []
-    for kernels_of in (DEVICES[device], None):
-        storage = Storage(np.dtype(np.float32), parse_policy(scheme), device=kernels_of)
+    for device_or_none in (DEVICES[device], None):
+        storage = Storage(np.dtype(np.float32), parse_policy(scheme), device=device_or_none)
         params, shapes = random_params(config, storage), abstract_params(config, np.float32, storage)
         assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), params) == jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), shapes)
-        assert isinstance(params.layers[0].mlp.down, AcceleratorWeight if kernels_of else XlaWeight)
+        assert isinstance(params.layers[0].mlp.down, AcceleratorWeight if device_or_none else XlaWeight)
         logits.append(np.asarray(step(params, tokens, positions, init_cache(config, 1, 32), config)[0])[..., :config.vocab_size])
     assert np.abs(logits[0] - logits[1]).max() <= 1e-4 * logits[1].std()

@@ -68,6 +68,7 @@ def test_turned_off_xla_computes_everything_and_the_log_says_so_once():
         import logging
         logging.basicConfig(level=logging.INFO, format="%(name)s %(levelname)s %(message)s")
         import jax.numpy as jnp
+        from sharding_rules import ONE_DEVICE
         from tpllm import LLM, native, ops
         assert not native.is_available() and native.instruction_set() is None and not ops.uses_native(ONE_DEVICE)
         with LLM("demo", mesh="tp=1", max_num_seqs=2, max_model_len=64) as llm:

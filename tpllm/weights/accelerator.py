@@ -144,8 +144,7 @@ class AcceleratorWeight(ShardedWeight):
     @classmethod
     def shard_matmul(cls, x_D: jax.Array, weights: Sequence[Self], biases: Biases, dtype: Any) -> tuple[jax.Array, ...]:
         """See :meth:`.ShardedWeight.shard_matmul`."""
-        rows = x_D.reshape(-1, x_D.shape[-1])
-        outs = (_quant_matmul(rows, weight.shard, bias=bias, dtype=dtype, **weight.layout.options)
+        outs = (_quant_matmul(x_D.reshape(-1, x_D.shape[-1]), weight.shard, bias=bias, dtype=dtype, **weight.layout.options)
                 for weight, bias in zip(weights, biases, strict=True))
         return tuple(out.reshape(*x_D.shape[:-1], -1) for out in outs)
 

@@ -13,10 +13,10 @@ Biases = Sequence[jax.Array | None]
 
 
 class Weight(abc.ABC):
-    """One matrix. A subclass is a pytree of its arrays, and of
+    """One matrix; its subclasses are pytrees of arrays.
 
     Attributes:
-        layout: what they mean.
+        layout: what the arrays mean.
         order: int32 [K], the input that each column multiplies, or None where they are in order; products take no notice of it.
     """
 

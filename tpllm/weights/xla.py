@@ -131,7 +131,7 @@ class XlaWeight(Weight):
         """See :meth:`.Weight.expert_mlps`."""
         num_experts, sizes = counts_E.shape[0], (inner_size, inner_size, x_SD.shape[1])
         rounds_input = tuple(weight.quantizes_input for weight in weights)
-        rows = [weight.codes if weight.layout.kept is None else weight.dequantize(x_SD.dtype) for weight in weights]
+        rows = (weight.codes if weight.layout.kept is None else weight.dequantize(x_SD.dtype) for weight in weights)
         dense = [matrix.reshape(num_experts, -1, matrix.shape[1])[:, :size] for matrix, size in zip(rows, sizes, strict=True)]
         biases = tuple(None if bias is None else bias.reshape(num_experts, -1)[:, :size] for bias, size in zip(biases, sizes, strict=True))
         return expert_mlps_reference(x_SD, counts_E, *dense, activation=activation, biases=biases, rounds_input=rounds_input)

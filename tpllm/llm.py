@@ -29,12 +29,12 @@ from tpllm.errors import ConfigError
 from tpllm.loading import choose_cache_dtype, load_weights, open_model
 from tpllm.model.config import ModelConfig
 from tpllm.model.params import DecoderParams
-from tpllm.native.packed import PackedWeight
 from tpllm.ops import uses_native
 from tpllm.progress import progress_bar
-from tpllm.quant.policy import Quantization
 from tpllm.tokenizer import Tokenizer
 from tpllm.tokenizer.generation_defaults import GenerationDefaults
+from tpllm.weights.linear import weight_of
+from tpllm.weights.policy import Quantization
 
 ONE = (SamplingParams, int, type(None))  # what is given once for all prompts
 
@@ -119,13 +119,13 @@ class LLM:
         Without a tokenizer prompts must be token ids, and outputs have no text. The parameters stay the caller's: ``close()`` lets go of them
         but does not delete them. ``engine`` takes the options from ``max_model_len`` to ``batch_invariant`` of the class.
         """
-        if config.partition is None:
+        if config.partition.mesh is None:
             raise ConfigError("from_params needs a config that is fitted to a mesh; use fit_to_mesh(config, mesh, rules)")
         options = EngineOptions(**engine)
         enable_compile_cache()
         llm = cls.__new__(cls)
         llm._model_fingerprint = {}
-        llm._start(config, params, tokenizer, options=options, shapes=options.shapes(config, is_packed=isinstance(params.embed, PackedWeight)),
+        llm._start(config, params, tokenizer, options=options, shapes=options.shapes(config, is_packed=weight_of(params.embed).is_native),
                    cache_dtype=choose_cache_dtype(kv_cache_dtype, params.dtype), seed=seed)
         return llm
 

@@ -21,12 +21,12 @@ from tpllm.errors import ConfigError, short
 from tpllm.model.config import ModelConfig
 from tpllm.model.params import DecoderParams
 from tpllm.model.partition import fit_to_mesh, largest_tensor_axis
-from tpllm.ops import kernels_of, uses_native
-from tpllm.quant.policy import AS_STORED, Policy, Quantization, parse_policy
-from tpllm.quant.storage import Storage
+from tpllm.ops import uses_native
 from tpllm.tokenizer import Tokenizer
 from tpllm.tokenizer.generation_defaults import GenerationDefaults
 from tpllm.tokenizer.gguf import defaults_from_gguf, tokenizer_from_gguf
+from tpllm.weights.policy import AS_STORED, Policy, Quantization, parse_policy
+from tpllm.weights.storage import Storage
 
 log = logging.getLogger("tpllm")
 
@@ -65,9 +65,8 @@ class OpenedModel:
 
     def storage(self, *, packed: bool) -> Storage:
         """How the matrices will be kept."""
-        partition = self.config.partition
-        return Storage(self.dtype, self.policy, is_packed=packed and uses_native(partition), stored=stored_schemes(self.entries, self.config),
-                       kernels_of=kernels_of(partition) if packed else None)
+        storage = Storage.on(self.config.partition, self.dtype, self.policy, stored=stored_schemes(self.entries, self.config))
+        return storage if packed else dataclasses.replace(storage, device=None)
 
 
 def load_model(model: str, mesh: str | Mapping[str, int] | Mesh = "auto", *, rules: Rules | None = None, dtype: str = "auto",
@@ -81,7 +80,7 @@ def load_model(model: str, mesh: str | Mapping[str, int] | Mesh = "auto", *, rul
         dtype: of weights and activations: ``"auto"``, ``"float32"``, ``"bfloat16"`` or ``"float16"``.
         quantization: as for :class:`tpllm.LLM`.
         packed: whether matrices are packed for kernels, as ``LLM`` has them: on a CPU all, for the native ones, on an accelerator those that are
-            quantized; without it they are plain arrays, or :class:`~tpllm.quant.quantized_tensor.QuantizedTensor`, which XLA computes with.
+            quantized; without it they are plain arrays, or :class:`~tpllm.weights.xla.XlaWeight`, which XLA computes with.
         revision: of a hub id.
 
     Returns:

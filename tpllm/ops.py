@@ -1,6 +1,6 @@
 """The one place that picks an implementation of an op, from the platform of the model's mesh, and lays it on the mesh.
 
-Kernels run inside ``jax.shard_map``, each on its own shard: left to automatic partitioning, XLA would gather what they read.
+Kernels run inside ``Partition.shard_map``, each on its own shard: left to automatic partitioning, XLA would gather what they read.
 """
 import functools
 
@@ -35,38 +35,33 @@ _paged_attention = jax.jit(paged_attention, static_argnames=("device", "scale", 
 _kv_append = jax.jit(kv_append, static_argnames=("device",))
 
 
-def uses_native(partition: Partition | None) -> bool:
+def uses_native(partition: Partition) -> bool:
     """Whether a model on this mesh runs on the native kernels of CPUs."""
-    platform = jax.default_backend() if partition is None else partition.platform
-    return platform == "cpu" and native.is_available()
+    return partition.platform == "cpu" and native.is_available()
 
 
-def device_for(partition: Partition | None) -> Device:
-    """What the kernels of a model on this mesh are made for."""
-    return device_of(jax.devices()[0] if partition is None else partition.mesh.devices.flat[0])
+def device_with_kernels(partition: Partition) -> Device | None:
+    """What the weights of this mesh are laid out for: a CPU with native kernels, or an accelerator; None where XLA multiplies all."""
+    device = device_of(partition.device)
+    return device if uses_native(partition) or device.platform in ("gpu", "tpu") else None
 
 
-def kernels_of(partition: Partition | None) -> Device | None:
-    """The accelerator of this mesh, for whose kernels quantized weights are packed; None where there are none."""
-    device = device_for(partition)
-    return device if device.platform in ("gpu", "tpu") else None
-
-
-def choices(partition: Partition | None) -> tuple[bool, ...]:
+def choices(partition: Partition) -> tuple[bool, ...]:
     """What this module asks the process while a program is traced: programs are the same where these are, too."""
     return uses_native(partition), are_kernels_on()
 
 
 def self_attention(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, positions_BT: jax.Array, *, rope: tuple[jax.Array, jax.Array],
-                   scale: float, window: int | None, softcap: float | None, partition: Partition | None,
+                   scale: float, window: int | None, softcap: float | None, partition: Partition,
                    sinks_N: jax.Array | None = None) -> jax.Array:
     """Causal attention of a call's tokens to each other, queries and keys rotated; [B, T, N, H]. See ``flash_attention_reference``."""
     def attend(q, k, v, positions, cos, sin, *sinks):
         q, k = rope_reference(q, cos, sin), rope_reference(k, cos, sin)
         return flash_attention(q, k, v, positions, scale=scale, window=window, softcap=softcap, sinks_N=(*sinks, None)[0],
-                               device=device_for(partition))
+                               device=device_of(partition.device))
     sinks, sink_axes = _optional(sinks_N, HEAD_AXES)
-    return _on_shards(attend, partition, (QUERY_AXES, NEW_KV_AXES, NEW_KV_AXES, POSITION_AXES, ROPE_AXES, ROPE_AXES, *sink_axes), (QUERY_AXES,))(
+    in_axes = (QUERY_AXES, NEW_KV_AXES, NEW_KV_AXES, POSITION_AXES, ROPE_AXES, ROPE_AXES, *sink_axes)
+    return partition.shard_map(attend, tuple(map(partition.spec, in_axes)), partition.spec(QUERY_AXES))(
         q_BTNH, k_BTKH, v_BTKH, positions_BT, *rope, *sinks)
 
 
@@ -77,7 +72,7 @@ def _optional(array: jax.Array | None, axes: tuple[str | None, ...]) -> tuple[tu
 
 def cached_attention(q_BTNH: jax.Array, new_kv: tuple[jax.Array, jax.Array], cache_kv: tuple[jax.Array, ...],
                      positions_BT: jax.Array, *, rope: tuple[jax.Array, jax.Array], table: PageTable | None, scale: float, window: int | None,
-                     softcap: float | None, partition: Partition | None, sinks_N: jax.Array | None = None) -> tuple[jax.Array, ...]:
+                     softcap: float | None, partition: Partition, sinks_N: jax.Array | None = None) -> tuple[jax.Array, ...]:
     """Rotate queries and keys, append keys and values to one layer's cache, then attend to it.
 
     Args:
@@ -93,7 +88,7 @@ def cached_attention(q_BTNH: jax.Array, new_kv: tuple[jax.Array, jax.Array], cac
     Returns:
         (out_BTNH, the arrays of the cache ...).
     """
-    attend = native_attention.attention if uses_native(partition) else functools.partial(_append_and_attend, device=device_for(partition))
+    attend = native_attention.attention if uses_native(partition) else functools.partial(_append_and_attend, device=device_of(partition.device))
     cache_axes = (CACHE_AXES, CACHE_AXES, SCALE_AXES, SCALE_AXES)[:len(cache_kv)]
     table_arrays = () if table is None else tuple(x for x in (table.pages_RL, table.rows) if x is not None)
     table_axes, (sinks, sink_axes) = tuple((BATCH, None)[:x.ndim] for x in table_arrays), _optional(sinks_N, HEAD_AXES)
@@ -105,7 +100,8 @@ def cached_attention(q_BTNH: jax.Array, new_kv: tuple[jax.Array, jax.Array], cac
                       window=window, softcap=softcap, sinks_N=(*sinks, None)[0])
     in_axes = (QUERY_AXES, NEW_KV_AXES, NEW_KV_AXES, POSITION_AXES, ROPE_AXES, ROPE_AXES, *cache_axes, *table_axes, *sink_axes)
     arguments = (q_BTNH, *new_kv, positions_BT, *rope, *cache_kv, *table_arrays, *sinks)
-    return _on_shards(on_shard, partition, in_axes, (QUERY_AXES, *cache_axes))(*arguments)
+    in_specs, out_specs = (tuple(map(partition.spec, axes)) for axes in (in_axes, (QUERY_AXES, *cache_axes)))
+    return partition.shard_map(on_shard, in_specs, out_specs)(*arguments)
 
 
 def has_scales(cache_dtype) -> bool:
@@ -124,7 +120,7 @@ def _append_and_attend(q, new_kv, cache, positions, *, rope, table, device, **ho
     return out, *keys_and_values, *scales
 
 
-def rms_norm(x_D: jax.Array, weight_D: jax.Array, *, eps: float, partition: Partition | None, offset: float = 0.0,
+def rms_norm(x_D: jax.Array, weight_D: jax.Array, *, eps: float, partition: Partition, offset: float = 0.0,
              axes: tuple[str | None, ...] = HIDDEN_AXES) -> jax.Array:
     """Normalize the last dim; see ``rms_norm_reference``.
 
@@ -137,13 +133,13 @@ def rms_norm(x_D: jax.Array, weight_D: jax.Array, *, eps: float, partition: Part
     return _norm(x_D, None, weight_D, eps=eps, offset=offset, partition=partition, axes=axes)[0]
 
 
-def add_rms_norm(x_BTD: jax.Array, delta_BTD: jax.Array, weight_D: jax.Array, *, eps: float, partition: Partition | None,
+def add_rms_norm(x_BTD: jax.Array, delta_BTD: jax.Array, weight_D: jax.Array, *, eps: float, partition: Partition,
                  offset: float = 0.0) -> tuple[jax.Array, jax.Array]:
     """(normalized sum, sum) of the residual stream and what a layer adds to it."""
     return _norm(x_BTD, delta_BTD, weight_D, eps=eps, offset=offset, partition=partition, axes=HIDDEN_AXES)
 
 
-def layer_norm(x_BTD: jax.Array, weight_D: jax.Array, bias_D: jax.Array, *, eps: float, partition: Partition | None,
+def layer_norm(x_BTD: jax.Array, weight_D: jax.Array, bias_D: jax.Array, *, eps: float, partition: Partition,
                offset: float = 0.0) -> jax.Array:
     """Center and normalize the last dim; see ``layer_norm_reference`` and :func:`rms_norm`."""
     if not uses_native(partition):
@@ -163,11 +159,12 @@ def _norm(x, delta, weight, *, eps, offset, partition, axes):
     if not uses_native(partition):
         total = x if delta is None else x + delta
         return rms_norm_reference(total, weight, eps=eps), total
-    if partition is not None and partition.size(axes[-1]) > 1:
+    if partition.size(axes[-1]) > 1:
         return _norm_of_cut_dim(x, weight, eps=eps, partition=partition, axes=axes), x
-    arguments, in_axes = ((x, weight), (axes, axes[-1:])) if delta is None else ((x, weight, delta), (axes, axes[-1:], axes))
-    outs = _on_shards(functools.partial(_native_norm, eps), partition, in_axes, (axes,) * (len(arguments) - 1))(*arguments)
-    return outs if delta is not None else (outs, x)
+    spec, weight_spec, norm = partition.spec(axes), partition.spec(axes[-1:]), functools.partial(_native_norm, eps)
+    if delta is None:
+        return partition.shard_map(norm, (spec, weight_spec), spec)(x, weight), x
+    return partition.shard_map(norm, (spec, weight_spec, spec), (spec, spec))(x, weight, delta)
 
 
 def _norm_of_cut_dim(x_D, weight_D, *, eps, partition, axes):
@@ -192,12 +189,12 @@ _native_norm.defvjp(lambda eps, *arguments: (_native_norm(eps, *arguments), argu
                     lambda eps, arguments, gradients: jax.vjp(functools.partial(_norm_reference, eps), *arguments)[1](gradients))
 
 
-def vocab_sums(x_BV: jax.Array, partition: Partition | None) -> jax.Array:
+def vocab_sums(x_BV: jax.Array, partition: Partition) -> jax.Array:
     """[B, ...]: sums over the vocabulary, the last dim; see :func:`row_sums`."""
     return row_sums(x_BV, (BATCH, *(None,) * (x_BV.ndim - 2), VOCAB), partition)
 
 
-def row_sums(x_D: jax.Array, axes: tuple[str | None, ...], partition: Partition | None) -> jax.Array:
+def row_sums(x_D: jax.Array, axes: tuple[str | None, ...], partition: Partition) -> jax.Array:
     """[...]: float32 sums over the last dim; on native kernels a row's has the same bits at any number of rows.
 
     Args:
@@ -209,10 +206,8 @@ def row_sums(x_D: jax.Array, axes: tuple[str | None, ...], partition: Partition 
         return jnp.sum(x_D, axis=-1)
 
     def add_up(x):
-        sums = _native_row_sums(x)
-        is_cut = partition is not None and partition.size(axes[-1]) > 1
-        return jax.lax.psum(sums, partition.rules.mesh_axis(axes[-1])) if is_cut else sums
-    return _on_shards(add_up, partition, (axes,), (axes[:-1],))(x_D)
+        return partition.sum_shards(_native_row_sums(x), axes[-1])
+    return partition.shard_map(add_up, (partition.spec(axes),), partition.spec(axes[:-1]))(x_D)
 
 
 @jax.custom_vjp
@@ -221,12 +216,3 @@ def _native_row_sums(x):
 
 
 _native_row_sums.defvjp(lambda x: (_native_row_sums(x), x), lambda x, gradient: (jnp.broadcast_to(gradient[..., None], x.shape),))
-
-
-def _on_shards(function, partition: Partition | None, in_axes, out_axes):
-    """``function`` run by each device on its shard of arrays with these logical axes; as it is where there is no mesh."""
-    if partition is None or partition.mesh.size == 1:
-        return function
-    out_specs = tuple(map(partition.spec, out_axes))
-    return jax.shard_map(function, mesh=partition.mesh, in_specs=tuple(map(partition.spec, in_axes)),
-                         out_specs=out_specs if len(out_specs) > 1 else out_specs[0], check_vma=False)

@@ -13,7 +13,7 @@ from tpllm.checkpoint.save import copied_files, unquantized_config
 from tpllm.checkpoint.store import write_store
 from tpllm.errors import ConfigError
 from tpllm.loading import load_weights, open_model, stored_dtype
-from tpllm.quant.policy import Quantization
+from tpllm.weights.policy import Quantization
 
 
 def save_store(model: str, out: str | Path, *, quantization: Quantization = None, mesh: str | Mapping[str, int] | Mesh = "tp=1", dtype: str = "auto",

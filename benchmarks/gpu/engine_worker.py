@@ -16,9 +16,8 @@ from tpllm.engine.roofline import num_matrix_values
 from tpllm.environment import return_freed_memory
 from tpllm.loading import choose_dtype
 from tpllm.model.partition import fit_to_mesh
-from tpllm.ops import kernels_of, uses_native
-from tpllm.quant.policy import parse_policy
-from tpllm.quant.storage import Storage
+from tpllm.weights.policy import parse_policy
+from tpllm.weights.storage import Storage
 
 _OPEN: list[LLM] = []
 
@@ -32,10 +31,8 @@ def open_engine(shape: str, quantization: str | None, max_model_len: int, max_nu
     close_engine()
     began = time.perf_counter()
     config = fit_to_mesh(find_shape(shape), make_mesh({"tp": 1}, jax.devices()[:1]), DATA_TENSOR)
-    is_packed = uses_native(config.partition)
-    storage = Storage(choose_dtype("bfloat16", {}, config.partition, packed=is_packed), parse_policy(quantization), is_packed=is_packed,
-                      kernels_of=kernels_of(config.partition))
-    params = random_params(config, storage) if is_packed else device_params(config, storage)
+    storage = Storage.on(config.partition, choose_dtype("bfloat16", {}, config.partition), parse_policy(quantization))
+    params = random_params(config, storage) if storage.is_native else device_params(config, storage)
     llm = LLM.from_params(config, params, max_model_len=max_model_len, max_num_seqs=max_num_seqs, kv_cache_tokens=kv_cache_tokens,
                           batch_invariant=False)
     _OPEN.append(llm)

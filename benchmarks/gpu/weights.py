@@ -8,7 +8,7 @@ import numpy as np
 
 from tpllm.model.config import ModelConfig
 from tpllm.model.params import DecoderParams, abstract_params, named_leaves, param_specs
-from tpllm.quant.storage import Storage
+from tpllm.weights.storage import Storage
 
 
 def device_params(config: ModelConfig, storage: Storage) -> DecoderParams:
@@ -18,7 +18,7 @@ def device_params(config: ModelConfig, storage: Storage) -> DecoderParams:
 
     Args:
         config: fitted to its mesh.
-        storage: how matrices are kept: plain, quantized, or packed for an accelerator, not for the native kernels of CPUs.
+        storage: how matrices are kept: plain, quantized, or for an accelerator's kernels, not for the native ones of CPUs.
     """
     specs = dict(named_leaves(param_specs(config)))
 

@@ -15,8 +15,7 @@ from tpllm.checkpoint import find_entries, load_params, open_checkpoint, stored_
 from tpllm.environment import enable_compile_cache
 from tpllm.errors import ConfigError, TpllmError
 from tpllm.model.partition import fit_to_mesh
-from tpllm.ops import uses_native
-from tpllm.quant.storage import Storage
+from tpllm.weights.storage import Storage
 
 LONG_PROMPT = 1024
 
@@ -34,8 +33,7 @@ def open_ours(shape: str = "", quantization: str | None = None, *, path: str | N
         checkpoint = open_checkpoint(path)
         config = fit_to_mesh(checkpoint.config, make_mesh({"tp": 1}), DATA_TENSOR)
         enable_compile_cache()
-        storage = Storage(np.dtype(jnp.bfloat16), is_packed=uses_native(config.partition),
-                          stored=stored_schemes(find_entries(checkpoint, config), config))
+        storage = Storage.on(config.partition, np.dtype(jnp.bfloat16), stored=stored_schemes(find_entries(checkpoint, config), config))
         params = load_params(checkpoint, config, dtype=jnp.bfloat16, storage=storage)
         return LLM.from_params(config, params, max_model_len=context_len, max_num_seqs=num_seqs)
     return llm_of_shape(shape, mesh="tp=1", dtype="bfloat16", quantization=quantization, max_model_len=context_len, max_num_seqs=num_seqs)

@@ -16,11 +16,11 @@ from tpllm.aot.step_programs import abstract_cache, lower_decode
 from tpllm.aot.topologies import accelerator_mesh
 from tpllm.bench.shapes import find_shape
 from tpllm.engine.shapes import EngineShapes
-from tpllm.kernel_weights import KernelWeight
 from tpllm.model.params import abstract_params
 from tpllm.model.partition import fit_to_mesh
-from tpllm.quant.policy import parse_policy
-from tpllm.quant.storage import Storage
+from tpllm.weights.accelerator import AcceleratorWeight
+from tpllm.weights.policy import parse_policy
+from tpllm.weights.storage import Storage
 
 pytestmark = pytest.mark.aot
 SHAPES = EngineShapes(max_num_seqs=16, max_model_len=4096, prefill_chunk=512)
@@ -34,7 +34,7 @@ def compiled(accelerator, scheme):
     config = dataclasses.replace(find_shape("llama-3.1-8b"), num_layers=NUM_LAYERS)
     mesh = accelerator_mesh(accelerator, {"tp": 4 if accelerator == "v5e:2x2" else 2})
     config = fit_to_mesh(config, mesh, DATA_TENSOR)
-    params = abstract_params(config, DTYPE, Storage(np.dtype(DTYPE), parse_policy(scheme), kernels_of=ops.kernels_of(config.partition)))
+    params = abstract_params(config, DTYPE, Storage(np.dtype(DTYPE), parse_policy(scheme), device=ops.device_with_kernels(config.partition)))
     program = compile_lowered(lower_decode(config, SHAPES, params=params, cache_dtype=DTYPE))
     return params, abstract_cache(config, SHAPES, DTYPE), program
 
@@ -46,7 +46,7 @@ class TestOneStep:
 
     def test_kernels_multiply_gate_and_attend(self, accelerator, scheme):
         params, _, program = compiled(accelerator, scheme)
-        assert all(isinstance(getattr(params.layers[0].mlp, name), KernelWeight) for name in ("gate", "up", "down"))
+        assert all(isinstance(getattr(params.layers[0].mlp, name), AcceleratorWeight) for name in ("gate", "up", "down"))
         calls = [target for target in program.custom_calls if re.fullmatch(CALLS[accelerator], target)]
         assert len(calls) >= NUM_LAYERS * 7 + 1  # q, k, v, attention, o, gate and up, down; and the head
 

@@ -21,8 +21,8 @@ from tests.pallas_kernels import quick_interpreter
 from tpllm.bench.shapes import find_shape
 from tpllm.model.params import abstract_params
 from tpllm.model.partition import fit_to_mesh
-from tpllm.quant.policy import parse_policy
-from tpllm.quant.storage import Storage
+from tpllm.weights.policy import parse_policy
+from tpllm.weights.storage import Storage
 
 NAMES = [section.name for section in SECTIONS]
 QUICK = Pace(1, 1, 0.0005)
@@ -182,7 +182,7 @@ def test_a_side_is_prepared_again_where_another_one_ended_its_process(worker, mo
 @pytest.mark.parametrize(("quantization", "device"), [("int4", Device("gpu", "NVIDIA H200", (9, 0))), ("fp8", None)], ids=["packed", "plain"])
 def test_random_weights_are_finite_however_they_are_kept(quantization, device):
     config = fit_to_mesh(find_shape("tiny"), make_mesh({"tp": 1}, jax.devices()[:1]), DATA_TENSOR)
-    storage = Storage(np.dtype(jnp.bfloat16), parse_policy(quantization), kernels_of=device)
+    storage = Storage(np.dtype(jnp.bfloat16), parse_policy(quantization), device=device)
     params, expected = device_params(config, storage), abstract_params(config, storage.dtype, storage)
     for leaf, abstract in zip(jax.tree.leaves(params), jax.tree.leaves(expected), strict=True):
         assert (leaf.shape, leaf.dtype, leaf.sharding) == (abstract.shape, abstract.dtype, abstract.sharding)

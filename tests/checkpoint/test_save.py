@@ -13,8 +13,8 @@ from tpllm.checkpoint.entries import find_entries
 from tpllm.checkpoint.save import quantize_checkpoint
 from tpllm.cli.main import main
 from tpllm.errors import CheckpointError, ConfigError
-from tpllm.quant.policy import parse_policy
-from tpllm.quant.storage import Storage
+from tpllm.weights.policy import parse_policy
+from tpllm.weights.storage import Storage
 
 MODEL = TinyModel("saved", config_json("llama", **SIZES))
 FUSED = TinyModel("fused", config_json("phi3", hidden_size=64, intermediate_size=128, sliding_window=None))

@@ -17,9 +17,9 @@ from tpllm.cli.main import main
 from tpllm.errors import CheckpointError, ConfigError
 from tpllm.model.params import named_leaves
 from tpllm.model.partition import fit_to_mesh
-from tpllm.quant.policy import parse_policy
-from tpllm.quant.storage import Storage
 from tpllm.storing import save_store
+from tpllm.weights.policy import parse_policy
+from tpllm.weights.storage import NATIVE, Storage
 
 POLICIES = [None, "int8", "w8a8", "fp8", "*=int4", "q4_k", "*.mlp.*=fp8-e5m2,*.attn.*=int8,*=none"]
 SIZES = {"hidden_size": 256, "intermediate_size": 256, "head_dim": 32}
@@ -31,7 +31,7 @@ def loaded(path, axes, policy=None, *, is_packed=False, dtype="float32"):
     checkpoint = open_checkpoint(path)
     config = fit_to_mesh(checkpoint.config, make_mesh(axes), DATA_TENSOR)
     entries = find_entries(checkpoint, config)
-    storage = Storage(np.dtype(dtype), parse_policy(policy), is_packed=is_packed, stored=stored_schemes(entries, config))
+    storage = Storage(np.dtype(dtype), parse_policy(policy), device=NATIVE if is_packed else None, stored=stored_schemes(entries, config))
     return load_params(checkpoint, config, dtype=dtype, storage=storage, entries=entries), config
 
 

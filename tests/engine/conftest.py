@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sharding_rules import DATA_TENSOR, make_mesh
+from sharding_rules import DATA_TENSOR, ONE_DEVICE, make_mesh
 from tests.tokenizer import tokenizer_folders
 from tpllm import ops
 from tpllm.bench.shapes import random_params
@@ -14,9 +14,9 @@ from tpllm.llm import LLM
 from tpllm.model.config import ModelConfig
 from tpllm.model.params import init_params
 from tpllm.model.partition import fit_to_mesh
-from tpllm.quant.policy import parse_policy
-from tpllm.quant.storage import Storage
 from tpllm.tokenizer import Tokenizer
+from tpllm.weights.policy import parse_policy
+from tpllm.weights.storage import NATIVE, Storage
 
 CONFIG = ModelConfig(vocab_size=96, hidden_size=64, num_layers=2, num_heads=8, num_kv_heads=8, head_dim=16, intermediate_size=128,
                      max_position=160, ties_embeddings=True)
@@ -27,7 +27,7 @@ SHAPES = {"max_num_seqs": 4, "prefill_chunk_size": 16, "max_model_len": 120, "pa
 def make_llm(mesh: dict[str, int] | None = None, *, config: ModelConfig = CONFIG, **options) -> LLM:
     """An engine over random weights, the same on every mesh."""
     fitted = fit_to_mesh(config, make_mesh(mesh or {"tp": 1}), DATA_TENSOR)
-    params = init_params(dataclasses.replace(fitted, partition=None), 0)
+    params = init_params(dataclasses.replace(fitted, partition=ONE_DEVICE), 0)
     params = jax.tree.map(lambda leaf: leaf * 4 if leaf.ndim == 2 else leaf, params)  # logits that mean something
     shardings = jax.tree.map(lambda leaf: leaf.sharding, init_params(fitted, 0))
     return LLM.from_params(fitted, jax.device_put(params, shardings), **{**SHAPES, **options})
@@ -37,7 +37,7 @@ def make_packed_llm(mesh: dict[str, int] | None = None, *, config: ModelConfig =
                     **options) -> LLM:
     """The like with weights packed for the native kernels, so that rows do not depend on how many tokens are computed with theirs."""
     fitted = fit_to_mesh(config, make_mesh(mesh or {"tp": 1}), DATA_TENSOR)
-    params = random_params(fitted, Storage(jnp.dtype(dtype), parse_policy(quantization), is_packed=True))
+    params = random_params(fitted, Storage(jnp.dtype(dtype), parse_policy(quantization), device=NATIVE))
     return LLM.from_params(fitted, params, **{**SHAPES, **options})
 
 
@@ -50,7 +50,7 @@ def random_prompts(*lengths: int, seed: int = 0) -> list[dict[str, list[int]]]:
 @pytest.fixture(params=["native", "xla"])
 def path(request, monkeypatch):
     """Native kernels, or what XLA makes of the references."""
-    if request.param == "native" and not ops.uses_native(None):
+    if request.param == "native" and not ops.uses_native(ONE_DEVICE):
         pytest.skip("the native library is not built here")
     if request.param == "xla":
         monkeypatch.setattr(ops, "uses_native", lambda _: False)

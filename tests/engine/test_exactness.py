@@ -4,12 +4,13 @@ import functools
 
 import pytest
 
+from sharding_rules import ONE_DEVICE
 from tests.engine.conftest import CONFIG, SHAPES, make_llm, make_packed_llm, random_prompts
 from tests.engine.test_invariance import PARAMS, PROMPTS, exact
 from tpllm import SamplingParams, ops
 from tpllm.model.naive import greedy
 
-IS_NATIVE = ops.uses_native(None)
+IS_NATIVE = ops.uses_native(ONE_DEVICE)
 SLOW = functools.partial(pytest.param, marks=pytest.mark.slow)
 
 

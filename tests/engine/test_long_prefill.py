@@ -17,13 +17,13 @@ from tpllm import LLM, SamplingParams
 from tpllm.bench.shapes import random_params
 from tpllm.model.config import ModelConfig
 from tpllm.model.partition import fit_to_mesh
-from tpllm.quant.storage import Storage
+from tpllm.weights.storage import NATIVE, Storage
 
 length = int(sys.argv[1])
 config = ModelConfig(vocab_size=512, hidden_size=256, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=64, intermediate_size=512,
                      max_position=65536)
 config = fit_to_mesh(config, make_mesh({"tp": 1}), DATA_TENSOR)
-params = random_params(config, Storage(np.dtype(jax.numpy.bfloat16), is_packed=True))
+params = random_params(config, Storage(np.dtype(jax.numpy.bfloat16), device=NATIVE))
 llm = LLM.from_params(config, params, max_model_len=length + 512, max_num_seqs=1)
 
 def peak():

@@ -9,9 +9,9 @@ from tests.engine.conftest import make_packed_llm, random_prompts
 from tpllm import LLM, SamplingParams, load_model, native
 from tpllm.checkpoint import memory
 from tpllm.errors import ConfigError, MemoryNeedError
-from tpllm.native.packed import PackedWeight
-from tpllm.quant.linear import lookup
-from tpllm.quant.quantized_tensor import QuantizedTensor
+from tpllm.weights.linear import lookup
+from tpllm.weights.native import NativeWeight
+from tpllm.weights.xla import XlaWeight
 
 pytestmark = pytest.mark.skipif(not native.is_available(), reason="the native library is not built here")
 
@@ -58,10 +58,10 @@ def test_the_chunks_of_a_prompt_do_not_change_a_bit():
 @pytest.mark.parametrize(("quantization", "mesh"), [("int8", "tp=1"), SLOW("int8", "tp=2"), SLOW("int4", "tp=1"), ("int4", "tp=4"), (None, "tp=4")])
 def test_in_float32_packed_weights_give_the_greedy_tokens_of_what_xla_computes_with_them(quantization, mesh):
     config, params, tokenizer = load_model("demo", mesh, dtype="float32", quantization=quantization)
-    assert isinstance(params.layers[0].attn.q, QuantizedTensor if quantization else jax.Array)
+    assert isinstance(params.layers[0].attn.q, XlaWeight if quantization else jax.Array)
     greedy = SamplingParams(temperature=0, max_tokens=64, ignore_eos=True)
     with LLM("demo", mesh=mesh, dtype="float32", quantization=quantization, **SIZES) as packed:
-        assert isinstance(packed.params.layers[0].attn.q, PackedWeight)
+        assert isinstance(packed.params.layers[0].attn.q, NativeWeight)
         tokens = [output.outputs[0].token_ids for output in packed.generate(PROMPTS[:3], greedy)]
     with LLM.from_params(config, params, tokenizer, **SIZES) as plain:
         assert [output.outputs[0].token_ids for output in plain.generate(PROMPTS[:3], greedy)] == tokens

@@ -8,7 +8,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from sharding_rules import TENSOR, Partition, make_mesh
+from sharding_rules import ONE_DEVICE, TENSOR, Partition, make_mesh
 from tests import numpy_sampler
 from tpllm import SamplingParams
 from tpllm.engine.batch import row_of
@@ -117,7 +117,7 @@ def probed(rows: list[Row]) -> tuple:
     return logits, parameters.replace(sample_index=np.tile(np.arange(VOCAB, dtype=np.uint32), len(rows))), positions, history
 
 
-def drawn(arguments: tuple, partition: Partition | None = None) -> np.ndarray:
+def drawn(arguments: tuple, partition: Partition = ONE_DEVICE) -> np.ndarray:
     """The tokens that the device draws."""
     logits, parameters, positions, history = arguments
     if partition is not None:
@@ -144,7 +144,7 @@ def test_the_tokens_that_can_be_drawn_are_the_oracles(seed, mesh, monkeypatch):
         return 1e6 * jax.nn.one_hot(sample_index_B, vocab_size)  # beats every token that is kept, and none that is dropped
     monkeypatch.setattr(sampling, "gumbel_noise", noise_that_favours_one)
     rows = random_rows(10 + seed)
-    tokens = drawn(probed(rows), mesh and Partition(make_mesh(mesh), TENSOR))
+    tokens = drawn(probed(rows), Partition(make_mesh(mesh), TENSOR) if mesh else ONE_DEVICE)
     for row, tokens_V in zip(rows, tokens.reshape(NUM_ROWS, VOCAB), strict=True):
         assert set(np.flatnonzero(tokens_V == np.arange(VOCAB))) == set(np.flatnonzero(row.probabilities())), row.params
     for name in ("top_k", "top_p", "min_p", "temperature"):
@@ -167,7 +167,7 @@ def test_the_drawn_token_is_the_oracles_under_the_same_noise(seed):
 @pytest.mark.parametrize("seed", range(3))
 def test_the_greedy_token_is_the_oracles(seed, mesh):
     rows = random_rows(30 + seed, temperature=0)
-    tokens = drawn(packed(rows), mesh and Partition(make_mesh(mesh), TENSOR))
+    tokens = drawn(packed(rows), Partition(make_mesh(mesh), TENSOR) if mesh else ONE_DEVICE)
     assert tokens.tolist() == [int(row.adjusted().argmax()) for row in rows]
     assert tokens.tolist() != [int(row.logits_V.argmax()) for row in rows]
 
@@ -181,7 +181,7 @@ def test_all_parameters_together_draw_the_oracles_distribution(mesh):
     num_draws, row = 20_000, random_rows(40, **TOGETHER)[0]
     logits, parameters, positions, history = jax.tree.map(lambda leaf: np.repeat(leaf, num_draws, axis=0), packed([row]))
     parameters = parameters.replace(sample_index=np.arange(num_draws, dtype=np.uint32))
-    tokens = drawn((logits, parameters, positions, history), mesh and Partition(make_mesh(mesh), TENSOR))
+    tokens = drawn((logits, parameters, positions, history), Partition(make_mesh(mesh), TENSOR) if mesh else ONE_DEVICE)
     counts, expected = np.bincount(tokens, minlength=VOCAB), row.probabilities() * num_draws
     is_kept = expected > 0
     assert counts[~is_kept].sum() == 0
@@ -195,7 +195,7 @@ def test_all_parameters_together_draw_the_oracles_distribution(mesh):
 def test_a_row_with_every_token_banned_says_that_it_has_no_choice(temperature):
     banned = Row(np.zeros(VOCAB, np.float32), SamplingParams(temperature=temperature, allowed_token_ids=[7]), [1], [9], [[9, 7]])
     free = dataclasses.replace(banned, bad_words=[])
-    sampled = sample(*packed([banned, free]), vocab_size=VOCAB, partition=None)
+    sampled = sample(*packed([banned, free]), vocab_size=VOCAB, partition=ONE_DEVICE)
     assert sampled.has_choice.tolist() == [False, True]
     assert sampled.token[1] == 7
 

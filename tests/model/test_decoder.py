@@ -9,7 +9,7 @@ import pytest
 from tiny_models import MODELS, cached_greedy, place, step
 
 from pallas_kernels.page_table import PageTable, one_page_a_row
-from sharding_rules import DATA_TENSOR, ShardingError, make_mesh
+from sharding_rules import DATA_TENSOR, ONE_DEVICE, ShardingError, make_mesh
 from tpllm.families.registry import find_family
 from tpllm.model import decoder
 from tpllm.model.decoder import forward, unembed
@@ -169,7 +169,7 @@ def test_padding_changes_nothing_in_the_training_path():
     whole, part = (np.asarray(uncached(params, tokens, p, config)) for p in (positions, padded))
     assert np.abs(whole[:, :10] - part[:, :10]).max() <= 1e-5 * whole.std()
     assert np.isfinite(part).all()
-    assert dataclasses.replace(config, partition=None) == WINDOWED.config
+    assert dataclasses.replace(config, partition=ONE_DEVICE) == WINDOWED.config
 
 
 def test_a_multiplier_of_embeddings_is_rounded_to_the_dtype_they_have():

@@ -18,8 +18,8 @@ from tpllm.model.mlp import mlp
 from tpllm.model.moe import moe, route
 from tpllm.model.params import MlpParams, expert_stacks, init_params
 from tpllm.model.partition import fit_to_mesh
-from tpllm.quant.policy import parse_policy
-from tpllm.quant.storage import Storage
+from tpllm.weights.policy import parse_policy
+from tpllm.weights.storage import NATIVE, Storage
 
 MODEL = TinyModel("qwen2moe", config_json("qwen2moe"))
 CUT_MODEL = TinyModel("qwen2moe", config_json("qwen2moe", moe_intermediate_size=128, shared_expert_intermediate_size=64, intermediate_size=64))
@@ -78,7 +78,7 @@ def test_packed_experts_give_what_the_same_codes_dequantized_give(scheme, mesh, 
     logits = []
     for is_packed, axes in ((True, MESHES[mesh]), (False, MESHES[mesh]), (False, {})):
         config = fit_to_mesh(checkpoint.config, make_mesh(axes), DATA_TENSOR)
-        storage = Storage(np.dtype(np.float32), parse_policy(scheme), is_packed=is_packed)
+        storage = Storage(np.dtype(np.float32), parse_policy(scheme), device=NATIVE if is_packed else None)
         params = load_params(checkpoint, config, dtype="float32", storage=storage)
         logits.append(np.asarray(step(params, tokens, positions, init_cache(config, 1, 32), config)[0])[..., :config.vocab_size])
     assert np.abs(logits[1] - logits[2]).max() / logits[2].std() <= 3e-4

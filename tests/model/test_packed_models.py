@@ -15,8 +15,8 @@ from tpllm.checkpoint.folder import open_checkpoint
 from tpllm.checkpoint.load import load_params
 from tpllm.model.kv_cache import init_cache
 from tpllm.model.partition import fit_to_mesh
-from tpllm.native.packed import PackedWeight
-from tpllm.quant.storage import Storage
+from tpllm.weights.native import NativeWeight
+from tpllm.weights.storage import NATIVE, Storage
 
 pytestmark = pytest.mark.usefixtures("native_library")
 OWN_FEATURES = [name for name in NAMES if name.split("-")[0] not in ARCHITECTURES]
@@ -30,8 +30,8 @@ def packed(name, tp, folder, dtype="float32"):
         write_folder(folder, dict(model.hf), model.weights())
     checkpoint = open_checkpoint(folder)
     config = fit_to_mesh(checkpoint.config, make_mesh({"tp": tp}), TENSOR)
-    params = load_params(checkpoint, config, dtype=dtype, storage=Storage(np.dtype(dtype), is_packed=True))
-    assert isinstance(params.layers[0].attn.q, PackedWeight)
+    params = load_params(checkpoint, config, dtype=dtype, storage=Storage(np.dtype(dtype), device=NATIVE))
+    assert isinstance(params.layers[0].attn.q, NativeWeight)
     return params, config
 
 

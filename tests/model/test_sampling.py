@@ -8,7 +8,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from sharding_rules import TENSOR, Partition, make_mesh
+from sharding_rules import ONE_DEVICE, TENSOR, Partition, make_mesh
 from tests.numpy_sampler import probabilities
 from tpllm import SamplingParams
 from tpllm.model.sampling import SamplingRows, gumbel_noise, sample
@@ -27,7 +27,7 @@ def rows(*each: dict) -> SamplingRows:
 
 
 @functools.partial(jax.jit, static_argnames=("vocab_size", "partition"))
-def draw(logits_BV, sampling, positions_B, vocab_size=VOCAB, partition=None):
+def draw(logits_BV, sampling, positions_B, vocab_size=VOCAB, partition=ONE_DEVICE):
     return sample(logits_BV, sampling, positions_B, vocab_size=vocab_size, partition=partition)
 
 

@@ -10,11 +10,12 @@ import numpy as np
 
 from pallas_kernels.page_table import PageTable, one_page_a_row
 from pallas_kernels.quant_matmul import dequantize_reference
-from tpllm.native.packed import ITEM_BYTES, Format, PackedLayout, PackedWeight, pack_rows
-from tpllm.quant.schemes import E2M1_VALUES, power_scales
+from tpllm.weights.native import ITEM_BYTES, Format, NativeLayout, NativeWeight, pack_rows
+from tpllm.weights.scheme import E2M1_VALUES, Scheme, power_scales
 
 DENSE_DTYPES = {Format.F32: np.float32, Format.F16: np.float16, Format.BF16: ml_dtypes.bfloat16}
 FP8_DTYPES = {Format.E4M3: ml_dtypes.float8_e4m3fn, Format.E5M2: ml_dtypes.float8_e5m2}
+KINDS = {Format.E4M3: ("e4m3", 8), Format.E5M2: ("e5m2", 8), Format.E2M1: ("e2m1", 4)}
 NUM_CODES = {Format.Q2: 4, Format.Q3: 8, Format.I4: 16, Format.Q5: 32, Format.Q6: 64, Format.E2M1: 16}
 
 
@@ -25,7 +26,7 @@ class Case:
     Attributes:
         format: of the codes.
         num_outputs, num_inputs: N and K.
-        group, super_group, zero, quantizes_input: see ``PackedLayout``.
+        group, super_group, zero, quantizes_input: see ``Scheme``; of I8 a zero of 1 says that -128 occurs.
         has_mins: whether groups have mins.
         scale_dtype: of scales; None for no scales. Of E2M1 codes uint8 makes them powers of two.
         min_dtype: of mins; None for the scales' own. uint8 without a super group makes them zeros.
@@ -51,10 +52,15 @@ class Case:
         return "-".join(part for part in parts if part)
 
     @property
-    def layout(self) -> PackedLayout:
+    def layout(self) -> NativeLayout:
         """How the packed weight lies."""
-        return PackedLayout(self.format, (self.num_outputs, self.num_inputs), group=self.group, super_group=self.super_group, zero=self.zero,
-                            quantizes_input=self.quantizes_input)
+        shape = (self.num_outputs, self.num_inputs)
+        if self.format in DENSE_DTYPES:
+            return NativeLayout(None, shape, source_dtype=np.dtype(DENSE_DTYPES[self.format]))
+        name, zero = ("int8 of a file", 0) if self.format == Format.I8 and self.zero else ("int8", self.zero)
+        kind, bits = KINDS.get(self.format, ("int", NUM_CODES.get(self.format, 256).bit_length() - 1))
+        return NativeLayout(Scheme(name, bits, self.group, kind=kind, zero=zero, super_group=self.super_group, quantizes_input=self.quantizes_input),
+                            shape)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,7 +136,7 @@ CASES = (*(dataclasses.replace(case, x_dtype=x_dtype) for case in WEIGHTS for x_
          Case(Format.F16, num_inputs=297, x_dtype="float16"), Case(Format.I4, group=32, zero=8, scale_dtype="float16", x_dtype="float16"))
 
 
-def make_weight(case: Case, seed: int = 0) -> tuple[PackedWeight, Canonical]:
+def make_weight(case: Case, seed: int = 0) -> tuple[NativeWeight, Canonical]:
     """A random weight whose outputs are of the order of the inputs, packed and not."""
     rng = np.random.default_rng(seed)
     layout = case.layout
@@ -138,8 +144,7 @@ def make_weight(case: Case, seed: int = 0) -> tuple[PackedWeight, Canonical]:
     packed_codes = np.empty(layout.array_shapes()["codes"], np.uint8)
     pack_rows(case.format, stored, packed_codes)
     arrays = {"codes": packed_codes} | _scales(case, rng)
-    packed = PackedWeight(**{name: jax.device_put(arrays[name]) if name in arrays else None
-                             for name in ("codes", "scales", "mins", "super_scales", "super_mins")}, layout=layout)
+    packed = layout.build({name: jax.device_put(array) for name, array in arrays.items()})
     return packed, Canonical(codes, _effective(arrays, "scales", case), _effective(arrays, "mins", case), case)
 
 

@@ -6,8 +6,9 @@ import jax.numpy as jnp
 
 from tests.native import cases
 from tpllm.environment import limit_threads
-from tpllm.native import attention, library, products
-from tpllm.native.packed import Format
+from tpllm.native import attention, library
+from tpllm.weights import native_products as products
+from tpllm.weights.native import Format
 
 WEIGHTS = [(cases.Case(Format.F32, 700, 300), 1), (cases.Case(Format.BF16, 700, 300, x_dtype="bfloat16"), 40),
            (cases.k_quant(Format.Q6, num_outputs=700), 3), (cases.INT8_INPUTS[0], 5)]

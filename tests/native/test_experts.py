@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 
 from pallas_kernels.gated_mlp import ClampedGlu
+from sharding_rules import ONE_DEVICE
 from tpllm.checkpoint.matrices import make_matrix
 from tpllm.model.stacks import Stack
-from tpllm.native import products
-from tpllm.quant.policy import parse_policy
-from tpllm.quant.storage import Storage
+from tpllm.weights import native_products as products
+from tpllm.weights.policy import parse_policy
+from tpllm.weights.storage import NATIVE, Storage
 
 pytestmark = pytest.mark.usefixtures("native_library")
 
@@ -23,7 +24,7 @@ COUNTS = [[3, 0, 1, 7, 2], [0, 0, 13, 0, 0], [1, 1, 1, 1, 1], [0, 0, 0, 0, 0]]
 
 
 def packed(name, rows, scheme):
-    layout = Storage(np.dtype(np.float32), parse_policy(scheme), is_packed=True).layout(rows.shape, (None, None), None, name=name)
+    layout = Storage(np.dtype(np.float32), parse_policy(scheme), device=NATIVE).layout(rows.shape, (None, None), ONE_DEVICE, name=name)
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         return make_matrix(layout, lambda first, last: rows[first:last].astype(layout.source_dtype), pool)
 

@@ -14,11 +14,12 @@ import numpy as np
 import pytest
 
 from pallas_kernels.rms_norm import rms_norm_reference
+from sharding_rules import ONE_DEVICE
 from tests.native.cases import Case, make_weight
 from tpllm import ops
 from tpllm.errors import ConfigError
 from tpllm.native import library
-from tpllm.native.packed import Format
+from tpllm.weights.native import Format
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -67,8 +68,9 @@ def test_turned_off_xla_computes_everything_and_the_log_says_so_once():
         import logging
         logging.basicConfig(level=logging.INFO, format="%(name)s %(levelname)s %(message)s")
         import jax.numpy as jnp
+        from sharding_rules import ONE_DEVICE
         from tpllm import LLM, native, ops
-        assert not native.is_available() and native.instruction_set() is None and not ops.uses_native(None)
+        assert not native.is_available() and native.instruction_set() is None and not ops.uses_native(ONE_DEVICE)
         with LLM("demo", mesh="tp=1", max_num_seqs=2, max_model_len=64) as llm:
             print(llm.generate("import os", None)[0].outputs[0].token_ids[0])
     """
@@ -87,7 +89,7 @@ def test_a_missing_library_is_warned_of_once_and_xla_computes(monkeypatch, caplo
         assert not library.is_available()
         assert library.instruction_set() is None
         assert library.instruction_sets() == ()
-        normed = ops.rms_norm(jnp.arange(6.0).reshape(1, 1, 6), jnp.ones(6), eps=1e-5, partition=None)
+        normed = ops.rms_norm(jnp.arange(6.0).reshape(1, 1, 6), jnp.ones(6), eps=1e-5, partition=ONE_DEVICE)
     np.testing.assert_array_equal(normed, rms_norm_reference(jnp.arange(6.0).reshape(1, 1, 6), jnp.ones(6), eps=1e-5))
     assert [record.levelname for record in caplog.records] == ["WARNING"]
     assert "compiler" in caplog.text

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from pallas_kernels.quant_matmul import int8_matmul_reference, quant_matmul_reference
 from tests.native.cases import CASES, INT8_INPUTS, Case, k_quant, make_input, make_weight
-from tpllm.native import library, products
-from tpllm.native.packed import Format
+from tpllm.native import library
+from tpllm.weights import native_products as products
+from tpllm.weights.native import Format
 
 ROWS = (1, 2, 7, 8, 64)
 weight_of = functools.cache(make_weight)

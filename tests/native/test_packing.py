@@ -3,8 +3,7 @@ import numpy as np
 import pytest
 
 from tests.native.cases import DENSE_DTYPES, NUM_CODES, Case, make_weight
-from tpllm.native import packed
-from tpllm.native.packed import UNIT_BYTES, Format, PackedLayout, pack_rows
+from tpllm.weights.native import GROUPS, UNIT_BYTES, Format, pack_rows
 
 pytestmark = pytest.mark.usefixtures("native_library")
 
@@ -19,7 +18,8 @@ def random_rows(code_format, shape, seed=0):
 
 
 def pack(code_format, rows):
-    out = np.full(PackedLayout(code_format, rows.shape, group=min(packed.GROUPS.get(code_format, (0,)))).array_shapes()["codes"], 0xAA, np.uint8)
+    layout = Case(code_format, *rows.shape, group=min(GROUPS.get(code_format, (0,)))).layout
+    out = np.full(layout.array_shapes()["codes"], 0xAA, np.uint8)
     pack_rows(code_format, rows, out)
     return out
 
@@ -87,13 +87,13 @@ def test_rows_that_do_not_fit_are_refused(rows, out_shape, first_row):
 
 @pytest.mark.parametrize(("code_format", "changes", "message"), [
     (Format.I8, {"group": 16}, "groups"), (Format.I4, {"group": 96}, "groups"), (Format.Q5, {"group": 0}, "groups"), (Format.Q6, {}, "groups"),
-    (Format.F32, {"group": 32}, "groups"), (Format.I4, {"group": 32, "super_group": 96}, "power of two"),
+    (Format.I4, {"group": 32, "super_group": 96}, "power of two"),
     (Format.I4, {"group": 64, "super_group": 32}, "power of two"), (Format.I8, {"super_group": 256}, "power of two"),
     (Format.I4, {"quantizes_input": True}, "int8"), (Format.I8, {"group": 32, "quantizes_input": True}, "int8"),
 ])
 def test_a_layout_without_a_kernel_is_refused(code_format, changes, message):
     with pytest.raises(ValueError, match=message):
-        PackedLayout(code_format, (64, 768), **changes)
+        _ = Case(code_format, 64, 768, **changes).layout
 
 
 @pytest.mark.parametrize("case", [Case(Format.I4, has_mins=True, scale_dtype="float32"),

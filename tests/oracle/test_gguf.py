@@ -21,8 +21,8 @@ from tools.demo_training.corpus import held_out_windows
 from tpllm import LLM, SamplingParams, forward
 from tpllm.checkpoint import find_entries, load_params, open_checkpoint, stored_schemes
 from tpllm.model.partition import fit_to_mesh
-from tpllm.quant.storage import Storage
 from tpllm.tokenizer import Tokenizer
+from tpllm.weights.storage import NATIVE, Storage
 
 pytestmark = pytest.mark.oracle
 
@@ -102,7 +102,7 @@ def ours(path, tokens, *, is_packed=True, **axes):
     """float64 [rows, T, V] log probabilities, and the parameters."""
     checkpoint = open_checkpoint(path)
     config = fit_to_mesh(checkpoint.config, make_mesh(axes), DATA_TENSOR)
-    storage = Storage(np.dtype(np.float32), is_packed=is_packed, stored=stored_schemes(find_entries(checkpoint, config), config))
+    storage = Storage(np.dtype(np.float32), device=NATIVE if is_packed else None, stored=stored_schemes(find_entries(checkpoint, config), config))
     params = load_params(checkpoint, config, dtype=np.float32, storage=storage)
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
     logits = jax.jit(lambda params, tokens, positions: forward(params, tokens, positions, None, dataclasses.replace(config))[0])(

@@ -3,6 +3,7 @@ import dataclasses
 
 import pytest
 
+from sharding_rules import ONE_DEVICE
 from tpllm.engine.roofline import num_matrix_values
 from tpllm.model.config import ModelConfig
 from tpllm.plan import PlanOptions
@@ -18,7 +19,7 @@ OPTIONS = PlanOptions("dense", "cpu:8", mesh="tp=1", dtype="float32", num_seqs=8
 @pytest.fixture(autouse=True)
 def _plain_arrays(monkeypatch):
     """Weights without the native kernels' packing, so that bytes can be counted by hand."""
-    monkeypatch.setattr("tpllm.plan.setup.uses_native", lambda _: False)
+    monkeypatch.setattr("tpllm.ops.uses_native", lambda _: False)
 
 
 def work(config=DENSE, **options):
@@ -60,4 +61,4 @@ def test_only_the_experts_that_tokens_choose_are_read():
     experts = 2 * 8 * 3 * 128 * 256 * 4
     rest = few.weight_bytes - experts * 2 / 8
     assert many.weight_bytes == pytest.approx(rest + experts * (1 - 0.75**64))
-    assert num_matrix_values(dataclasses.replace(sparse, partition=None)) == 2 * (4 * 128 * 128 + 2 * 3 * 128 * 256 + 8 * 128) + 512 * 128
+    assert num_matrix_values(dataclasses.replace(sparse, partition=ONE_DEVICE)) == 2 * (4 * 128 * 128 + 2 * 3 * 128 * 256 + 8 * 128) + 512 * 128

@@ -82,7 +82,7 @@ product.defvjp(lambda x_D, weight_FD: (product(x_D, weight_FD), (x_D, weight_FD)
 
 
 def _linear(x_D: jax.Array, weight_FD: jax.Array, bias_F: None) -> jax.Array:
-    """In place of ``tpllm.quant.linear``, whose products end in bfloat16, for the speed of :func:`product`."""
+    """In place of ``tpllm.weights.linear``, whose products end in bfloat16, for the speed of :func:`product`."""
     return product(x_D, weight_FD).astype(x_D.dtype)
 
 

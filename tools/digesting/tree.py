@@ -47,7 +47,10 @@ def dequantized(leaf: Any) -> jax.Array:
 
 def product(x_BK: jax.Array, leaf: Any) -> jax.Array:
     """float32 [B, N]: rows times a matrix of any kind."""
-    from tpllm.quant.linear import linear
+    try:
+        from tpllm.weights.linear import linear
+    except ImportError:  # a tree from before tpllm/weights
+        from tpllm.quant.linear import linear
     return linear(x_BK, leaf)
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 
 from tools.mutation.mutant import Mutant
 
-PACKAGES = ("tpllm/engine", "tpllm/model", "tpllm/quant", "tpllm/checkpoint", "tpllm/tokenizer", "tpllm/jobs", "pallas_kernels")
+PACKAGES = ("tpllm/engine", "tpllm/model", "tpllm/weights", "tpllm/checkpoint", "tpllm/tokenizer", "tpllm/jobs", "pallas_kernels")
 FLIPPED = {ast.Lt: ("<", "<="), ast.LtE: ("<=", "<"), ast.Gt: (">", ">="), ast.GtE: (">=", ">"), ast.Eq: ("==", "!="), ast.NotEq: ("!=", "=="),
            ast.In: ("in", "not in"), ast.NotIn: ("not in", "in"), ast.Is: ("is", "is not"), ast.IsNot: ("is not", "is")}
 SWAPPED_NAMES = {"min": "max", "max": "min", "minimum": "maximum", "maximum": "minimum", "any": "all", "all": "any"}

@@ -27,9 +27,9 @@ from tpllm.errors import ConfigError
 from tpllm.llm import LLM
 from tpllm.loading import SMALL_CACHES
 from tpllm.model.kv_cache import cache_bytes_per_token
-from tpllm.quant.policy import NONE
-from tpllm.quant.quantize import SCHEMES
 from tpllm.tokenizer import Tokenizer
+from tpllm.weights.policy import NONE
+from tpllm.weights.quantize import SCHEMES
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,9 +21,8 @@ from tpllm.loading import choose_cache_dtype, choose_dtype, choose_mesh
 from tpllm.model.config import ModelConfig, RopeConfig
 from tpllm.model.params import DecoderParams, ParamSpec, init_params, map_specs, param_specs
 from tpllm.model.partition import fit_to_mesh
-from tpllm.ops import kernels_of, uses_native
-from tpllm.quant.policy import Quantization, parse_policy
-from tpllm.quant.storage import Storage
+from tpllm.weights.policy import Quantization, parse_policy
+from tpllm.weights.storage import Storage
 
 ROWS_AT_ONCE = 1024
 LLAMA31_ROPE = RopeConfig(kind="llama3", theta=500000.0, factor=8.0, original_max_position=8192)
@@ -80,10 +79,10 @@ def llm_of_shape(name: str, *, mesh: str = "auto", dtype: str = "auto", quantiza
     enable_compile_cache()
     fitted = fit_to_mesh(config, choose_mesh(mesh, config), DATA_TENSOR)
     weight_dtype = choose_dtype(dtype, {}, fitted.partition)
-    storage = Storage(weight_dtype, policy, is_packed=uses_native(fitted.partition), kernels_of=kernels_of(fitted.partition))
+    storage = Storage.on(fitted.partition, weight_dtype, policy)
     options = EngineOptions(**engine)
     cache_dtype = choose_cache_dtype(kv_cache_dtype, weight_dtype)
-    cache_bytes = least_cache_bytes(fitted, options.shapes(fitted, is_packed=storage.is_packed), cache_dtype, kv_cache_tokens=options.kv_cache_tokens)
+    cache_bytes = least_cache_bytes(fitted, options.shapes(fitted, is_packed=storage.is_native), cache_dtype, kv_cache_tokens=options.kv_cache_tokens)
     needed, staging = needed_bytes(fitted, dtype=weight_dtype, cache_bytes_per_device=cache_bytes, storage=storage)
     check_memory(needed, staging_bytes=staging)
     return LLM.from_params(fitted, random_params(fitted, storage), kv_cache_dtype=kv_cache_dtype, **engine)

@@ -16,7 +16,7 @@ from tpllm.checkpoint.safetensors import BITS, TensorEntry
 from tpllm.checkpoint.stored import RowReader, StoredMatrix
 from tpllm.errors import CheckpointError
 from tpllm.families.family import Columns
-from tpllm.quant.schemes import QuantizedRows
+from tpllm.weights.scheme import QuantizedRows
 
 EXPERTS_IN_MEMORY = 4
 """Of one tensor: threads are at neighbouring rows, and so at two experts at most."""

@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 
 from tpllm.errors import ConfigError
-from tpllm.quant.schemes import QuantizedRows, Scheme
+from tpllm.weights.bits import pack_bits
+from tpllm.weights.scheme import QuantizedRows, Scheme
 
 PACKED, INTEGERS, FLOATS, MIXED = "pack-quantized", "int-quantized", "float-quantized", "mixed-precision"
 WORD_BITS = 32
@@ -63,10 +64,9 @@ def compress(scheme: Scheme, shape: tuple[int, int], name: str) -> list[Compress
 
 def _pack(codes_NK: np.ndarray, scheme: Scheme) -> np.ndarray:
     """int32 [N, words]: unsigned codes one after the other, the first in the lowest bits."""
-    unsigned = codes_NK.astype(np.int16) + (0 if scheme.zero else 2 ** (scheme.bits - 1))
-    per_word = WORD_BITS // scheme.bits
-    padded = np.pad(unsigned.astype(np.uint32), ((0, 0), (0, -codes_NK.shape[1] % per_word))).reshape(len(codes_NK), -1, per_word)
-    return np.bitwise_or.reduce(padded << (np.arange(per_word, dtype=np.uint32) * scheme.bits), axis=-1).view(np.int32)
+    unsigned = (codes_NK.astype(np.int16) + (0 if scheme.zero else 2 ** (scheme.bits - 1))).astype(np.uint8)
+    words = -(-codes_NK.shape[1] * scheme.bits // WORD_BITS)
+    return np.ascontiguousarray(pack_bits(unsigned, scheme.bits)[:, :words * WORD_BITS // 8]).view(np.int32)
 
 
 def describe_groups(schemes: Mapping[str, Scheme | None]) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from tpllm.errors import CheckpointError
 from tpllm.families.family import Columns
 from tpllm.model.config import ModelConfig
 from tpllm.model.params import ParamSpec, named_leaves, param_specs
-from tpllm.quant.schemes import Scheme
+from tpllm.weights.scheme import Scheme
 
 _LAYER = re.compile(r"^layers\.\d+\.")
 HARMLESS = ("rotary_emb.inv_freq",)

@@ -16,7 +16,7 @@ from tpllm.checkpoint.safetensors import Header, TensorEntry, digest_of_samples,
 from tpllm.checkpoint.settle import settle_head, with_prefix
 from tpllm.checkpoint.source import GGUF, find_folder, only_gguf, read_json
 from tpllm.checkpoint.store import MANIFEST, StoreFormat
-from tpllm.checkpoint.stored import WeightFormat
+from tpllm.checkpoint.stored import CheckpointFormat
 from tpllm.errors import CheckpointError, ConfigError, TpllmError
 from tpllm.families.family import Family
 from tpllm.families.registry import find_family
@@ -51,7 +51,7 @@ class Checkpoint:
     generation_config: Mapping[str, Any]
     tensors: Mapping[str, TensorEntry]
     headers: Mapping[str, Header]
-    weights: WeightFormat | None = None
+    weights: CheckpointFormat | None = None
     gguf: GgufFile | None = None
     reads: Reads = dataclasses.field(default_factory=Reads, compare=False, repr=False)
 

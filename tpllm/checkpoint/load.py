@@ -18,8 +18,8 @@ from tpllm.checkpoint.stored import RowReader, StoredMatrix
 from tpllm.errors import CheckpointError
 from tpllm.model.config import ModelConfig
 from tpllm.model.params import DecoderParams, ParamSpec, map_specs, named_leaves, param_specs
-from tpllm.quant.schemes import QuantizedRows, Scheme, dequantize, join_rows
-from tpllm.quant.storage import Storage
+from tpllm.weights.scheme import QuantizedRows, Scheme, dequantize, join_rows
+from tpllm.weights.storage import Storage
 
 Rows = np.ndarray | QuantizedRows
 log = logging.getLogger("tpllm")
@@ -56,8 +56,7 @@ def load_params(checkpoint: Checkpoint, config: ModelConfig, *, dtype: Any, stor
                 read = _row_reader(reader, source, spec, config, scheme=layout.scheme, dtype=layout.source_dtype)
                 weight, order = make_matrix(layout, read, reader.pool), source.order
                 return weight if order is None or source.scheme != layout.scheme else weight.replace(order=_replicated(order, config))
-            sharding = (jax.sharding.SingleDeviceSharding(jax.local_devices()[0]) if config.partition is None
-                        else config.partition.sharding(spec.axes, shape=spec.shape, name=name))
+            sharding = config.partition.sharding(spec.axes, shape=spec.shape, name=name)
             return place(spec.shape, sharding, dtype=dtype, fill=_filler(reader, source, spec, config))
         return map_specs(load, param_specs(config))
 
@@ -66,7 +65,7 @@ def stored_schemes(entries: Mapping[str, Source], config: ModelConfig) -> dict[s
     """The schemes of those parameters that can stay as the checkpoint keeps them: all but matrices whose columns are out of order (GPTQ's
     act-order) and which the mesh cuts between columns."""
     axes = {name: spec.axes for name, spec in named_leaves(param_specs(config))}
-    is_cut = {name: len(axes[name]) > 1 and config.partition is not None and config.partition.size(axes[name][1]) > 1 for name in entries}
+    is_cut = {name: len(axes[name]) > 1 and config.partition.size(axes[name][1]) > 1 for name in entries}
     lost = [name for name, source in entries.items() if source.order is not None and is_cut[name]]
     if lost:
         log.warning("%d matrices in act-order (%s, ...) are dequantized, for the mesh cuts them between columns; with tp=1 they stay small",
@@ -75,7 +74,7 @@ def stored_schemes(entries: Mapping[str, Source], config: ModelConfig) -> dict[s
 
 
 def _replicated(order_K: np.ndarray, config: ModelConfig) -> jax.Array:
-    return jax.device_put(order_K, None if config.partition is None else config.partition.sharding((None,)))
+    return jax.device_put(order_K, config.partition.sharding((None,)))
 
 
 def _filler(reader: TensorReader, source: Source, spec: ParamSpec, config: ModelConfig) -> Callable[[Mapping[Bounds, np.ndarray]], None]:

@@ -1,25 +1,22 @@
-"""Making a matrix in the form it is kept in: rows come as they are, are quantized and packed some at a time, and lie where they stay."""
+"""Making a matrix in the form it is kept in: rows come as they are, are quantized and laid out some at a time, and lie where they stay."""
 import concurrent.futures
 from collections.abc import Callable, Mapping
-from typing import Any
 
-import jax
 import numpy as np
 
 from tpllm.checkpoint.placement import place_all
 from tpllm.checkpoint.read import wait_for_all
-from tpllm.quant.quantize import quantize
-from tpllm.quant.quantized_tensor import QuantizedLayout, QuantizedTensor
-from tpllm.quant.schemes import QuantizedRows
-from tpllm.quant.storage import PackedMatrix, PackedWeight
+from tpllm.weights.layout import Layout
+from tpllm.weights.quantize import quantize
+from tpllm.weights.scheme import QuantizedRows
+from tpllm.weights.weight import Weight
 
 CHUNK_BYTES = 2**20
-"""Of the rows that one thread reads, quantizes and packs at a time."""
+"""Of the rows that one thread reads, quantizes and lays out at a time."""
 ROW_MULTIPLE = 32
 
 
-def make_matrix(layout: PackedMatrix | QuantizedLayout, read_rows: Callable[[int, int], np.ndarray | QuantizedRows],
-                pool: concurrent.futures.Executor) -> PackedWeight | QuantizedTensor:
+def make_matrix(layout: Layout, read_rows: Callable[[int, int], np.ndarray | QuantizedRows], pool: concurrent.futures.Executor) -> Weight:
     """One matrix on its devices; the peak of host memory is its own size and a chunk a thread.
 
     Args:
@@ -42,12 +39,6 @@ def make_matrix(layout: PackedMatrix | QuantizedLayout, read_rows: Callable[[int
         tasks = [pool.submit(store, shard, first, min(first + step, rows_a_shard))
                  for shard in sorted({n_shard for n_shard, _ in shards}) for first in range(0, rows_a_shard, step)]
         wait_for_all(tasks)
-    return layout.build(place_all(_described(layout), fill, num_shards=layout.num_shards))
-
-
-def _described(layout: PackedMatrix | QuantizedLayout) -> dict[str, tuple[tuple[int, ...], np.dtype, jax.sharding.Sharding]]:
-    def sharding(shape: tuple[int, ...], axes: tuple[str | None, ...], name: str) -> Any:
-        if layout.partition is None:
-            return jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        return layout.partition.sharding(axes, shape=shape, name=name)
-    return {name: (shape, dtype, sharding(shape, axes, name)) for name, (shape, dtype, axes) in layout.arrays().items()}
+    described = {name: (shape, dtype, layout.partition.sharding(axes, shape=shape, name=name))
+                 for name, (shape, dtype, axes) in layout.arrays().items()}
+    return layout.build(place_all(described, fill, num_shards=layout.num_shards))

@@ -11,7 +11,7 @@ import psutil
 from tpllm.errors import MemoryNeedError
 from tpllm.model.config import ModelConfig
 from tpllm.model.params import abstract_params, named_leaves
-from tpllm.quant.storage import Storage
+from tpllm.weights.storage import Storage
 
 GIB = 2**30
 _UNLIMITED = 2**60  # version 1 of cgroups writes "no limit" as a number near 2^63
@@ -35,11 +35,10 @@ def needed_bytes(config: ModelConfig, *, dtype: Any, cache_bytes_per_device: int
     needed: dict[jax.Device, int] = {}
     largest = 0
     for _, leaf in named_leaves(abstract_params(config, dtype, storage)):
-        sharding = leaf.sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         item_bytes = np.dtype(leaf.dtype).itemsize
         largest = max(largest, math.prod(leaf.shape) * item_bytes)
-        slice_bytes, seen = math.prod(sharding.shard_shape(leaf.shape)) * item_bytes, set()
-        for device, index in sharding.addressable_devices_indices_map(leaf.shape).items():
+        slice_bytes, seen = math.prod(leaf.sharding.shard_shape(leaf.shape)) * item_bytes, set()
+        for device, index in leaf.sharding.addressable_devices_indices_map(leaf.shape).items():
             key = tuple((part.start, part.stop) for part in index)
             is_shared = device.platform == "cpu" and key in seen
             seen.add(key)

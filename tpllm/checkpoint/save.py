@@ -22,9 +22,9 @@ from tpllm.checkpoint.read import RAW, TensorReader
 from tpllm.checkpoint.safetensors import TensorEntry
 from tpllm.checkpoint.store import StoreFormat
 from tpllm.errors import CheckpointError, ConfigError
-from tpllm.quant.policy import Quantization, parse_policy
-from tpllm.quant.quantize import quantize
-from tpllm.quant.schemes import Scheme, dequantize
+from tpllm.weights.policy import Quantization, parse_policy
+from tpllm.weights.quantize import quantize
+from tpllm.weights.scheme import Scheme, dequantize
 
 COPIED = ("generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*", "*.jinja", "merges.txt",
           "vocab.json", "vocab.txt")
@@ -72,7 +72,7 @@ def quantize_checkpoint(model: str | Path, out: str | Path, quantization: Quanti
     Args:
         model: as ``open_checkpoint`` takes it; no GGUF file.
         out: the new folder, which must not be there.
-        quantization: as :func:`~tpllm.quant.policy.parse_policy` takes it, of schemes that compressed-tensors has: int8, w8a8, fp8, int4 and its
+        quantization: as :func:`~tpllm.weights.policy.parse_policy` takes it, of schemes that compressed-tensors has: int8, w8a8, fp8, int4 and its
             larger groups.
         revision: of a hub id.
         max_shard_bytes: of one file of weights.

@@ -21,9 +21,9 @@ from tpllm.checkpoint.stored import RowReader
 from tpllm.errors import CheckpointError
 from tpllm.model.config import ModelConfig
 from tpllm.model.params import DecoderParams, ParamSpec, named_leaves, param_specs
-from tpllm.quant.code_bits import num_bytes, pack_bits, unpack_bits
-from tpllm.quant.quantized_tensor import QuantizedTensor
-from tpllm.quant.schemes import QuantizedRows, Scheme
+from tpllm.weights.bits import num_bytes, pack_bits, unpack_bits
+from tpllm.weights.scheme import QuantizedRows, Scheme
+from tpllm.weights.xla import XlaWeight
 
 MANIFEST, WEIGHTS, VERSION = "store.json", "weights", 1
 DENSE, CODES, ORDER = "array", "codes", "order"
@@ -34,7 +34,7 @@ def write_store(folder: Path, params: DecoderParams, config: ModelConfig, *, sou
 
     Args:
         folder: where there is neither yet.
-        params: plain arrays and :class:`~tpllm.quant.quantized_tensor.QuantizedTensor`.
+        params: plain arrays and :class:`~tpllm.weights.xla.XlaWeight`.
         config: of the model, fitted to their mesh.
         source: what tells the checkpoint they come from, JSON-able.
 
@@ -72,7 +72,7 @@ def _logical(leaf: Any, spec: ParamSpec, config: ModelConfig) -> tuple[dict[str,
         as_bytes = jax.lax.bitcast_convert_type(array, jnp.uint8)  # XLA's CPU compiler makes 0 of fp8's -0
         return jax.lax.bitcast_convert_type(jnp.take(as_bytes, rows, axis=0), array.dtype)
     shape = [spec.shape[0] if rows is None else len(rows), *spec.shape[1:]]
-    if not isinstance(leaf, QuantizedTensor):
+    if not isinstance(leaf, XlaWeight):
         return {DENSE: taken(leaf)}, {"shape": shape, "dtype": str(leaf.dtype)}
     kept = leaf.layout.kept
     arrays = {name: taken(getattr(leaf, name)) for name in kept.arrays(shape[1]) if name != CODES}
@@ -97,7 +97,7 @@ def _logical_rows(spec: ParamSpec, config: ModelConfig) -> np.ndarray | None:
 
 
 class StoreFormat:
-    """See :class:`~tpllm.checkpoint.stored.WeightFormat`; weights are asked for by the names of our parameters.
+    """See :class:`~tpllm.checkpoint.stored.CheckpointFormat`; weights are asked for by the names of our parameters.
 
     Attributes:
         name: ``"orbax"``.
@@ -117,7 +117,7 @@ class StoreFormat:
         return sorted(path for path in (self._folder / WEIGHTS).rglob("*") if path.is_file())
 
     def find(self, weight: str, shape: tuple[int, ...]) -> FileMatrix | None:
-        """See :meth:`tpllm.checkpoint.stored.WeightFormat.find`."""
+        """See :meth:`tpllm.checkpoint.stored.CheckpointFormat.find`."""
         if weight not in self._parameters:
             return None
         try:

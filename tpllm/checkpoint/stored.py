@@ -5,7 +5,7 @@ from typing import Protocol
 import numpy as np
 
 from tpllm.checkpoint.read import TensorReader
-from tpllm.quant.schemes import QuantizedRows, Scheme
+from tpllm.weights.scheme import QuantizedRows, Scheme
 
 RowReader = Callable[[int, int], QuantizedRows | np.ndarray]
 """Gives rows [first, last) of a matrix, quantized as its scheme says, or float32 [n, K] where it has none; several threads call it."""
@@ -39,7 +39,7 @@ class StoredMatrix(Protocol):
         """
 
 
-class WeightFormat(Protocol):
+class CheckpointFormat(Protocol):
     """What a checkpoint's quantization_config, or its file type, says of its weights.
 
     Attributes:

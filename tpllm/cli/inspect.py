@@ -51,15 +51,13 @@ def inspect_model(model: str, *, mesh: str = "auto", dtype: str = "auto", quanti
     from tpllm.model.kv_cache import cache_bytes_per_device
     from tpllm.model.params import named_leaves, param_specs
     from tpllm.model.partition import fit_to_mesh
-    from tpllm.ops import kernels_of, uses_native
-    from tpllm.quant.policy import parse_policy
-    from tpllm.quant.storage import Storage
+    from tpllm.weights.policy import parse_policy
+    from tpllm.weights.storage import Storage
     checkpoint = open_checkpoint(model, revision=revision)
     config = fit_to_mesh(checkpoint.config, choose_mesh(mesh, checkpoint.config), DATA_TENSOR)
     weight_dtype = choose_dtype(dtype, checkpoint.hf_config, config.partition, tensors=checkpoint.tensors)
     entries = find_entries(checkpoint, config)
-    storage = Storage(weight_dtype, parse_policy(quantization), is_packed=uses_native(config.partition), stored=stored_schemes(entries, config),
-                      kernels_of=kernels_of(config.partition))
+    storage = Storage.on(config.partition, weight_dtype, parse_policy(quantization), stored=stored_schemes(entries, config))
     parameters = [_parameter(name, spec, config.partition, source=entries[name], storage=storage)
                   for name, spec in named_leaves(param_specs(config))]
     num_parameters = sum(entry.num_values for entry in entries.values())

@@ -249,4 +249,4 @@ def _empty_output(max_steps: int, num_rows: int) -> Drawn:
 
 
 def _by_rows(x_BT: jax.Array, config: ModelConfig) -> jax.Array:
-    return x_BT if config.partition is None else config.partition.constrain(x_BT, (BATCH, None))
+    return config.partition.constrain(x_BT, (BATCH, None))

@@ -3,6 +3,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from sharding_rules import ONE_DEVICE
 from tpllm.model.config import ModelConfig
 from tpllm.model.params import named_leaves, param_specs
 from tpllm.model.stacks import Stack
@@ -82,7 +83,7 @@ class Family:
         parts = [name for name, stored in self.weight_names.items() if stored == self.weight_names[pattern]]
         if len(parts) == 1 or pattern in self.columns:
             return None
-        one_layer = dataclasses.replace(config, num_layers=1, kv_repeat=1, partition=None)
+        one_layer = dataclasses.replace(config, num_layers=1, kv_repeat=1, partition=ONE_DEVICE)
         num_rows = {_pattern(name): spec.shape[0] for name, spec in named_leaves(param_specs(one_layer))}
         parts = [name for name in parts if name in num_rows]  # a model without a norm may give its name to another
         if len(parts) == 1:

@@ -9,7 +9,7 @@ from sharding_rules.axes import BATCH, HEAD_DIM, HEADS, KV_HEADS
 from tpllm import ops
 from tpllm.model.config import ModelConfig
 from tpllm.model.params import AttentionParams
-from tpllm.quant.linear import linear, linears
+from tpllm.weights.linear import linear, linears
 
 
 def attention(x_BTD: jax.Array, params: AttentionParams, config: ModelConfig, rope_BTR: tuple[jax.Array, jax.Array], *,
@@ -42,8 +42,7 @@ def attention(x_BTD: jax.Array, params: AttentionParams, config: ModelConfig, ro
 
 def _project(x_BTD: jax.Array, params: AttentionParams, config: ModelConfig) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Queries, keys and values, split into heads and cut between them; queries and keys normalized where the model does that."""
-    def constrain(y, axes):
-        return y if config.partition is None else config.partition.constrain(y, axes)
+    constrain = config.partition.constrain
 
     def norm(y, weight, axes):
         return ops.rms_norm(y, weight, eps=config.norm_eps, offset=config.norm_offset, partition=config.partition, axes=axes)

@@ -3,7 +3,7 @@ import dataclasses
 from typing import Literal
 
 from pallas_kernels.gated_mlp import ClampedGlu
-from sharding_rules import Partition
+from sharding_rules import ONE_DEVICE, Partition
 
 ROPE_KINDS = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
 ALL_LAYERS = "all"
@@ -86,7 +86,7 @@ class ModelConfig:
         layer_windows: for each layer the sliding window in tokens, or None for full attention.
         kv_repeat: how often each KV head is stored, so that every shard owns one.
         padded_vocab_size: rows of the embedding and head as stored; rows from ``vocab_size`` on are padding.
-        partition: mesh and rules, or None for a single device without sharding.
+        partition: mesh and rules; by default a single device without sharding.
     """
 
     vocab_size: int
@@ -130,7 +130,7 @@ class ModelConfig:
     layer_windows: tuple[int | None, ...] = ()
     kv_repeat: int = 1
     padded_vocab_size: int = 0
-    partition: Partition | None = None
+    partition: Partition = ONE_DEVICE
 
     def __post_init__(self):
         if not self.layer_windows:

@@ -17,7 +17,7 @@ from tpllm.model.mlp import mlp
 from tpllm.model.moe import moe
 from tpllm.model.params import DecoderParams, LayerParams, MoeParams
 from tpllm.model.rope import rope_tables
-from tpllm.quant.linear import linear, lookup
+from tpllm.weights.linear import linear, lookup
 
 
 @struct.dataclass
@@ -110,8 +110,7 @@ def unembed(params: DecoderParams, hidden_D: jax.Array, config: ModelConfig) -> 
     head_VD = params.embed if params.head is None else params.head
     logits_V = linear(hidden_D, head_VD, dtype=jnp.float32)
     logits_V = soft_cap(logits_V if config.logit_scale == 1 else logits_V * config.logit_scale, config.logit_softcap)
-    if config.partition is not None:
-        logits_V = config.partition.constrain(logits_V, (BATCH, *(None,) * (hidden_D.ndim - 2), VOCAB))
+    logits_V = config.partition.constrain(logits_V, (BATCH, *(None,) * (hidden_D.ndim - 2), VOCAB))
     if config.padded_vocab_size > config.vocab_size:
         logits_V = jnp.where(jnp.arange(config.padded_vocab_size) < config.vocab_size, logits_V, -jnp.inf)
     return logits_V
@@ -154,4 +153,4 @@ def _norm_options(config: ModelConfig) -> dict:
 
 
 def _constrain_hidden(x_BTD: jax.Array, config: ModelConfig) -> jax.Array:
-    return x_BTD if config.partition is None else config.partition.constrain(x_BTD, (BATCH, None, None))
+    return config.partition.constrain(x_BTD, (BATCH, None, None))

@@ -62,8 +62,8 @@ def init_cache(config: ModelConfig, batch_size: int, max_len: int, dtype=jnp.flo
         ShardingError: a data axis that does not divide ``batch_size``.
     """
     shape = (batch_size, config.stored_kv_heads, max_len, config.head_dim)
-    sharding = config.partition and config.partition.sharding(ops.CACHE_AXES, shape=shape, name="kv_cache")
-    scale_sharding = config.partition and config.partition.sharding(ops.SCALE_AXES, shape=shape[:3], name="kv_cache scales")
+    sharding = config.partition.sharding(ops.CACHE_AXES, shape=shape, name="kv_cache")
+    scale_sharding = config.partition.sharding(ops.SCALE_AXES, shape=shape[:3], name="kv_cache scales")
 
     def zeros_of_layers(shape, dtype, sharding):
         zeros = jax.jit(jnp.zeros, static_argnums=(0, 1), out_shardings=sharding)
@@ -76,13 +76,12 @@ def init_cache(config: ModelConfig, batch_size: int, max_len: int, dtype=jnp.flo
 def cache_bytes_per_device(config: ModelConfig, batch_size: int, max_len: int, dtype=jnp.float32) -> int:
     """Bytes of the cache's shard on each device of ``config.partition``."""
     shape = (batch_size, config.stored_kv_heads, max_len, config.head_dim)
-    if config.partition is not None:
-        shape = config.partition.sharding(ops.CACHE_AXES, shape=shape, name="kv_cache").shard_shape(shape)
+    shape = config.partition.sharding(ops.CACHE_AXES, shape=shape, name="kv_cache").shard_shape(shape)
     scale_bytes = 4 * math.prod(shape[:3]) if ops.has_scales(dtype) else 0
     return 2 * config.num_layers * (math.prod(shape) * jnp.dtype(dtype).itemsize + scale_bytes)
 
 
 def cache_bytes_per_token(config: ModelConfig, dtype=jnp.float32) -> float:
     """Bytes that the cache takes for a token of a row, on all devices of ``config.partition`` together."""
-    num_groups, num_devices = (1, 1) if config.partition is None else (config.partition.size(BATCH), config.partition.mesh.size)
-    return cache_bytes_per_device(config, num_groups, 1, dtype) * num_devices / num_groups
+    num_groups = config.partition.size(BATCH)
+    return cache_bytes_per_device(config, num_groups, 1, dtype) * config.partition.num_devices / num_groups

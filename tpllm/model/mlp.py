@@ -2,13 +2,10 @@
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.gated_mlp import ACTIVATIONS, gated
-from tpllm import weight_ops
-from tpllm.kernel_weights import KernelWeight
+from pallas_kernels.gated_mlp import ACTIVATIONS
 from tpllm.model.config import ModelConfig
 from tpllm.model.params import MlpParams
-from tpllm.native.packed import PackedWeight
-from tpllm.quant.linear import linear
+from tpllm.weights.linear import gated_mlp, linear
 
 
 def mlp(x_BTD: jax.Array, params: MlpParams, config: ModelConfig) -> jax.Array:
@@ -16,11 +13,5 @@ def mlp(x_BTD: jax.Array, params: MlpParams, config: ModelConfig) -> jax.Array:
     if params.gate is None:
         up_BTF = linear(x_BTD, params.up, params.up_bias, dtype=jnp.float32)
         return linear(ACTIVATIONS[config.activation](up_BTF).astype(x_BTD.dtype), params.down, params.down_bias)
-    weights, biases = (params.gate, params.up, params.down), (params.gate_bias, params.up_bias, params.down_bias)
-    is_packed = {type(weight) for weight in weights} in ({PackedWeight}, {KernelWeight})
-    if is_packed and all(weight.order is None and not weight.num_outliers for weight in weights) and (
-            isinstance(params.gate, PackedWeight) or params.gate.layout == params.up.layout):
-        return weight_ops.packed_gated_mlp(x_BTD, weights, biases, activation=config.activation)
-    gate_BTF = linear(x_BTD, params.gate, params.gate_bias)
-    up_BTF = linear(x_BTD, params.up, params.up_bias)
-    return linear(gated(gate_BTF, up_BTF, config.activation), params.down, params.down_bias)
+    biases = (params.gate_bias, params.up_bias, params.down_bias)
+    return gated_mlp(x_BTD, (params.gate, params.up, params.down), biases, activation=config.activation)

@@ -12,8 +12,8 @@ from tpllm import ops
 from tpllm.model.config import ModelConfig
 from tpllm.model.mlp import mlp
 from tpllm.model.params import MoeParams, expert_stacks
-from tpllm.quant.experts import Experts, expert_mlps, on_experts
-from tpllm.quant.linear import Matrix, linear
+from tpllm.weights.experts import Experts, expert_mlps, on_experts
+from tpllm.weights.linear import Matrix, linear
 
 
 def moe(x_BTD: jax.Array, params: MoeParams, config: ModelConfig, *, positions_BT: jax.Array) -> jax.Array:

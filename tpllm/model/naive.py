@@ -33,7 +33,7 @@ def greedy(params: DecoderParams, config: ModelConfig, prompt_ids: Sequence[int]
 @functools.partial(jax.jit, static_argnames=("config",))
 def _next_token(params: DecoderParams, tokens_T: jax.Array, length: jax.Array, prompt_len: jax.Array, *, config: ModelConfig) -> jax.Array:
     """The best token after the first ``length`` of ``tokens_T``; the row is repeated where a data axis needs more than one."""
-    num_rows = 1 if config.partition is None else config.partition.size(BATCH)
+    num_rows = config.partition.size(BATCH)
     positions_T = jnp.where(jnp.arange(tokens_T.size) < length, jnp.arange(tokens_T.size), -1)
     tokens_BT, positions_BT = (jnp.broadcast_to(x, (num_rows, x.size)) for x in (tokens_T, positions_T))
     hidden_BTD, _ = forward(params, tokens_BT, positions_BT, None, config, prompt_lens=jnp.full(num_rows, prompt_len), output="hidden")

@@ -14,7 +14,7 @@ from sharding_rules import ShardingError
 from sharding_rules.axes import EMBED, EXPERT_MLP, EXPERTS, HEAD_DIM, HEADS, KV_HEADS, MLP, VOCAB
 from tpllm.model.config import ModelConfig
 from tpllm.model.stacks import Stack
-from tpllm.quant.storage import Storage
+from tpllm.weights.storage import Storage
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,9 +164,9 @@ def expert_stacks(config: ModelConfig) -> tuple[Stack, Stack]:
     Raises:
         ShardingError: experts, or their inner size, that the mesh does not divide.
     """
-    groups, cuts = (1, 1) if config.partition is None else (config.partition.size(EXPERTS), config.partition.size(EXPERT_MLP))
-    cuts //= groups
-    if config.partition is not None and cuts != config.partition.size(MLP):
+    groups = config.partition.size(EXPERTS)
+    cuts = config.partition.size(EXPERT_MLP) // groups
+    if cuts != config.partition.size(MLP):
         raise ShardingError(f"the rules cut an expert's rows (expert_mlp) into {cuts} parts and its down projection's inputs (mlp) into "
                             f"{config.partition.size(MLP)}; map expert_mlp to the mesh axes of experts and mlp together")
     for size, parts, what in ((config.num_experts, groups, "experts"), (config.expert_size, cuts, "inputs of an expert's down projection")):
@@ -228,7 +228,7 @@ def abstract_params(config: ModelConfig, dtype: Any, storage: Storage | None = N
         storage: how matrices are kept; None for plain arrays.
     """
     def one(shape, dtype, axes, name):
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=config.partition and config.partition.sharding(axes, shape=shape, name=name))
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=config.partition.sharding(axes, shape=shape, name=name))
 
     def abstract(name, spec):
         layout = storage and storage.layout(spec.shape, spec.axes, config.partition, name=name)
@@ -242,7 +242,7 @@ def init_params(config: ModelConfig, seed: int | jax.Array, dtype: Any = jnp.flo
     """Random parameters, each made directly in its sharding.
 
     Args:
-        config: the model; with a partition, every parameter is created sharded.
+        config: the model; every parameter is created in its sharding on the model's partition.
         seed: a whole number or a PRNG key.
         dtype: of every parameter.
     """
@@ -251,7 +251,7 @@ def init_params(config: ModelConfig, seed: int | jax.Array, dtype: Any = jnp.flo
     indices = {name: i for i, (name, _) in enumerate(named_leaves(specs))}
 
     def make(name, spec):
-        sharding = config.partition and config.partition.sharding(spec.axes, shape=spec.shape, name=name)
+        sharding = config.partition.sharding(spec.axes, shape=spec.shape, name=name)
         return jax.jit(_init_one, static_argnums=(1, 2), out_shardings=sharding)(jax.random.fold_in(key, indices[name]), spec, dtype)
     return map_specs(make, specs)
 

@@ -99,7 +99,7 @@ class TokenScores:
 
 
 def sample(logits_BV: jax.Array, rows: SamplingRows, positions_B: jax.Array, history: History | None = None, *, vocab_size: int,
-           partition: Partition | None) -> Sampled:
+           partition: Partition) -> Sampled:
     """Draw one token a row.
 
     Args:
@@ -116,7 +116,7 @@ def sample(logits_BV: jax.Array, rows: SamplingRows, positions_B: jax.Array, his
 
     def only_if(is_needed, function, logits_BV, *operands):
         changed_BV = jax.lax.cond(is_needed, function, lambda logits, *_: logits, logits_BV, *operands)
-        return changed_BV if partition is None else partition.constrain(changed_BV, (BATCH, VOCAB))  # or XLA:GPU gathers what a branch gives
+        return partition.constrain(changed_BV, (BATCH, VOCAB))  # or XLA:GPU gathers what a branch gives
 
     adjusted_BV = logits_BV
     if rows.adjustments is not None:
@@ -129,7 +129,7 @@ def sample(logits_BV: jax.Array, rows: SamplingRows, positions_B: jax.Array, his
                    scores=score(logits_BV, token_B, rows.num_logprobs, partition=partition))
 
 
-def score(logits_BV: jax.Array, token_B: jax.Array, num_logprobs_B: jax.Array, *, partition: Partition | None) -> TokenScores:
+def score(logits_BV: jax.Array, token_B: jax.Array, num_logprobs_B: jax.Array, *, partition: Partition) -> TokenScores:
     """Log probabilities of ``token_B`` and of the likeliest tokens under the logits' softmax."""
     ids_V = jnp.arange(logits_BV.shape[1], dtype=jnp.int32)
     largest_B = jnp.max(logits_BV, axis=-1)
@@ -140,18 +140,17 @@ def score(logits_BV: jax.Array, token_B: jax.Array, num_logprobs_B: jax.Array, *
     return TokenScores(logprob=chosen_B - normalizer_B, rank=rank_B, top_ids=top_ids, top_logprobs=top_logits - normalizer_B[:, None])
 
 
-def _noisy(logits_BV: jax.Array, rows: SamplingRows, positions_B: jax.Array, partition: Partition | None) -> jax.Array:
+def _noisy(logits_BV: jax.Array, rows: SamplingRows, positions_B: jax.Array, partition: Partition) -> jax.Array:
     """Scaled, filtered and Gumbel-perturbed logits."""
     temperature_B1 = jnp.where(rows.temperature > 0, rows.temperature, 1.0)[:, None]
     largest_B1 = jnp.maximum(jnp.max(logits_BV, axis=-1, keepdims=True), jnp.finfo(jnp.float32).min)  # a row may have every token banned
     scaled_BV = (logits_BV - largest_B1) / temperature_B1  # at most 0: a tiny temperature does not overflow
     is_filtered = jnp.any((rows.top_k > 0) | (rows.top_p < 1) | (rows.min_p > 0))
-    num_shards = 1 if partition is None else partition.size(VOCAB)
+    num_shards = partition.size(VOCAB)
     filter_rows = functools.partial(_filter, rows=rows, bits_a_round=1 if num_shards == 1 else 4, partition=partition)
     kept_BV = jax.lax.cond(is_filtered, filter_rows, lambda x: x, scaled_BV)
     noise_BV = gumbel_noise(rows.seed, rows.sample_index, positions_B, logits_BV.shape[1])
-    if partition is not None:
-        noise_BV = partition.constrain(noise_BV, (BATCH, VOCAB))
+    noise_BV = partition.constrain(noise_BV, (BATCH, VOCAB))
     return kept_BV + noise_BV
 
 
@@ -169,7 +168,7 @@ def gumbel_noise(seed_B2: jax.Array, sample_index_B: jax.Array, positions_B: jax
     return -jnp.log(-jnp.log1p(-uniform_BV))
 
 
-def _filter(scaled_BV: jax.Array, rows: SamplingRows, *, bits_a_round: int, partition: Partition | None) -> jax.Array:
+def _filter(scaled_BV: jax.Array, rows: SamplingRows, *, bits_a_round: int, partition: Partition) -> jax.Array:
     """-inf wherever min_p, top_k or top_p drops a token. The largest of ``scaled_BV`` is 0."""
     probs_BV = jnp.exp(scaled_BV)  # the likeliest token has 1
     keys_BV = _sortable(scaled_BV)
@@ -197,7 +196,7 @@ def _sortable(x: jax.Array) -> jax.Array:
 
 
 def _threshold(keys_BV: jax.Array, weights_BV: jax.Array, target_B: jax.Array, *, bits_a_round: int,
-               partition: Partition | None) -> jax.Array:
+               partition: Partition) -> jax.Array:
     """The largest key t of each row with sum(weights where keys >= t) >= target, or 0 where even all fall short.
 
     It is found from its top bits down, ``bits_a_round`` at a time: more at once means more work and fewer all-reduces.

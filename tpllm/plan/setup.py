@@ -16,10 +16,9 @@ from tpllm.loading import choose_cache_dtype, choose_dtype
 from tpllm.model.config import ModelConfig
 from tpllm.model.params import DecoderParams, abstract_params
 from tpllm.model.partition import fit_to_mesh, largest_tensor_axis
-from tpllm.ops import kernels_of, uses_native
 from tpllm.plan.devices import find_devices
-from tpllm.quant.policy import Quantization, parse_policy
-from tpllm.quant.storage import Storage
+from tpllm.weights.policy import Quantization, parse_policy
+from tpllm.weights.storage import Storage
 
 DEFAULT_CONTEXT = 4096
 
@@ -116,14 +115,12 @@ def prepare(options: PlanOptions, subject: Subject | None = None) -> Setup:
     devices = find_devices(options.topology)
     sizes = {"tp": largest_tensor_axis(subject.config, len(devices))} if options.mesh == "auto" else parse_mesh(options.mesh)
     config = fit_to_mesh(subject.config, make_mesh(sizes, devices), DATA_TENSOR)
-    is_packed = uses_native(config.partition)
-    dtype = choose_dtype(options.dtype, subject.hf_config, config.partition, packed=is_packed,
-                         tensors={} if subject.checkpoint is None else subject.checkpoint.tensors)
+    dtype = choose_dtype(options.dtype, subject.hf_config, config.partition, tensors={} if subject.checkpoint is None else subject.checkpoint.tensors)
+    stored = {} if subject.checkpoint is None else stored_schemes(find_entries(subject.checkpoint, config), config)
+    storage = Storage.on(config.partition, dtype, parse_policy(options.quantization), stored=stored)
     context = min(DEFAULT_CONTEXT, config.max_position) if options.context_len is None else options.context_len
     shapes = choose_shapes(config, max_model_len=context, max_num_seqs=options.num_seqs, prefill_chunk_size=options.prefill_chunk,
-                           batch_invariant=True, is_packed=is_packed)
+                           batch_invariant=True, is_packed=storage.is_native)
     if options.prompt_len is not None and not 1 <= options.prompt_len < context:
         raise ConfigError(f"prompt_len is {options.prompt_len}; it must be at least 1 and below the context of {context}")
-    stored = {} if subject.checkpoint is None else stored_schemes(find_entries(subject.checkpoint, config), config)
-    storage = Storage(dtype, parse_policy(options.quantization), is_packed=is_packed, stored=stored, kernels_of=kernels_of(config.partition))
     return Setup(options, config, tuple(devices), shapes, dtype, choose_cache_dtype(options.kv_cache_dtype, dtype), storage)

@@ -10,7 +10,7 @@ from tpllm.checkpoint.formats import find_format
 from tpllm.checkpoint.index import read_index
 from tpllm.checkpoint.read import TensorReader
 from tpllm.checkpoint.stored import StoredMatrix
-from tpllm.quant.schemes import dequantize
+from tpllm.weights.scheme import dequantize
 
 
 def read_matrix(matrix: StoredMatrix, *, step: int = 7) -> np.ndarray:

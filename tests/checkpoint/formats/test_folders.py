@@ -6,7 +6,7 @@ import pytest
 from quantized_folders import KINDS, make_folder
 
 from tpllm.checkpoint.read import TensorReader
-from tpllm.quant.schemes import dequantize
+from tpllm.weights.scheme import dequantize
 
 DEQUANTIZED = ("bnb-nf4", "bnb-nf4-nested", "bnb-fp4", "compressed-nvfp4", "auto-round-nvfp4")
 

@@ -22,10 +22,10 @@ from tpllm.errors import CheckpointError, ConfigError
 from tpllm.families.registry import find_family
 from tpllm.model.params import named_leaves, param_specs
 from tpllm.model.partition import fit_to_mesh
-from tpllm.native.packed import PackedWeight
-from tpllm.quant.policy import parse_policy
-from tpllm.quant.quantized_tensor import QuantizedTensor
-from tpllm.quant.storage import Storage
+from tpllm.weights.native import NativeWeight
+from tpllm.weights.policy import parse_policy
+from tpllm.weights.storage import NATIVE, Storage
+from tpllm.weights.xla import XlaWeight
 
 MODEL = model()
 GATE_UP = "model.layers.1.mlp.experts.gate_up_proj"
@@ -43,7 +43,7 @@ def load(folder, axes, *, is_packed, policy=None, dtype="float32"):
     checkpoint = open_checkpoint(folder)
     config = fit_to_mesh(checkpoint.config, make_mesh(axes), DATA_TENSOR)
     entries = find_entries(checkpoint, config)
-    storage = Storage(np.dtype(dtype), parse_policy(policy), is_packed=is_packed, stored=stored_schemes(entries, config))
+    storage = Storage(np.dtype(dtype), parse_policy(policy), device=NATIVE if is_packed else None, stored=stored_schemes(entries, config))
     return load_params(checkpoint, config, dtype=dtype, storage=storage, entries=entries), config
 
 
@@ -97,7 +97,7 @@ def test_every_mesh_gives_the_logits_of_the_dense_folder(native_library, folders
     expected = run(*load(folders / "dense", {}, is_packed=False))
     params, config = load(folders / "mxfp4", axes, is_packed=is_packed)
     for matrix in (params.layers[0].mlp.experts.up, params.layers[0].mlp.experts.down):
-        assert isinstance(matrix, PackedWeight if is_packed else QuantizedTensor)
+        assert isinstance(matrix, NativeWeight if is_packed else XlaWeight)
         bits = sum(array.nbytes * (4 if str(array.dtype) == "uint4" else 8) for array in jax.tree.leaves(matrix))
         assert bits <= 1.05 * 4.25 * np.prod(matrix.shape) or axes.get("tp") == 4  # whose shards hold scales of half a group
     found = run(params, config)

@@ -6,7 +6,7 @@ from gguf_files import HF_LLAMA, gguf_tensor_name, write_gguf
 from tpllm.checkpoint.gguf.header import open_gguf
 from tpllm.checkpoint.gguf.weights import GgufFormat
 from tpllm.checkpoint.read import TensorReader
-from tpllm.quant.schemes import dequantize
+from tpllm.weights.scheme import dequantize
 
 pytestmark = pytest.mark.oracle
 TYPES = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K_S", "Q4_K_M", "Q5_K_M", "Q6_K", "Q2_K", "Q3_K_M", "IQ4_NL", "IQ4_XS",

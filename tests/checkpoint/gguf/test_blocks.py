@@ -7,7 +7,7 @@ import pytest
 from tpllm.checkpoint.gguf.blocks import KEPT
 from tpllm.checkpoint.gguf.dense import DENSE
 from tpllm.checkpoint.gguf.ggml_types import GGML_TYPES
-from tpllm.quant.schemes import dequantize
+from tpllm.weights.scheme import dequantize
 
 HALVES = {"Q8_0": (0,), "Q4_0": (0,), "Q4_1": (0, 2), "Q5_0": (0,), "Q5_1": (0, 2), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,),
           "Q2_K": (80, 82), "Q3_K": (108,), "IQ4_NL": (0,), "IQ4_XS": (0,), "MXFP4": (), "TQ1_0": (52,), "TQ2_0": (64,)}

@@ -9,7 +9,7 @@ from tpllm.checkpoint.gguf.header import open_gguf
 from tpllm.checkpoint.gguf.weights import GgufFormat
 from tpllm.checkpoint.read import TensorReader
 from tpllm.errors import CheckpointError
-from tpllm.quant.schemes import dequantize
+from tpllm.weights.scheme import dequantize
 
 HEADS, KV_HEADS, HEAD_DIM, D = 4, 2, 6, 64
 

@@ -15,7 +15,7 @@ from tpllm.checkpoint.formats.fp8 import Fp8
 from tpllm.checkpoint.formats.gptq import V1, V2, Gptq
 from tpllm.checkpoint.formats.module import Module
 from tpllm.checkpoint.formats.settings import Settings
-from tpllm.checkpoint.stored import WeightFormat
+from tpllm.checkpoint.stored import CheckpointFormat
 
 NAME = "auto-round"
 GPTQ_VERSIONS = {"auto": V1, "auto_round:gptq": V1, "auto_round:auto_gptq": V1, "auto_round:auto_gptq:exllamav2": V1, "auto_round": V2,
@@ -27,7 +27,7 @@ INTEGERS, FLOATS, MICROSCALING, NVIDIA = "int", "fp", ("mx_fp", "mx_fp4", "mx_fp
 MODULE_KEYS = ("bits", "group_size", "data_type")
 
 
-def auto_round(settings: Settings, modules: Mapping[str, Module]) -> WeightFormat:
+def auto_round(settings: Settings, modules: Mapping[str, Module]) -> CheckpointFormat:
     """The format behind an AutoRound config.
 
     Raises:

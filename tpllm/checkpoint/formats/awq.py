@@ -15,7 +15,7 @@ from tpllm.checkpoint.formats.settings import Settings
 from tpllm.checkpoint.read import TensorReader
 from tpllm.checkpoint.stored import RowReader
 from tpllm.errors import CheckpointError
-from tpllm.quant.schemes import Scheme
+from tpllm.weights.scheme import Scheme
 
 BITS, OUTPUTS_A_WORD = 4, 8
 SHIFTS = np.uint32(BITS) * np.array([0, 4, 1, 5, 2, 6, 3, 7], np.uint32)
@@ -23,7 +23,7 @@ SHIFTS = np.uint32(BITS) * np.array([0, 4, 1, 5, 2, 6, 3, 7], np.uint32)
 
 
 class Awq:
-    """See :class:`~tpllm.checkpoint.stored.WeightFormat`. What modules_to_not_convert lists is known by its tensors."""
+    """See :class:`~tpllm.checkpoint.stored.CheckpointFormat`. What modules_to_not_convert lists is known by its tensors."""
 
     name = "awq"
 
@@ -41,7 +41,7 @@ class Awq:
         self._has_zeros = settings.flag("zero_point", default=True)
 
     def find(self, weight: str, shape: tuple[int, ...]) -> FileMatrix | None:
-        """See :meth:`tpllm.checkpoint.stored.WeightFormat.find`; it reads the zeros."""
+        """See :meth:`tpllm.checkpoint.stored.CheckpointFormat.find`; it reads the zeros."""
         module = self._modules.get(weight.removesuffix(".weight"))
         if module is None or len(shape) != 2 or not module.has_any("qweight", "qzeros", "scales"):
             return None

@@ -18,7 +18,7 @@ from tpllm.checkpoint.read import TensorReader
 from tpllm.checkpoint.safetensors import TensorEntry
 from tpllm.checkpoint.stored import RowReader
 from tpllm.errors import CheckpointError
-from tpllm.quant.schemes import QuantizedRows, Scheme
+from tpllm.weights.scheme import QuantizedRows, Scheme
 
 INT8 = Scheme("int8", 8)
 KINDS = ("nf4", "fp4")
@@ -41,7 +41,7 @@ class _Blocks:
 
 
 class BitsAndBytes:
-    """See :class:`~tpllm.checkpoint.stored.WeightFormat`. What llm_int8_skip_modules lists is known by its tensors."""
+    """See :class:`~tpllm.checkpoint.stored.CheckpointFormat`. What llm_int8_skip_modules lists is known by its tensors."""
 
     name = "bitsandbytes"
 
@@ -54,7 +54,7 @@ class BitsAndBytes:
                                                  if f"{name}.weight" in modules and "weight" in module.parts))
 
     def find(self, weight: str, shape: tuple[int, ...]) -> FileMatrix | None:
-        """See :meth:`tpllm.checkpoint.stored.WeightFormat.find`; it reads how a 4-bit matrix is quantized."""
+        """See :meth:`tpllm.checkpoint.stored.CheckpointFormat.find`; it reads how a 4-bit matrix is quantized."""
         module, scales = self._modules.get(weight.removesuffix(".weight")), self._modules.get(weight)
         if len(shape) != 2 or (module is None and scales is None):
             return None

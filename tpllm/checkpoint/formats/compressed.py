@@ -19,7 +19,7 @@ from tpllm.checkpoint.read import TensorReader
 from tpllm.checkpoint.safetensors import TensorEntry
 from tpllm.checkpoint.stored import RowReader
 from tpllm.errors import CheckpointError
-from tpllm.quant.schemes import QuantizedRows, Scheme
+from tpllm.weights.scheme import QuantizedRows, Scheme
 
 PARTS = ("weight_packed", "weight_scale", "weight_zero_point", "weight_global_scale")
 """Tensors that plain modules have not."""
@@ -27,7 +27,7 @@ SCALE, ZERO = "weight_scale", "weight_zero_point"
 
 
 class CompressedTensors:
-    """See :class:`~tpllm.checkpoint.stored.WeightFormat`. A module without quantized tensors is a plain one, whatever the groups say."""
+    """See :class:`~tpllm.checkpoint.stored.CheckpointFormat`. A module without quantized tensors is a plain one, whatever the groups say."""
 
     name = "compressed-tensors"
 
@@ -39,7 +39,7 @@ class CompressedTensors:
                                            and not (SCALE in module.parts and module.parts[SCALE].dtype in E8M0)))
 
     def find(self, weight: str, shape: tuple[int, ...]) -> FileMatrix | None:
-        """See :meth:`tpllm.checkpoint.stored.WeightFormat.find`."""
+        """See :meth:`tpllm.checkpoint.stored.CheckpointFormat.find`."""
         module = self._modules.get(weight.removesuffix(".weight"))
         stored = module and _stored_part(module)
         if stored is None or len(shape) != 2:

@@ -14,11 +14,11 @@ from tpllm.checkpoint.formats.mxfp4 import MARKS as MXFP4_MARKS
 from tpllm.checkpoint.formats.mxfp4 import Mxfp4
 from tpllm.checkpoint.formats.settings import Settings
 from tpllm.checkpoint.safetensors import TensorEntry
-from tpllm.checkpoint.stored import WeightFormat
+from tpllm.checkpoint.stored import CheckpointFormat
 from tpllm.errors import CheckpointError
 
 KEYS = ("quantization_config", "compression_config")
-FORMATS: Mapping[str, Callable[[Settings, Mapping[str, Module]], WeightFormat]] = {
+FORMATS: Mapping[str, Callable[[Settings, Mapping[str, Module]], CheckpointFormat]] = {
     "gptq": Gptq, "awq": Awq, "fp8": Fp8, "fbgemm_fp8": Fp8, "compressed-tensors": CompressedTensors, "bitsandbytes": BitsAndBytes,
     "mxfp4": Mxfp4, AUTO_ROUND: auto_round}
 OTHER_NAMES = {"auto_round": AUTO_ROUND, "intel/auto-round": AUTO_ROUND}
@@ -30,7 +30,7 @@ MARKS = {"gptq": ("qweight",), "awq": ("qweight",), "fp8": ("weight_scale_inv", 
 _ALL_MARKS = frozenset(part for parts in MARKS.values() for part in parts)
 
 
-def find_format(hf_config: Mapping[str, Any], tensors: Mapping[str, TensorEntry]) -> WeightFormat | None:
+def find_format(hf_config: Mapping[str, Any], tensors: Mapping[str, TensorEntry]) -> CheckpointFormat | None:
     """The format that a checkpoint's weights are in.
 
     Args:

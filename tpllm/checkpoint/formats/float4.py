@@ -15,8 +15,8 @@ from tpllm.checkpoint.read import TensorReader
 from tpllm.checkpoint.safetensors import TensorEntry
 from tpllm.checkpoint.stored import RowReader
 from tpllm.errors import CheckpointError
-from tpllm.quant.quantize import MXFP4
-from tpllm.quant.schemes import E2M1_VALUES, QuantizedRows
+from tpllm.weights.quantize import MXFP4
+from tpllm.weights.scheme import E2M1_VALUES, QuantizedRows
 
 GLOBAL = "weight_global_scale"
 

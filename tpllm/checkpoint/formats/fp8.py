@@ -15,7 +15,7 @@ from tpllm.checkpoint.formats.module import FLOATS, Module, Shape
 from tpllm.checkpoint.formats.settings import Settings
 from tpllm.checkpoint.read import TensorReader
 from tpllm.checkpoint.stored import RowReader
-from tpllm.quant.schemes import QuantizedRows, Scheme
+from tpllm.weights.scheme import QuantizedRows, Scheme
 
 KINDS = {"F8_E4M3": "e4m3", "F8_E5M2": "e5m2"}
 SCALE_DTYPES = {"F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
@@ -25,7 +25,7 @@ log = logging.getLogger("tpllm")
 
 
 class Fp8:
-    """See :class:`~tpllm.checkpoint.stored.WeightFormat`. Modules that are listed as not converted are known by their tensors."""
+    """See :class:`~tpllm.checkpoint.stored.CheckpointFormat`. Modules that are listed as not converted are known by their tensors."""
 
     def __init__(self, settings: Settings, modules: Mapping[str, Module]):
         self.name = settings.text("quant_method")
@@ -36,7 +36,7 @@ class Fp8:
         log.info("%s: activations are not quantized (activation_scheme is %r)", self.name, settings.text("activation_scheme", default="dynamic"))
 
     def find(self, weight: str, shape: tuple[int, ...]) -> FileMatrix | None:
-        """See :meth:`tpllm.checkpoint.stored.WeightFormat.find`."""
+        """See :meth:`tpllm.checkpoint.stored.CheckpointFormat.find`."""
         module = self._modules.get(weight.removesuffix(".weight"))
         if module is None or len(shape) != 2 or not is_float8(module):
             return None

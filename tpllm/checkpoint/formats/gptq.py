@@ -20,7 +20,7 @@ from tpllm.checkpoint.read import TensorReader
 from tpllm.checkpoint.safetensors import TensorEntry
 from tpllm.checkpoint.stored import RowReader
 from tpllm.errors import CheckpointError
-from tpllm.quant.schemes import Scheme
+from tpllm.weights.scheme import Scheme
 
 BITS = (2, 3, 4, 8)
 V1, V2 = "gptq", "gptq_v2"
@@ -35,7 +35,7 @@ class _Layout:
 
 
 class Gptq:
-    """See :class:`~tpllm.checkpoint.stored.WeightFormat`."""
+    """See :class:`~tpllm.checkpoint.stored.CheckpointFormat`."""
 
     name = "gptq"
 
@@ -47,7 +47,7 @@ class Gptq:
         self._overrides = _read_overrides(settings)
 
     def find(self, weight: str, shape: tuple[int, ...]) -> FileMatrix | None:
-        """See :meth:`tpllm.checkpoint.stored.WeightFormat.find`; it reads the zeros and the order of the inputs."""
+        """See :meth:`tpllm.checkpoint.stored.CheckpointFormat.find`; it reads the zeros and the order of the inputs."""
         module = self._modules.get(weight.removesuffix(".weight"))
         if module is None or len(shape) != 2 or not module.has_any("qweight", "qzeros", "scales"):
             return None

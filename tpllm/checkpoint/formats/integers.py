@@ -4,7 +4,7 @@ import dataclasses
 import ml_dtypes
 import numpy as np
 
-from tpllm.quant.schemes import QuantizedRows, Scheme
+from tpllm.weights.scheme import QuantizedRows, Scheme
 
 SCALE_DTYPES = {"F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16), "F32": np.dtype(np.float32)}
 
@@ -21,7 +21,7 @@ def integer_scheme(bits: int, group: int, stored: str, *, has_zeros: bool, quant
         group: inputs that share a scale; 0 where an output has one.
         stored: the scales' dtype in the file.
         has_zeros: whether zeros differ from the middle of the codes.
-        quantizes_input: see :class:`~tpllm.quant.schemes.Scheme`.
+        quantizes_input: see :class:`~tpllm.weights.scheme.Scheme`.
     """
     name = f"int{bits}" + (f"-g{group}" if group else "") + ("-zeros" if has_zeros else "")
     dtype = SCALE_DTYPES[stored]

@@ -10,7 +10,7 @@ from tpllm.checkpoint.read import TensorReader
 from tpllm.checkpoint.safetensors import TensorEntry
 from tpllm.checkpoint.stored import RowReader
 from tpllm.errors import CheckpointError
-from tpllm.quant.schemes import E8M0_NAN, Scheme, power_scales
+from tpllm.weights.scheme import E8M0_NAN, Scheme, power_scales
 
 E8M0 = ("U8", "F8_E8M0")
 """Dtypes of scales that are powers of two: ``2 ** (code - 127)`` (OCP Microscaling Formats 1.0, section 5.4)."""
@@ -94,7 +94,7 @@ def read_scales(reader: TensorReader, entry: TensorEntry) -> np.ndarray:
 
 
 def read_exponents(reader: TensorReader, entry: TensorEntry, first: int = 0, last: int | None = None) -> np.ndarray:
-    """uint8: rows of a tensor of scales that are powers of two (:func:`tpllm.quant.schemes.power_scales`), none of them NaN."""
+    """uint8: rows of a tensor of scales that are powers of two (:func:`tpllm.weights.scheme.power_scales`), none of them NaN."""
     exponents = reader.read_raw(dataclasses.replace(entry, dtype="U8"), first, last)
     _check_finite(entry, exponents != E8M0_NAN)
     return exponents

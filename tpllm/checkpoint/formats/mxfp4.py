@@ -14,8 +14,8 @@ from tpllm.checkpoint.read import TensorReader
 from tpllm.checkpoint.safetensors import TensorEntry
 from tpllm.checkpoint.stored import RowReader
 from tpllm.errors import CheckpointError
-from tpllm.quant.quantize import MXFP4
-from tpllm.quant.schemes import QuantizedRows
+from tpllm.weights.quantize import MXFP4
+from tpllm.weights.scheme import QuantizedRows
 
 BLOCKS, SCALES = "_blocks", "_scales"
 EXPERTS = ("gate_up_proj", "down_proj")
@@ -23,7 +23,7 @@ MARKS = tuple(name + part for name in EXPERTS for part in (BLOCKS, SCALES))
 
 
 class Mxfp4:
-    """See :class:`~tpllm.checkpoint.stored.WeightFormat`. Modules that are listed as not converted are known by their tensors."""
+    """See :class:`~tpllm.checkpoint.stored.CheckpointFormat`. Modules that are listed as not converted are known by their tensors."""
 
     name = "mxfp4"
 
@@ -32,7 +32,7 @@ class Mxfp4:
         settings.names("modules_to_not_convert")
 
     def find(self, weight: str, shape: tuple[int, ...]) -> FileMatrix | None:
-        """See :meth:`tpllm.checkpoint.stored.WeightFormat.find`; rows are those of all experts one after the other."""
+        """See :meth:`tpllm.checkpoint.stored.CheckpointFormat.find`; rows are those of all experts one after the other."""
         name, _, part = weight.rpartition(".")
         module = self._modules.get(name)
         if module is None or len(shape) != 2 or not module.has_any(part + BLOCKS, part + SCALES):

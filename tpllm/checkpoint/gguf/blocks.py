@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from tpllm.quant.quantize import MXFP4
-from tpllm.quant.schemes import QuantizedRows, Scheme
+from tpllm.weights.quantize import MXFP4
+from tpllm.weights.scheme import QuantizedRows, Scheme
 
 FLOAT16 = np.dtype(np.float16)
 _LOW, _TWO = np.uint8(15), np.uint8(3)

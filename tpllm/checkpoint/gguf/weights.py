@@ -20,7 +20,7 @@ from tpllm.checkpoint.read import TensorReader
 from tpllm.checkpoint.safetensors import TensorEntry
 from tpllm.checkpoint.stored import RowReader
 from tpllm.errors import CheckpointError
-from tpllm.quant.schemes import E8M0_NAN, QuantizedRows, Scheme, dequantize
+from tpllm.weights.scheme import E8M0_NAN, QuantizedRows, Scheme, dequantize
 
 ALTERNATING = ("llama",)
 """Architectures whose query and key heads have dims i and i + H / 2 side by side."""
@@ -31,7 +31,7 @@ log = logging.getLogger("tpllm")
 
 
 class GgufFormat:
-    """See :class:`~tpllm.checkpoint.stored.WeightFormat`; weights are asked for by their names in the file (:mod:`.names`).
+    """See :class:`~tpllm.checkpoint.stored.CheckpointFormat`; weights are asked for by their names in the file (:mod:`.names`).
 
     Attributes:
         name: ``"gguf"``.
@@ -48,7 +48,7 @@ class GgufFormat:
         self._log_dequantized()
 
     def find(self, weight: str, shape: tuple[int, ...]) -> FileMatrix | None:
-        """See :meth:`tpllm.checkpoint.stored.WeightFormat.find`; ``None`` for tensors of plain floats whose values are as the model wants them.
+        """See :meth:`tpllm.checkpoint.stored.CheckpointFormat.find`; ``None`` for tensors of plain floats whose values are as the model wants them.
 
         A stack of matrices [E, N, K] (experts) counts as one of [E * N, K] where a matrix is asked for. Vectors that are changed come with
         rows of shape [n].

@@ -5,14 +5,14 @@ from collections.abc import Sequence
 import numpy as np
 
 from sharding_rules import ShardingError
-from tpllm.quant.schemes import QuantizedRows, Scheme, widen, widened
+from tpllm.weights.scheme import QuantizedRows, Scheme, widen, widened
 
 LARGEST = 256
 UNIT = 32
 
 
 def fit_groups(scheme: Scheme, num_inputs: int, num_shards: int, *, allowed: Sequence[int] | None, name: str) -> Scheme:
-    """The scheme with the largest groups that shards do not cut and kernels read.
+    """The scheme with the largest groups that shards do not cut and kernels read. It quantizes inputs where an output has one scale only.
 
     Args:
         scheme: of the whole matrix.
@@ -26,7 +26,7 @@ def fit_groups(scheme: Scheme, num_inputs: int, num_shards: int, *, allowed: Seq
     """
     scheme = widened(scheme)
     if scheme.group == 0 and (allowed is None or (0 in allowed and scheme.mins == "none")):
-        return scheme
+        return scheme if scheme.mins == "none" else dataclasses.replace(scheme, quantizes_input=False, num_outliers=0)
     width = num_inputs // num_shards
     extent = width if num_shards > 1 else -(-width // UNIT) * UNIT
 
@@ -41,7 +41,7 @@ def fit_groups(scheme: Scheme, num_inputs: int, num_shards: int, *, allowed: Seq
     super_group = scheme.super_group
     while super_group and num_shards > 1 and width % super_group:
         super_group //= 2
-    return dataclasses.replace(scheme, group=group, super_group=max(super_group, group) if super_group else 0)
+    return dataclasses.replace(scheme, group=group, super_group=max(super_group, group) if super_group else 0, quantizes_input=False, num_outliers=0)
 
 
 def regroup(rows: QuantizedRows, scheme: Scheme, target: Scheme) -> QuantizedRows:

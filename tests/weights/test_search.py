@@ -2,7 +2,7 @@
 import numpy as np
 import pytest
 
-from tpllm.quant.search import BLOCK, asymmetric_scales, symmetric_scales
+from tpllm.weights.search import BLOCK, asymmetric_scales, symmetric_scales
 
 
 def groups(seed, shape, spread=0.0):

@@ -2,15 +2,15 @@
 
 ``int8``, ``w8a8``, ``llm.int8`` and ``fp8`` have one scale an output, the largest magnitude over the largest code. In ``int4`` the entry of a group's
 largest magnitude comes near -8, as in llama.cpp's Q4_0, so that all sixteen codes serve. ``q4_k`` has the two levels of llama.cpp's Q4_K: a scale and
-a min for 32 inputs, of 6 bits each, times the float16 scales of 256. Both search their scales (:mod:`tpllm.quant.search`).
+a min for 32 inputs, of 6 bits each, times the float16 scales of 256. Both search their scales (:mod:`tpllm.weights.search`).
 """
 import dataclasses
 
 import ml_dtypes
 import numpy as np
 
-from tpllm.quant.schemes import HALF, QuantizedRows, Scheme
-from tpllm.quant.search import NIBBLE_STEPS, asymmetric_scales, inverse, symmetric_scales
+from tpllm.weights.scheme import HALF, QuantizedRows, Scheme
+from tpllm.weights.search import NIBBLE_STEPS, asymmetric_scales, inverse, symmetric_scales
 
 NIBBLE_ZERO = 8
 NUM_OUTLIERS = 16

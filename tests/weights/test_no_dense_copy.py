@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from tests.engine.conftest import lowered_decode
-from tests.quant.test_quantize import KEPT, layout_of, random_rows
+from tests.weights.test_quantize import KEPT, layout_of, random_rows
 from tpllm import LLM
 from tpllm.checkpoint.matrices import make_matrix
-from tpllm.quant.linear import linears, lookup
-from tpllm.quant.quantize import SCHEMES
+from tpllm.weights.linear import linears, lookup
+from tpllm.weights.quantize import SCHEMES
 
 SHAPE = (96, 512)
 

@@ -11,18 +11,18 @@ import pytest
 from tiny_models import step
 
 from pallas_kernels.tiling import Device
-from sharding_rules import DATA_TENSOR, Partition, make_mesh
+from sharding_rules import DATA_TENSOR, ONE_DEVICE, Partition, make_mesh
 from tests.pallas_kernels import hidden_triton
 from tpllm.bench.shapes import find_shape, random_params
 from tpllm.checkpoint.matrices import make_matrix
-from tpllm.kernel_weights import KernelWeight
 from tpllm.model.kv_cache import init_cache
 from tpllm.model.params import abstract_params
 from tpllm.model.partition import fit_to_mesh
-from tpllm.quant.linear import linear, lookup
-from tpllm.quant.policy import parse_policy
-from tpllm.quant.quantized_tensor import QuantizedTensor
-from tpllm.quant.storage import Storage
+from tpllm.weights.accelerator import AcceleratorWeight
+from tpllm.weights.linear import linear, lookup
+from tpllm.weights.policy import parse_policy
+from tpllm.weights.storage import Storage
+from tpllm.weights.xla import XlaWeight
 
 DEVICES = {"tpu": Device("tpu", "TPU v5 lite"),
            "hopper": Device("gpu", "NVIDIA H200", (9, 0)),
@@ -34,8 +34,8 @@ N, K = 192, 512
 
 def matrix(scheme, device, cut, *, name="w", shape=(N, K)):
     """The same random matrix, packed for a device or canonical where that is None."""
-    partition = None if CUTS[cut] is None else Partition(make_mesh({"tp": 2}), DATA_TENSOR)
-    storage = Storage(np.dtype(np.float32), parse_policy(scheme), kernels_of=device and DEVICES[device])
+    partition = ONE_DEVICE if CUTS[cut] is None else Partition(make_mesh({"tp": 2}), DATA_TENSOR)
+    storage = Storage(np.dtype(np.float32), parse_policy(scheme), device=device and DEVICES[device])
     layout = storage.layout(shape, CUTS[cut] or (None, None), partition, name=name)
     rows = np.random.default_rng(5).standard_normal(shape, np.float32) / np.sqrt(shape[1])
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
@@ -47,7 +47,7 @@ def matrix(scheme, device, cut, *, name="w", shape=(N, K)):
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_a_packed_product_is_that_of_the_canonical_arrays(scheme, device, cut):
     weight, canonical = matrix(scheme, device, cut), matrix(scheme, None, "alone" if scheme != "w8a8" else cut)
-    assert isinstance(weight, KernelWeight)
+    assert isinstance(weight, AcceleratorWeight)
     x, bias = jax.random.normal(jax.random.key(1), (3, 2, K)), jnp.linspace(-1, 1, N)
     out, expected = (np.asarray(jax.jit(linear)(x, one, bias)) for one in (weight, canonical))
     # Where rows are cut, each shard's part of the activations has a scale of its own when it is quantized.
@@ -66,16 +66,16 @@ def test_a_packed_table_gives_its_rows(scheme, device, cut):
 
 
 def test_what_a_device_has_no_kernel_for_stays_canonical():
-    assert isinstance(matrix("int8", "older", "alone"), QuantizedTensor)
-    assert isinstance(matrix("int4", "older", "alone"), KernelWeight)  # through Triton
-    assert isinstance(matrix("int8", "tpu", "alone", name="embed"), QuantizedTensor)
-    assert isinstance(matrix("int8", "hopper", "alone", name="embed"), KernelWeight)
+    assert isinstance(matrix("int8", "older", "alone"), XlaWeight)
+    assert isinstance(matrix("int4", "older", "alone"), AcceleratorWeight)  # through Triton
+    assert isinstance(matrix("int8", "tpu", "alone", name="embed"), XlaWeight)
+    assert isinstance(matrix("int8", "hopper", "alone", name="embed"), AcceleratorWeight)
 
 
 def test_without_triton_in_jax_no_gpu_but_hopper_has_packed_weights(monkeypatch):
     hidden_triton.install(monkeypatch)
-    assert isinstance(matrix("int4", "older", "alone"), QuantizedTensor)
-    assert isinstance(matrix("int4", "hopper", "alone"), KernelWeight)
+    assert isinstance(matrix("int4", "older", "alone"), XlaWeight)
+    assert isinstance(matrix("int4", "hopper", "alone"), AcceleratorWeight)
 
 
 @pytest.mark.parametrize("tp", [1, 2])
@@ -83,10 +83,10 @@ def test_without_triton_in_jax_no_gpu_but_hopper_has_packed_weights(monkeypatch)
 def test_a_model_of_packed_weights_gives_the_logits_of_the_canonical_ones(device, scheme, tp):
     config = fit_to_mesh(find_shape("tiny"), make_mesh({"tp": tp}), DATA_TENSOR)
     tokens, positions, logits = np.arange(16, dtype=np.int32)[None], np.arange(16, dtype=np.int32)[None], []
-    for kernels_of in (DEVICES[device], None):
-        storage = Storage(np.dtype(np.float32), parse_policy(scheme), kernels_of=kernels_of)
+    for device_or_none in (DEVICES[device], None):
+        storage = Storage(np.dtype(np.float32), parse_policy(scheme), device=device_or_none)
         params, shapes = random_params(config, storage), abstract_params(config, np.float32, storage)
         assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), params) == jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), shapes)
-        assert isinstance(params.layers[0].mlp.down, KernelWeight if kernels_of else QuantizedTensor)
+        assert isinstance(params.layers[0].mlp.down, AcceleratorWeight if device_or_none else XlaWeight)
         logits.append(np.asarray(step(params, tokens, positions, init_cache(config, 1, 32), config)[0])[..., :config.vocab_size])
     assert np.abs(logits[0] - logits[1]).max() <= 1e-4 * logits[1].std()

@@ -6,11 +6,14 @@ Where ``super_group`` is there, scales and mins are small integers times the flo
 """
 import dataclasses
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, TypeVar
 
+import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
+Array = TypeVar("Array", np.ndarray, jax.Array)
 FLOAT32, HALF = np.dtype(np.float32), np.dtype(np.float16)
 Mins = Literal["none", "float", "zeros", "super"]
 Kind = Literal["int", "e4m3", "e5m2", "e2m1"]
@@ -86,7 +89,7 @@ class Scheme:
 
 @dataclasses.dataclass(frozen=True)
 class QuantizedRows:
-    """Some rows of a quantized matrix on the host.
+    """Some rows of a quantized matrix, on the host; or in jax, where they are dequantized.
 
     Attributes:
         codes: [n, K] in the scheme's ``code_dtype``.
@@ -110,30 +113,44 @@ class QuantizedRows:
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
 
 
-def dequantize(rows: QuantizedRows, scheme: Scheme) -> np.ndarray:
-    """float32 [n, K]: what the rows stand for, each step rounded to float32 once."""
-    num_inputs = rows.codes.shape[1]
+def dequantize(rows: QuantizedRows, scheme: Scheme) -> Array:
+    """float32 [..., K]: what the rows stand for, each step rounded to float32 once; in numpy or, traced or not, in jax."""
+    numpy, num_inputs = jnp if isinstance(rows.codes, jax.Array) else np, rows.codes.shape[-1]
 
-    def spread(values: np.ndarray, group: int) -> np.ndarray:
+    def spread(values: Array, group: int) -> Array:
         values = values.astype(np.float32)
-        return np.repeat(values, group, axis=1)[:, :num_inputs] if group else values
+        return numpy.repeat(values, group, axis=-1)[..., :num_inputs] if group else values
     scales = spread(power_scales(rows.scales) if scheme.has_power_scales else rows.scales, scheme.group)
-    if rows.super_scales is not None:
+    if scheme.super_group:
         scales = scales * spread(rows.super_scales, scheme.super_group)
     if scheme.kind == "e2m1":
-        return scales * E2M1_VALUES[rows.codes]
-    weights = scales * (rows.codes.astype(np.float32) - np.float32(scheme.zero))
+        return scales * e2m1_values(rows.codes)
+    codes = rows.codes.astype(np.float32)
+    if scheme.mins == "zeros":
+        return scales * (codes - spread(rows.mins, scheme.group))
+    weights = scales * (codes - scheme.zero)
     if scheme.mins == "none":
         return weights
     mins = spread(rows.mins, scheme.group)
-    if scheme.mins == "zeros":
-        return scales * (rows.codes.astype(np.float32) - mins)
     return weights - mins * spread(rows.super_mins, scheme.super_group) if scheme.mins == "super" else weights + mins
 
 
-def power_scales(exponents: np.ndarray) -> np.ndarray:
-    """float32 of bytes e: ``2**(e - 127)``."""
+def power_scales(exponents: Array) -> Array:
+    """float32 of bytes e: ``2**(e - 127)``; of 0, which gives no normal float32, jax makes 0."""
+    if isinstance(exponents, jax.Array):
+        return jax.lax.bitcast_convert_type(exponents.astype(jnp.uint32) << 23, jnp.float32)
     return np.ldexp(np.float32(1), exponents.astype(np.int32) - E8M0_BIAS)
+
+
+def e2m1_values(codes: Array) -> Array:
+    """float32 of :data:`E2M1_VALUES`. In jax no table, which XLA would gather from: from 1 on their bits are those of the code with another bias."""
+    if not isinstance(codes, jax.Array):
+        return E2M1_VALUES[codes]
+    codes = codes.astype(jnp.uint32)
+    size = codes & 7
+    normal = jax.lax.bitcast_convert_type((size << 22) + jnp.uint32(126 << 23), jnp.float32)
+    values = jnp.where(size < 2, size.astype(jnp.float32) * 0.5, normal)
+    return jnp.where(codes > 7, -values, values)
 
 
 def widened(scheme: Scheme) -> Scheme:

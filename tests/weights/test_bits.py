@@ -6,9 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sharding_rules import TENSOR, Partition, make_mesh
-from tpllm.quant.code_bits import num_bytes, pack_bits, unpack_bits
-from tpllm.quant.quantized_tensor import QuantizedLayout
-from tpllm.quant.schemes import Scheme
+from tpllm.weights.bits import num_bytes, pack_bits, unpack_bits
+from tpllm.weights.scheme import Scheme
+from tpllm.weights.xla import XlaLayout
 
 
 @settings(max_examples=60, deadline=None)
@@ -29,7 +29,7 @@ def test_codes_are_one_string_of_bits(bits, shape, seed):
 @pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
 def test_no_matrix_takes_more_than_five_percent_over_its_bits(bits, tp):
     scheme = Scheme(f"{bits} bits", bits, 128, zero=0 if bits == 8 else 2 ** (bits - 1), scale_dtype=np.dtype(np.float16))
-    layout = QuantizedLayout(scheme, (64, 1024), (None, "mlp"), Partition(make_mesh({"tp": tp}), TENSOR))
+    layout = XlaLayout.of(scheme, (64, 1024), (None, "mlp"), Partition(make_mesh({"tp": tp}), TENSOR))
     item_bits = {"uint2": 2, "uint4": 4}
     kept = sum(int(np.prod(shape)) * item_bits.get(str(dtype), 8 * dtype.itemsize) for shape, dtype, _ in layout.arrays().values())
     assert kept <= 1.05 * 64 * 1024 * scheme.bits_per_weight(1024)

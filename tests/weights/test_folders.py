@@ -13,8 +13,8 @@ from tpllm import LLM, SamplingParams, forward
 from tpllm.checkpoint import open_checkpoint
 from tpllm.checkpoint.source import DEMO_FOLDER
 from tpllm.loading import load_model
-from tpllm.native.packed import PackedWeight
-from tpllm.quant.quantized_tensor import QuantizedTensor
+from tpllm.weights.native import NativeWeight
+from tpllm.weights.xla import XlaWeight
 
 QUICK = ["gptq-4bit-g32-sym", "gptq-3bit-g64-asym-act", "awq-g32", "compressed-w4a16-g32-asym", "compressed-mixed", "fp8-block", "bnb-int8"]
 """The others run in the slow suite."""
@@ -54,7 +54,7 @@ def test_a_quantized_folder_gives_the_logits_of_what_it_stands_for(native_librar
     for mesh, packed in (("tp=1", True), ("tp=2", False), ("tp=4", True)):
         found, params = logits_of(quantized, mesh, packed=packed)
         assert np.abs(found - expected).max() < bar * expected.std(), (mesh, packed)
-        assert isinstance(params.layers[0].mlp.up, PackedWeight if packed else QuantizedTensor if is_kept else jax.Array)
+        assert isinstance(params.layers[0].mlp.up, NativeWeight if packed else XlaWeight if is_kept else jax.Array)
 
 
 @pytest.mark.parametrize("kind", ["compressed-w4a16-g32-sym", "gptq-4bit-g32-sym-act", "fp8-channel"])

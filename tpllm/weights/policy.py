@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from fnmatch import fnmatchcase
 
 from tpllm.errors import ConfigError
-from tpllm.quant.quantize import SCHEMES, weight_only
-from tpllm.quant.schemes import Scheme
+from tpllm.weights.quantize import SCHEMES, weight_only
+from tpllm.weights.scheme import Scheme
 
 NONE = "none"
 Quantization = str | Mapping[str, str | None] | None

@@ -9,18 +9,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sharding_rules import TENSOR, Partition, ShardingError, make_mesh
-from tpllm import weight_ops
+from sharding_rules import ONE_DEVICE, TENSOR, Partition, ShardingError, make_mesh
 from tpllm.checkpoint.matrices import make_matrix
 from tpllm.errors import ConfigError
-from tpllm.native.packed import PackedWeight
-from tpllm.quant.linear import linear, lookup
-from tpllm.quant.policy import parse_policy
-from tpllm.quant.quantize import MXFP4, SCHEMES, quantize
-from tpllm.quant.quantized_tensor import QuantizedTensor
-from tpllm.quant.regroup import fit_groups, regroup, shard_of
-from tpllm.quant.schemes import QuantizedRows, Scheme, dequantize, join_rows
-from tpllm.quant.storage import Storage
+from tpllm.weights.linear import linear, lookup
+from tpllm.weights.native import NativeWeight
+from tpllm.weights.policy import parse_policy
+from tpllm.weights.quantize import MXFP4, SCHEMES, quantize
+from tpllm.weights.regroup import fit_groups, regroup, shard_of
+from tpllm.weights.scheme import QuantizedRows, Scheme, dequantize, join_rows
+from tpllm.weights.storage import NATIVE, Storage
+from tpllm.weights.xla import XlaWeight
 
 HALF = np.dtype(np.float16)
 KEPT = {
@@ -64,8 +63,8 @@ def made_of(layout, rows):
                            else rows[first:last].astype(layout.source_dtype), pool)
 
 
-def layout_of(scheme, shape, *, is_packed, partition=None, axes=(None, None)):
-    return Storage(np.dtype(np.float32), is_packed=is_packed, stored={"w": scheme}).layout(shape, axes, partition, name="w")
+def layout_of(scheme, shape, *, is_packed, partition=ONE_DEVICE, axes=(None, None)):
+    return Storage(np.dtype(np.float32), device=NATIVE if is_packed else None, stored={"w": scheme}).layout(shape, axes, partition, name="w")
 
 
 @pytest.mark.parametrize("name", SCHEMES)
@@ -110,7 +109,7 @@ def test_more_bits_are_closer_and_smaller_groups_too():
 def test_what_a_checkpoint_holds_is_kept_and_multiplies_as_its_dequantized_weight(native_library, scheme, shape, is_packed):
     rows = random_rows(scheme, *shape)
     weight = made_of(layout_of(scheme, shape, is_packed=is_packed), rows)
-    assert isinstance(weight, PackedWeight if is_packed else QuantizedTensor)
+    assert isinstance(weight, NativeWeight if is_packed else XlaWeight)
     dense = dequantize(rows, scheme)
     if not is_packed:
         np.testing.assert_array_equal(weight.dequantize(), dense)
@@ -129,12 +128,9 @@ def test_shards_keep_the_scales_of_groups_that_they_cut(native_library, scheme, 
     weight = made_of(layout_of(scheme, shape, is_packed=is_packed, partition=partition, axes=(None, "mlp")), rows)
     dense = dequantize(rows, scheme)
     x = jnp.asarray(np.random.default_rng(1).standard_normal((2, 3, shape[1]), np.float32))
-    if is_packed:
-        found = weight_ops.packed_linears(x, (weight,), (None,))[0]
-    else:
+    if not is_packed:
         np.testing.assert_array_equal(weight.dequantize(), dense)
-        found = linear(x, weight)
-    np.testing.assert_allclose(found, np.asarray(x) @ dense.T, rtol=2e-5, atol=2e-5 * np.abs(dense).max() * shape[1] ** 0.5)
+    np.testing.assert_allclose(linear(x, weight), np.asarray(x) @ dense.T, rtol=2e-5, atol=2e-5 * np.abs(dense).max() * shape[1] ** 0.5)
 
 
 @pytest.mark.parametrize("scheme", [*KEPT.values(), *SCHEMES.values()], ids=[*KEPT, *SCHEMES])
@@ -167,7 +163,8 @@ def test_int8_activations_have_one_scale_a_row(native_library):
     steps = np.abs(x).max(axis=1, keepdims=True) / 127
     expected = (np.rint(x / steps) @ codes.codes.astype(np.float64).T) * steps * codes.scales[:, 0]
     for is_packed in (False, True):
-        layout = Storage(np.dtype(np.float32), parse_policy("w8a8"), is_packed).layout(rows.shape, (None, None), None, name="w")
+        storage = Storage(np.dtype(np.float32), parse_policy("w8a8"), NATIVE if is_packed else None)
+        layout = storage.layout(rows.shape, (None, None), ONE_DEVICE, name="w")
         np.testing.assert_allclose(linear(jnp.asarray(x), made_of(layout, rows)), expected, rtol=1e-5, atol=1e-5)
 
 
@@ -178,7 +175,8 @@ def test_outliers_of_each_row_are_multiplied_as_they_are(is_packed):
     x, rows = rng.standard_normal((6, 96), np.float32), rng.standard_normal((40, 96), np.float32)
     outliers = np.argsort(rng.random(x.shape), axis=1)[:, :16]
     np.put_along_axis(x, outliers, 1000 * np.sign(np.take_along_axis(x, outliers, 1)) + np.take_along_axis(x, outliers, 1), axis=1)
-    layout = Storage(np.dtype(np.float32), parse_policy("llm.int8"), is_packed).layout(rows.shape, (None, None), None, name="w")
+    storage = Storage(np.dtype(np.float32), parse_policy("llm.int8"), NATIVE if is_packed else None)
+    layout = storage.layout(rows.shape, (None, None), ONE_DEVICE, name="w")
     weight, bias = made_of(layout, rows), rng.standard_normal(40).astype(np.float32)
     found = np.asarray(linear(jnp.asarray(x), weight, jnp.asarray(bias)))
     codes, small = quantize(rows, SCHEMES["llm.int8"]), x.copy()
@@ -222,8 +220,8 @@ def test_what_is_no_quantization_is_refused(value):
 def test_what_cannot_be_cut_is_refused_with_its_name():
     partition = Partition(make_mesh({"tp": 4}), TENSOR)
     with pytest.raises(ShardingError, match=r"w: 160 inputs in groups of 32 cannot be cut into 4 shards of 40"):
-        Storage(np.dtype(np.float32), parse_policy("int4"), is_packed=True).layout((64, 160), (None, "mlp"), partition, name="w")
+        Storage(np.dtype(np.float32), parse_policy("int4"), device=NATIVE).layout((64, 160), (None, "mlp"), partition, name="w")
     for is_packed in (False, True):
         with pytest.raises(ShardingError, match="w"):
-            Storage(np.dtype(np.float32), parse_policy("int8"), is_packed).layout((66, 64), ("mlp", None), partition, name="w")
-    assert Storage(np.dtype(np.float32), parse_policy("int8"), True).layout((64,), (None,), None, name="norm") is None
+            Storage(np.dtype(np.float32), parse_policy("int8"), NATIVE if is_packed else None).layout((66, 64), ("mlp", None), partition, name="w")
+    assert Storage(np.dtype(np.float32), parse_policy("int8"), NATIVE).layout((64,), (None,), ONE_DEVICE, name="norm") is None

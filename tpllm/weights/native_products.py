@@ -1,8 +1,9 @@
-"""The products of a decoder layer on packed weights, each for one shard: what ``jax.shard_map`` runs on every device.
+"""The products of a decoder layer by the native kernels, each for one shard: what ``jax.shard_map`` runs on every device.
 
 Sums of one output run in one order whatever the number of rows, so a row's result does not depend, to the bit, on its neighbours.
 """
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -10,14 +11,16 @@ import numpy as np
 
 from pallas_kernels.gated_mlp import Activation, ClampedGlu
 from tpllm.native.library import FLOAT_DTYPES, call
-from tpllm.native.packed import PackedWeight
+
+if TYPE_CHECKING:
+    from tpllm.weights.native import NativeWeight
 
 ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3}
 CLAMPED_GLU = 4
 """Like those a number of csrc/kernels.h."""
 
 
-def linear(x_D: jax.Array, weights: Sequence[PackedWeight], biases: Sequence[jax.Array | None],
+def linear(x_D: jax.Array, weights: "Sequence[NativeWeight]", biases: Sequence[jax.Array | None],
            dtype=None) -> tuple[jax.Array, ...]:
     """``x @ w.T + bias`` for several weights of one input, read in one go.
 
@@ -39,7 +42,7 @@ def linear(x_D: jax.Array, weights: Sequence[PackedWeight], biases: Sequence[jax
     return tuple(out.reshape(*x_D.shape[:-1], out.shape[1]) for out in outs)
 
 
-def gated_mlp(x_D: jax.Array, gate: PackedWeight, up: PackedWeight, down: PackedWeight, biases: Sequence[jax.Array | None], *,
+def gated_mlp(x_D: jax.Array, gate: "NativeWeight", up: "NativeWeight", down: "NativeWeight", biases: Sequence[jax.Array | None], *,
               activation: Activation) -> jax.Array:
     """``down(act(gate(x)) * up(x))``, in one call.
 
@@ -62,7 +65,7 @@ def gated_mlp(x_D: jax.Array, gate: PackedWeight, up: PackedWeight, down: Packed
     return out.reshape(*x_D.shape[:-1], out.shape[1])
 
 
-def expert_mlps(x_SD: jax.Array, counts_E: jax.Array, gate: PackedWeight, up: PackedWeight, down: PackedWeight,
+def expert_mlps(x_SD: jax.Array, counts_E: jax.Array, gate: "NativeWeight", up: "NativeWeight", down: "NativeWeight",
                 biases: Sequence[jax.Array | None] = (None, None, None), *, activation: Activation, inner_size: int) -> jax.Array:
     """:func:`gated_mlp` with another expert's weights for each run of rows, in one call; experts without rows are not read.
 
@@ -91,7 +94,7 @@ def _gating(activation: Activation) -> dict[str, np.generic]:
     return {"activation": np.int64(ACTIVATIONS[activation]), "limit": np.float32(0), "alpha": np.float32(0)}
 
 
-def lookup(tokens: jax.Array, table: PackedWeight, dtype) -> jax.Array:
+def lookup(tokens: jax.Array, table: "NativeWeight", dtype) -> jax.Array:
     """Rows of an embedding table.
 
     Args:
@@ -120,14 +123,14 @@ def _check_dtype(what: str, dtype) -> None:
         raise TypeError(f"{what} {jnp.dtype(dtype)}; the native kernels take and give float32, bfloat16 and float16")
 
 
-def _checked_shape(weight: PackedWeight, rows: jax.Array) -> tuple[int, int]:
+def _checked_shape(weight: "NativeWeight", rows: jax.Array) -> tuple[int, int]:
     shape = weight.layout.shard_shape
     if shape[1] != rows.shape[1]:
         raise ValueError(f"a weight of shape {shape} cannot multiply activations of {rows.shape[1]} columns; both must have as many")
     return shape
 
 
-def _operands(weights: Sequence[PackedWeight], biases: Sequence[jax.Array | None], dtype) -> tuple[list[jax.Array], np.ndarray]:
+def _operands(weights: "Sequence[NativeWeight]", biases: Sequence[jax.Array | None], dtype) -> tuple[list[jax.Array], np.ndarray]:
     operands, attributes = [], []
     for weight, bias in zip(weights, biases, strict=True):
         operands += weight.arrays().values()

@@ -6,6 +6,7 @@ import pathlib
 import shutil
 import subprocess
 import sys
+import weakref
 
 import jax
 import pytest
@@ -47,6 +48,14 @@ def test_deleting_the_last_reference_frees_the_arrays(baseline):
     assert live_bytes() > baseline + 5_000_000
     del llm
     assert live_bytes() == baseline
+
+
+def test_what_a_deleted_llm_held_is_gone_before_the_collector_runs(baseline, monkeypatch):
+    llm, seen = make(), []
+    arrays = [weakref.ref(leaf) for leaf in jax.tree.leaves((llm.params, llm.engine.runner.executor.cache))]
+    monkeypatch.setattr("tpllm.llm.gc.collect", lambda: seen.append(sum(array() is not None for array in arrays)))
+    del llm
+    assert seen == [0], "buffers that JAX borrowed from numpy go with that collection, or with none"
 
 
 def test_rebinding_frees_the_one_before(baseline):

@@ -5,8 +5,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 
 from sharding_rules import ONE_DEVICE, TENSOR, Partition, make_mesh
 from tests import numpy_sampler
@@ -120,8 +118,7 @@ def probed(rows: list[Row]) -> tuple:
 def drawn(arguments: tuple, partition: Partition = ONE_DEVICE) -> np.ndarray:
     """The tokens that the device draws."""
     logits, parameters, positions, history = arguments
-    if partition is not None:
-        logits = jax.device_put(logits, NamedSharding(partition.mesh, P(None, "tp")))
+    logits = jax.device_put(logits, partition.sharding((None, "vocab")))
     sampled = jax.jit(lambda *args: sample(*args, vocab_size=VOCAB, partition=partition))(logits, parameters, positions, history)
     assert np.asarray(sampled.has_choice & sampled.is_finite).all()
     return np.asarray(sampled.token)

@@ -2,8 +2,8 @@
 
     pip install -e .[test,oracle] && python tools/make_golden.py
 
-A file holds config.json, the seed of the weights (tests/tiny_models.py makes them from it) and their checksum, the prompt, the logits of a
-few of its positions and 64 greedy tokens. The seed is the first at which the tokens decide something; see tests/transformers_oracle.py.
+A file holds config.json, the seed of the weights (tests/support/tiny_models.py makes them from it) and their checksum, the prompt, the logits of a
+few of its positions and 64 greedy tokens. The seed is the first at which the tokens decide something; see tests/support/transformers_oracle.py.
 """
 import json
 import pathlib
@@ -12,8 +12,7 @@ import sys
 import numpy as np
 
 ROOT = pathlib.Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "tests"))
-sys.path.insert(0, str(ROOT))  # before tests, whose folder sharding_rules is not the package
+sys.path.insert(0, str(ROOT))
 
 import tiny_models  # noqa: E402
 import transformers_oracle  # noqa: E402

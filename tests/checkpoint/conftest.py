@@ -4,7 +4,8 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-from checkpoint_files import HF_CONFIG, tensors_of, write_folder
+
+from tests.support.checkpoint_files import HF_CONFIG, tensors_of, write_folder
 
 
 @pytest.fixture

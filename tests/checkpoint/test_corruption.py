@@ -1,10 +1,10 @@
 """Whatever is done to a file's bytes, opening and loading it ends in a CheckpointError or in the very same weights."""
 import numpy as np
 import pytest
-from checkpoint_files import HF_CONFIG, tensors_of, write_folder
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from tests.support.checkpoint_files import HF_CONFIG, tensors_of, write_folder
 from tpllm.checkpoint.folder import open_checkpoint
 from tpllm.checkpoint.load import load_params
 from tpllm.errors import CheckpointError

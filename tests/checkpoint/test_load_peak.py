@@ -6,7 +6,8 @@ import subprocess
 import sys
 
 import pytest
-from checkpoint_files import tensors_of, write_folder
+
+from tests.support.checkpoint_files import tensors_of, write_folder
 
 MIB = 2**20
 HF_CONFIG = {"architectures": ["LlamaForCausalLM"], "vocab_size": 8000, "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 4,

@@ -8,10 +8,10 @@ import collections
 import itertools
 import os
 
-import damaged_models
-import damaged_tokenizers
 import pytest
-from outcomes import tried
+
+from tests.support import damaged_models, damaged_tokenizers
+from tests.support.outcomes import tried
 
 NUM_EACH, FIRST = (int(os.environ.get(f"TPLLM_{name}", default)) for name, default in (("NUM_MUTATIONS", "100"), ("FIRST_MUTATION", "0")))
 MOST_SHOWN = 20

@@ -4,10 +4,10 @@ import tracemalloc
 import jax
 import numpy as np
 import pytest
-from checkpoint_files import write_folder
-from quantized_folders import SIZES, make_folder
-from tiny_models import TinyModel, cached_greedy, config_json
 
+from tests.support.checkpoint_files import write_folder
+from tests.support.quantized_folders import SIZES, make_folder
+from tests.support.tiny_models import TinyModel, cached_greedy, config_json
 from tpllm.checkpoint import load_params, open_checkpoint, save, stored_schemes
 from tpllm.checkpoint.entries import find_entries
 from tpllm.checkpoint.save import quantize_checkpoint

@@ -4,9 +4,9 @@ import logging
 
 import numpy as np
 import pytest
-from checkpoint_files import HF_CONFIG, tensors_of, write_folder
 from safetensors.numpy import save_file
 
+from tests.support.checkpoint_files import HF_CONFIG, tensors_of, write_folder
 from tpllm.checkpoint.entries import find_entries
 from tpllm.checkpoint.folder import open_checkpoint
 from tpllm.checkpoint.load import load_params

@@ -5,10 +5,10 @@ import shutil
 import jax
 import numpy as np
 import pytest
-from checkpoint_files import write_folder
-from tiny_models import TinyModel, config_json
 
 from sharding_rules import DATA_TENSOR, make_mesh
+from tests.support.checkpoint_files import write_folder
+from tests.support.tiny_models import TinyModel, config_json
 from tpllm import LLM, SamplingParams
 from tpllm.checkpoint import find_entries, load_params, open_checkpoint, stored_schemes
 from tpllm.checkpoint.save import quantize_checkpoint

@@ -2,9 +2,9 @@
 import json
 
 import pytest
-from checkpoint_files import write_folder
-from tiny_models import MODELS
 
+from tests.support.checkpoint_files import write_folder
+from tests.support.tiny_models import MODELS
 from tpllm.cli.inspect import _text, inspect_model
 
 BY_NAME = {model.name: model for model in MODELS}

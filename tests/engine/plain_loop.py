@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
-from tests import numpy_sampler
+from tests.support import numpy_sampler
 from tpllm import LLM, SamplingParams, forward
 from tpllm.model.sampling import gumbel_noise
 

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from tests.engine.conftest import CONFIG, make_llm, random_prompts
+from tests.support.naive import greedy
 from tpllm import SamplingParams
 from tpllm.engine.slots import TARGET
 from tpllm.errors import ConfigError, PromptError, SamplingError, TokenizerError, TpllmError
-from tpllm.model.naive import greedy
 
 GREEDY = SamplingParams(temperature=0, max_tokens=12)
 LENGTHS = (1, 5, 16, 31, 32, 33, 64, 70, 100)  # around the buckets 16 and 32

@@ -7,8 +7,8 @@ import pytest
 from sharding_rules import ONE_DEVICE
 from tests.engine.conftest import CONFIG, SHAPES, make_llm, make_packed_llm, random_prompts
 from tests.engine.test_invariance import PARAMS, PROMPTS, exact
+from tests.support.naive import greedy
 from tpllm import SamplingParams, ops
-from tpllm.model.naive import greedy
 
 IS_NATIVE = ops.uses_native(ONE_DEVICE)
 SLOW = functools.partial(pytest.param, marks=pytest.mark.slow)

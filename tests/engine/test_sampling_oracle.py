@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from sharding_rules import ONE_DEVICE, TENSOR, Partition, make_mesh
-from tests import numpy_sampler
+from tests.support import numpy_sampler
 from tpllm import SamplingParams
 from tpllm.engine.batch import row_of
 from tpllm.engine.request import Prepared, new_request

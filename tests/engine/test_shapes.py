@@ -3,7 +3,7 @@ import jax
 import pytest
 
 from sharding_rules import DATA_TENSOR, make_mesh, parse_mesh
-from tests.tiny_models import config_json
+from tests.support.tiny_models import config_json
 from tpllm.engine.shapes import choose_shapes
 from tpllm.errors import ConfigError
 from tpllm.families.llama import FAMILY

@@ -7,11 +7,11 @@ import sys
 
 import numpy as np
 import pytest
-from checkpoint_files import HF_CONFIG, tensors_of
-from checkpoint_files import write_folder as write_checkpoint
-from damaged_models import gguf_file
-from tokenizer import tokenizer_folders
 
+from tests.support.checkpoint_files import HF_CONFIG, tensors_of
+from tests.support.checkpoint_files import write_folder as write_checkpoint
+from tests.support.damaged_models import gguf_file
+from tests.tokenizer import tokenizer_folders
 from tpllm.checkpoint.safetensors import read_header, sample_digest
 from tpllm.errors import TpllmError
 from tpllm.loading import open_model

@@ -10,9 +10,9 @@ import weakref
 
 import jax
 import pytest
-from checkpoint_files import tensors_of, write_folder
 
 import tpllm
+from tests.support.checkpoint_files import tensors_of, write_folder
 from tpllm import LLM, SamplingParams
 from tpllm.checkpoint.source import DEMO_FOLDER
 from tpllm.errors import ConfigError, TpllmError

@@ -2,8 +2,8 @@
 import logging
 
 import pytest
-from tiny_models import config_json
 
+from tests.support.tiny_models import config_json
 from tpllm.errors import ConfigError
 from tpllm.families.registry import FAMILIES, find_family
 

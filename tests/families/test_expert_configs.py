@@ -1,7 +1,7 @@
 """Which layers have experts, how many and how large: what config.json says of it."""
 import pytest
-from tiny_models import config_json
 
+from tests.support.tiny_models import config_json
 from tpllm.errors import ConfigError
 from tpllm.families.registry import find_family
 

@@ -2,8 +2,8 @@
 import math
 
 import pytest
-from tiny_models import ARCHITECTURES, ROPE, config_json
 
+from tests.support.tiny_models import ARCHITECTURES, ROPE, config_json
 from tpllm.errors import ConfigError
 from tpllm.families.registry import FAMILIES, find_family
 from tpllm.model.config import ModelConfig, RopeConfig

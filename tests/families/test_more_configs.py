@@ -3,9 +3,9 @@ import dataclasses
 import math
 
 import pytest
-from tiny_models import config_json
 
 from pallas_kernels.gated_mlp import ClampedGlu
+from tests.support.tiny_models import config_json
 from tpllm.errors import ConfigError
 from tpllm.families.registry import find_family
 from tpllm.model.config import ModelConfig, RopeConfig

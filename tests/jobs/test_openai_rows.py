@@ -4,12 +4,12 @@ import hashlib
 import pathlib
 
 import pytest
-from openai_types import parsed
-from tokenizer import tokenizer_folders as folders
 
 from tests.jobs.fake_llm import FakeLLM
 from tests.jobs.openai_batch import CHAT, COMPLETIONS, USER, batch_row, batch_rows, to_jsonl
 from tests.jobs.small_job import all_errors, all_rows, contents
+from tests.support.openai_types import parsed
+from tests.tokenizer import tokenizer_folders as folders
 from tpllm.engine.outputs import failed_output
 from tpllm.engine.prompts import encode_prompt
 from tpllm.errors import TpllmError

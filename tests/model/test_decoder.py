@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_models import MODELS, cached_greedy, place, step
 
 from pallas_kernels.page_table import PageTable, one_page_a_row
 from sharding_rules import DATA_TENSOR, ONE_DEVICE, ShardingError, make_mesh
+from tests.support.tiny_models import MODELS, cached_greedy, place, step
 from tpllm.families.registry import find_family
 from tpllm.model import decoder
 from tpllm.model.decoder import forward, unembed

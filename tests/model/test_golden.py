@@ -3,7 +3,8 @@ import json
 
 import numpy as np
 import pytest
-from tiny_models import GOLDEN, GOLDEN_FOLDER, NUM_STEPS, TinyModel, cached_greedy
+
+from tests.support.tiny_models import GOLDEN, GOLDEN_FOLDER, NUM_STEPS, TinyModel, cached_greedy
 
 NAMES = sorted(path.stem for path in GOLDEN_FOLDER.glob("*.npz"))
 

@@ -5,10 +5,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_models import MODELS
 
 from pallas_kernels.page_table import PageTable
 from tests.engine.conftest import CONFIG, make_packed_llm
+from tests.support.tiny_models import MODELS
 from tpllm.model.config import ALL_LAYERS
 from tpllm.model.decoder import embed, finish, forward, run_layers, unembed
 from tpllm.model.kv_cache import KVCache, init_cache

@@ -3,7 +3,7 @@ import jax
 import numpy as np
 import pytest
 
-from tests.numpy_sampler import adjusted_logits
+from tests.support.numpy_sampler import adjusted_logits
 from tpllm import SamplingParams
 from tpllm.model.logit_adjustments import Adjustments, History, adjust, remember
 from tpllm.model.per_row import empty_rows

@@ -5,10 +5,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from checkpoint_files import write_folder
-from tiny_models import TinyModel, config_json, step
 
 from sharding_rules import DATA_TENSOR, Rules, ShardingError, make_mesh
+from tests.support.checkpoint_files import write_folder
+from tests.support.tiny_models import TinyModel, config_json, step
 from tpllm.checkpoint.folder import open_checkpoint
 from tpllm.checkpoint.load import load_params
 from tpllm.cli.inspect import inspect_model

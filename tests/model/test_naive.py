@@ -1,10 +1,10 @@
 """The loop without a cache against the loop with one."""
 import pytest
-from tiny_models import MODELS, cached_greedy, place
 
 from sharding_rules import DATA_TENSOR, make_mesh
+from tests.support.naive import greedy
+from tests.support.tiny_models import MODELS, cached_greedy, place
 from tpllm.families.registry import find_family
-from tpllm.model.naive import greedy
 from tpllm.model.partition import fit_to_mesh
 
 BY_NAME = {model.name: model for model in MODELS}

@@ -5,11 +5,11 @@ import functools
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from checkpoint_files import write_folder
-from tiny_models import ARCHITECTURES, NUM_STEPS, cached_greedy, step
 
 from sharding_rules import TENSOR, make_mesh
 from tests.model.test_golden import NAMES, load
+from tests.support.checkpoint_files import write_folder
+from tests.support.tiny_models import ARCHITECTURES, NUM_STEPS, cached_greedy, step
 from tpllm import LLM, SamplingParams
 from tpllm.checkpoint.folder import open_checkpoint
 from tpllm.checkpoint.load import load_params

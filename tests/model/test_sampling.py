@@ -9,7 +9,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from sharding_rules import ONE_DEVICE, TENSOR, Partition, make_mesh
-from tests.numpy_sampler import probabilities
+from tests.support.numpy_sampler import probabilities
 from tpllm import SamplingParams
 from tpllm.model.sampling import SamplingRows, gumbel_noise, sample
 

@@ -2,8 +2,8 @@
 import math
 
 import pytest
-from openai_types import parsed
 
+from tests.support.openai_types import parsed
 from tpllm.engine.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput, failed_output
 from tpllm.openai_api import ApiError, ResponseHead, read_request, response_body
 from tpllm.openai_api.logprobs import text_offsets

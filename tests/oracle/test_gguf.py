@@ -16,7 +16,7 @@ import pytest
 
 import tpllm
 from sharding_rules import DATA_TENSOR, make_mesh
-from tests.gguf_files import HF_LLAMA, write_gguf
+from tests.support.gguf_files import HF_LLAMA, write_gguf
 from tools.demo_training.corpus import held_out_windows
 from tpllm import LLM, SamplingParams, forward
 from tpllm.checkpoint import find_entries, load_params, open_checkpoint, stored_schemes

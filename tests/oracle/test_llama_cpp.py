@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 import tpllm
-from tests.gguf_files import write_gguf
+from tests.support.gguf_files import write_gguf
 from tpllm import LLM, SamplingParams
 from tpllm.checkpoint import open_checkpoint
 

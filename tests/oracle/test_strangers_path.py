@@ -9,7 +9,8 @@ import subprocess
 import sys
 
 import pytest
-from tiny_models import LEAST_GAP
+
+from tests.support.tiny_models import LEAST_GAP
 
 pytestmark = [pytest.mark.oracle, pytest.mark.slow]
 torch = pytest.importorskip("torch", reason="needs torch and transformers: pip install -e .[oracle]")

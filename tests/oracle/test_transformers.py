@@ -4,9 +4,9 @@ import json
 
 import numpy as np
 import pytest
-from tiny_models import ARCHITECTURES, MODELS, NUM_STEPS, ROPE, cached_greedy, config_json
 
 from sharding_rules import TENSOR, make_mesh
+from tests.support.tiny_models import ARCHITECTURES, MODELS, NUM_STEPS, ROPE, cached_greedy, config_json
 from tpllm.checkpoint.folder import open_checkpoint
 from tpllm.checkpoint.load import load_params
 from tpllm.families.registry import find_family

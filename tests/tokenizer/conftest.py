@@ -1,8 +1,8 @@
 """Loaded tokenizers of four kinds."""
 import pytest
-from tokenizer import chat_templates
-from tokenizer import tokenizer_folders as folders
 
+from tests.tokenizer import chat_templates
+from tests.tokenizer import tokenizer_folders as folders
 from tpllm.tokenizer import Tokenizer
 
 KINDS = {

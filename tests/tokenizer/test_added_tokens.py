@@ -1,9 +1,9 @@
 """Tokens that files beside tokenizer.json hold, and what explicit settings change in it; the values are those of transformers 5.24."""
 import pytest
 import tokenizers
-from tokenizer import tokenizer_folders as folders
 from tokenizers import decoders, models, pre_tokenizers
 
+from tests.tokenizer import tokenizer_folders as folders
 from tpllm.errors import TokenizerError
 from tpllm.tokenizer import Tokenizer
 

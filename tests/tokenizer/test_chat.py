@@ -4,8 +4,8 @@ import datetime
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizer import tokenizer_folders as folders
 
+from tests.tokenizer import tokenizer_folders as folders
 from tpllm.errors import PromptError, TokenizerError
 from tpllm.tokenizer import Tokenizer
 

@@ -2,8 +2,8 @@
 import json
 
 import pytest
-from damaged_tokenizers import MESSAGES, files, use
 
+from tests.support.damaged_tokenizers import MESSAGES, files, use
 from tpllm.errors import TokenizerError
 from tpllm.tokenizer import Tokenizer
 

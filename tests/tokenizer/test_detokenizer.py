@@ -2,9 +2,9 @@
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizer import tokenizer_folders as folders
 from tokenizers import Regex, decoders
 
+from tests.tokenizer import tokenizer_folders as folders
 from tpllm.tokenizer import Detokenizer, Tokenizer
 from tpllm.tokenizer.decoder_stages import CLEANED_UP, clean_up_stages
 from tpllm.tokenizer.detokenizer import run_stages

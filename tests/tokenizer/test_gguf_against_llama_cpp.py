@@ -3,10 +3,10 @@ import json
 import pathlib
 
 import pytest
-from gguf_files import add_byte_level_tokenizer, add_sentencepiece, silence, write_gguf, write_vocabulary
-from tokenizer import gguf_vocabularies as vocabularies
 
 import tpllm
+from tests.support.gguf_files import add_byte_level_tokenizer, add_sentencepiece, silence, write_gguf, write_vocabulary
+from tests.tokenizer import gguf_vocabularies as vocabularies
 from tpllm.checkpoint.gguf.header import open_gguf
 from tpllm.tokenizer import Tokenizer
 from tpllm.tokenizer.gguf import tokenizer_from_gguf

@@ -1,7 +1,7 @@
 """What the tokenizer of a GGUF file is told by its keys, and what is refused. Ids are compared with llama.cpp's elsewhere."""
 import pytest
-from gguf_files import raw_gguf, raw_metadata
 
+from tests.support.gguf_files import raw_gguf, raw_metadata
 from tpllm.checkpoint.gguf.header import open_gguf
 from tpllm.errors import TokenizerError, TpllmError
 from tpllm.tokenizer.decoder_stages import byte_of_character

@@ -1,7 +1,7 @@
 """Special-token text in a text prompt is special, in a chat it is text, and ``parse_special`` says otherwise for either."""
 import pytest
-from tokenizer import tokenizer_folders as folders
 
+from tests.tokenizer import tokenizer_folders as folders
 from tpllm.engine.prompts import encode_prompt
 from tpllm.errors import PromptError
 from tpllm.openai_api import read_request

@@ -2,9 +2,9 @@
 import json
 
 import pytest
-from tokenizer import tokenizer_folders as folders
 from tokenizers import models, processors
 
+from tests.tokenizer import tokenizer_folders as folders
 from tpllm.errors import PromptError, TokenizerError
 from tpllm.tokenizer import Tokenizer
 

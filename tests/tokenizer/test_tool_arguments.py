@@ -2,8 +2,8 @@
 import json
 
 import pytest
-from tokenizer import tokenizer_folders as folders
 
+from tests.tokenizer import tokenizer_folders as folders
 from tpllm.openai_api import read_request
 from tpllm.tokenizer import Tokenizer
 

@@ -1,7 +1,7 @@
 """What a chat template makes of messages is what it makes of plain texts, and every character knows whether it was a user's."""
 import pytest
-from tokenizer import tokenizer_folders as folders
 
+from tests.tokenizer import tokenizer_folders as folders
 from tpllm.tokenizer import Tokenizer
 from tpllm.tokenizer.chat_template import ChatTemplate
 from tpllm.tokenizer.messages import traced_messages

@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_models import step
 
 from pallas_kernels.tiling import Device
 from sharding_rules import DATA_TENSOR, ONE_DEVICE, Partition, make_mesh
 from tests.pallas_kernels import hidden_triton
+from tests.support.tiny_models import step
 from tpllm.bench.shapes import find_shape, random_params
 from tpllm.checkpoint.matrices import make_matrix
 from tpllm.model.kv_cache import init_cache

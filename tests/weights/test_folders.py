@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from tests.quantized_folders import KINDS, make_folder
+from tests.support.quantized_folders import KINDS, make_folder
 from tpllm import LLM, SamplingParams, forward
 from tpllm.checkpoint import open_checkpoint
 from tpllm.checkpoint.source import DEMO_FOLDER

@@ -25,7 +25,7 @@ class Setup:
     Attributes:
         options: of ``LLM``.
         environment: variables that its process needs.
-        model: ``"demo"``, or a family of ``tests/tiny_models.py``.
+        model: ``"demo"``, or a family of ``tests/support/tiny_models.py``.
         num_requests: how many.
     """
 

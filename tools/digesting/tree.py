@@ -23,10 +23,12 @@ COMMAND = (sys.executable, "-m", "tpllm.cli.main")
 
 def test_support(name: str) -> Any:
     """A module of the tests' helpers, such as ``tiny_models``."""
-    for folder in (ROOT / "tests", ROOT / "tests" / "support"):
-        if folder.is_dir() and str(folder) not in sys.path:
-            sys.path.append(str(folder))  # last: tests/sharding_rules is not the package
-    return importlib.import_module(name)
+    try:
+        return importlib.import_module(f"tests.support.{name}")
+    except ImportError:  # a tree from before tests/support
+        if str(ROOT / "tests") not in sys.path:
+            sys.path.append(str(ROOT / "tests"))  # last: tests/sharding_rules is not the package
+        return importlib.import_module(name)
 
 
 def instruction_sets() -> tuple[str, ...]:

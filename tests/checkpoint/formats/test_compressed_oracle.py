@@ -154,7 +154,8 @@ def test_targets_that_hold_the_module(compress, read, targets, ignore):
 
 def test_packing_is_what_the_library_unpacks(library):
     from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
-    from quantized_folders import pack_bits
+
+    from tests.support.quantized_folders import pack_bits
     for bits in range(2, 9):
         for count in (1, 8, 31, 32, 96, 97):
             codes = np.random.default_rng(bits).integers(0, 2**bits, (3, count)).astype(np.uint8)

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from quantized_folders import (
+
+from tests.support.quantized_folders import (
     KINDS,
     compressed_config,
     make_folder,
@@ -19,7 +20,6 @@ from quantized_folders import (
     pack_gptq,
     pack_int8,
 )
-
 from tpllm.checkpoint.formats import find_format
 from tpllm.checkpoint.index import read_index
 from tpllm.checkpoint.read import TensorReader

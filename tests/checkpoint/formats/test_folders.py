@@ -3,8 +3,8 @@ import concurrent.futures
 
 import numpy as np
 import pytest
-from quantized_folders import KINDS, make_folder
 
+from tests.support.quantized_folders import KINDS, make_folder
 from tpllm.checkpoint.read import TensorReader
 from tpllm.weights.scheme import dequantize
 

@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from checkpoint_files import write_folder
-from mxfp4_folders import CONFIG, model, quantized_experts, unpacked, write_both
 
 from sharding_rules import DATA_TENSOR, make_mesh
+from tests.support.checkpoint_files import write_folder
+from tests.support.mxfp4_folders import CONFIG, model, quantized_experts, unpacked, write_both
 from tpllm import forward
 from tpllm.checkpoint import find_entries, load_params, open_checkpoint, stored_schemes
 from tpllm.checkpoint.load import _row_reader

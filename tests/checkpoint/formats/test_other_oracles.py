@@ -92,7 +92,7 @@ def test_8_bit_floats_that_transformers_writes(float8, weight, write_module, rea
 @pytest.mark.parametrize("has_zeros", [True, False])
 def test_awq_is_what_compressed_tensors_converts_it_to(weight, write_module, read, has_zeros):
     awq = pytest.importorskip("compressed_tensors.entrypoints.convert.converters.autoawq", reason="the oracle extra brings compressed-tensors")
-    from quantized_folders import pack_awq
+    from tests.support.quantized_folders import pack_awq
     parts, _ = pack_awq(weight.numpy(), has_zeros=has_zeros)
     config = {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": has_zeros, "version": "gemm"}
     matrix = write_module(parts, config, module=NAME).find(f"{NAME}.weight", (24, 96))
@@ -121,7 +121,7 @@ def unpack_columns(words, bits: int, count: int):
 @pytest.mark.parametrize("is_symmetric", [True, False])
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_gptq_is_scale_times_code_minus_zero_of_each_inputs_group(write_module, read, bits, is_symmetric, has_order, is_v2):
-    from quantized_folders import pack_gptq
+    from tests.support.quantized_folders import pack_gptq
     weight = torch.randn(64, 96, generator=torch.Generator().manual_seed(bits)).numpy()
     parts, _ = pack_gptq(weight, bits=bits, is_symmetric=is_symmetric, has_order=has_order, is_v2=is_v2)
     config = {"quant_method": "gptq", "bits": bits, "group_size": 32, "sym": is_symmetric, "desc_act": has_order,

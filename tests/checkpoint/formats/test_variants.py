@@ -3,8 +3,8 @@ import logging
 
 import numpy as np
 import pytest
-from quantized_folders import KINDS, compressed_config, integers, pack_bits, pack_compressed, pack_float8, pack_gptq, pack_int8
 
+from tests.support.quantized_folders import KINDS, compressed_config, integers, pack_bits, pack_compressed, pack_float8, pack_gptq, pack_int8
 from tpllm.checkpoint.formats.bits import unpack, unpack_whole_words
 from tpllm.checkpoint.formats.names import ModuleNames, compile_pattern
 from tpllm.errors import CheckpointError

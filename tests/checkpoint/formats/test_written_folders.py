@@ -3,8 +3,9 @@ import json
 
 import numpy as np
 import pytest
-from quantized_folders import SIZES
-from tiny_models import TinyModel, config_json
+
+from tests.support.quantized_folders import SIZES
+from tests.support.tiny_models import TinyModel, config_json
 
 torch = pytest.importorskip("torch", reason="the oracle extra brings torch")
 pytestmark = pytest.mark.oracle
@@ -38,7 +39,7 @@ def check(read, find_in):
 def test_a_folder_of_transformers_with_bitsandbytes(transformers, check, tmp_path, options):
     library = pytest.importorskip("bitsandbytes", reason="the oracle extra brings bitsandbytes")
     pytest.importorskip("accelerate", reason="transformers needs it to quantize")
-    import transformers_oracle
+    from tests.support import transformers_oracle
     transformers_oracle.build(MODEL).save_pretrained(tmp_path / "dense")
     model = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path / "dense", quantization_config=transformers.BitsAndBytesConfig(**options), device_map="cpu")
@@ -62,10 +63,11 @@ FLOAT8 = {"targets": ["re:.*self_attn.[qk]_proj"], "weights": {"num_bits": 8, "t
 @pytest.mark.parametrize("groups", [{"only": GROUP4}, {"one": GROUP4, "two": ROW8}, {"one": FLOAT8, "two": ROW8, "three": GROUP4}], ids=list)
 def test_a_folder_of_compressed_tensors(transformers, check, tmp_path, groups):
     library = pytest.importorskip("compressed_tensors", reason="the oracle extra brings compressed-tensors")
-    import transformers_oracle
     from compressed_tensors.compressors import BaseCompressor
     from compressed_tensors.quantization import QuantizationConfig, apply_quantization_config
     from compressed_tensors.quantization.utils import calculate_qparams
+
+    from tests.support import transformers_oracle
     model = transformers_oracle.build(MODEL)
     config = QuantizationConfig(config_groups=groups, ignore=["lm_head"], quantization_status="frozen")
     apply_quantization_config(model, config, show_progress=False)

@@ -1,8 +1,8 @@
 """Rows of files from llama.cpp's own quantizer are bit-equal to what the gguf package makes of them."""
 import numpy as np
 import pytest
-from gguf_files import HF_LLAMA, gguf_tensor_name, write_gguf
 
+from tests.support.gguf_files import HF_LLAMA, gguf_tensor_name, write_gguf
 from tpllm.checkpoint.gguf.header import open_gguf
 from tpllm.checkpoint.gguf.weights import GgufFormat
 from tpllm.checkpoint.read import TensorReader

@@ -1,9 +1,9 @@
 """Metadata of GGUF files as config.json, and the names of tensors."""
 import numpy as np
 import pytest
-from gguf_files import gguf_tensor_name, random_weights, raw_model
-from tiny_models import config_json
 
+from tests.support.gguf_files import gguf_tensor_name, random_weights, raw_model
+from tests.support.tiny_models import config_json
 from tpllm.checkpoint.gguf.config import ARCHITECTURES, config_from_gguf
 from tpllm.checkpoint.gguf.header import open_gguf
 from tpllm.checkpoint.gguf.names import gguf_name, gguf_weight_names

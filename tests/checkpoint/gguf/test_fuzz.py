@@ -8,10 +8,10 @@ import tracemalloc
 
 import numpy as np
 import pytest
-from gguf_files import raw_gguf, raw_metadata, raw_model, raw_tensor
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from tests.support.gguf_files import raw_gguf, raw_metadata, raw_model, raw_tensor
 from tpllm.checkpoint.folder import open_checkpoint
 from tpllm.checkpoint.gguf.blocks import KEPT
 from tpllm.checkpoint.gguf.config import config_from_gguf

@@ -5,8 +5,8 @@ import tracemalloc
 
 import numpy as np
 import pytest
-from gguf_files import raw_gguf, raw_key, raw_metadata, raw_model, raw_tensor, raw_text
 
+from tests.support.gguf_files import raw_gguf, raw_key, raw_metadata, raw_model, raw_tensor, raw_text
 from tpllm.checkpoint.gguf.header import open_gguf
 from tpllm.errors import CheckpointError
 

@@ -7,8 +7,8 @@ import struct
 import gguf
 import numpy as np
 import pytest
-from gguf_files import raw_gguf, raw_key, raw_tensor, raw_text
 
+from tests.support.gguf_files import raw_gguf, raw_key, raw_tensor, raw_text
 from tpllm.checkpoint.gguf import weights as gguf_weights
 from tpllm.checkpoint.gguf.dense import DENSE, OF_GGUF
 from tpllm.checkpoint.gguf.ggml_types import GGML_TYPES

@@ -3,8 +3,8 @@ import struct
 
 import numpy as np
 import pytest
-from gguf_files import alternate_halves, raw_gguf, raw_key, raw_tensor, raw_text
 
+from tests.support.gguf_files import alternate_halves, raw_gguf, raw_key, raw_tensor, raw_text
 from tpllm.checkpoint.gguf.header import open_gguf
 from tpllm.checkpoint.gguf.weights import GgufFormat
 from tpllm.checkpoint.read import TensorReader

@@ -12,11 +12,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from checkpoint_files import tensor_shapes
 
 from pallas_kernels.page_table import one_page_a_row
 from sharding_rules import TENSOR, Rules, make_mesh
 from sharding_rules.axes import KV_HEADS, VOCAB
+from tests.support.checkpoint_files import tensor_shapes
 from tpllm.families.family import Family
 from tpllm.families.registry import find_family
 from tpllm.model.config import ALL_LAYERS, ModelConfig
@@ -285,7 +285,7 @@ GOLDEN = tuple(model for model in MODELS if model.name in {
     "qwen2-dynamic", "qwen2-llama3", "qwen3-linear", "qwen3-yarn", "gemma-default", "gemma2-default", "gemma3-linear", "phi3-default",
     "phi3-partial", "phi3-short-prompt-grows-past-context", "olmo2-default", "granite-default", "smollm3-default", "starcoder2-default",
     "mixtral-default", "qwen2moe-default", "qwen3moe-default", "gpt-oss-yarn"})
-GOLDEN_FOLDER = pathlib.Path(__file__).parent / "golden"
+GOLDEN_FOLDER = pathlib.Path(__file__).parents[1] / "golden"
 NUM_STEPS = 64
 LEAST_GAP = 1e-3  # a seed whose two best logits ever come closer decides nothing about tokens
 LEAST_DISTINCT = 8  # nor does one that soon repeats itself

@@ -68,8 +68,7 @@ def write_gguf(path: pathlib.Path, hf: Mapping[str, Any] | pathlib.Path = HF_LLA
 
 def random_weights(hf: Mapping[str, Any], seed: int = 0) -> dict[str, np.ndarray]:
     """Normal weights of a config.json's model; norms about 1."""
-    from checkpoint_files import tensor_shapes
-
+    from tests.support.checkpoint_files import tensor_shapes
     from tpllm.families.registry import find_family
 
     family, rng = find_family(hf), np.random.default_rng(seed)

@@ -6,7 +6,8 @@ import re
 import numpy as np
 import torch
 import transformers
-from tiny_models import LEAST_DISTINCT, LEAST_GAP, NUM_STEPS, TinyModel
+
+from tests.support.tiny_models import LEAST_DISTINCT, LEAST_GAP, NUM_STEPS, TinyModel
 
 MOST_SEEDS = 100
 

@@ -12,7 +12,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 from safetensors.numpy import save_file
-from tiny_models import TinyModel, config_json
+
+from tests.support.tiny_models import TinyModel, config_json
 
 SIZES = {"vocab_size": 208, "hidden_size": 128, "intermediate_size": 256, "head_dim": 16}
 """Groups of 128 divide the inputs, and words of 32-bit the outputs; 8 query heads, 2 for keys and values, biases everywhere."""

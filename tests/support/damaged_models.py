@@ -8,11 +8,11 @@ import random
 from collections.abc import Callable, Iterator
 
 import numpy as np
-from gguf_files import random_weights, raw_model
-from mutations import byte_mutation, mutation, near
 from safetensors.numpy import save
-from tiny_models import config_json
 
+from tests.support.gguf_files import random_weights, raw_model
+from tests.support.mutations import byte_mutation, mutation, near
+from tests.support.tiny_models import config_json
 from tpllm.checkpoint.entries import find_entries
 from tpllm.checkpoint.folder import open_checkpoint
 from tpllm.checkpoint.load import load_params

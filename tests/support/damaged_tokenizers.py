@@ -6,11 +6,11 @@ import pathlib
 from collections.abc import Callable, Iterator
 
 import tokenizers
-from mutations import mutation
-from tokenizer.chat_templates import CHATML, LLAMA3, MISTRAL, QWEN3
-from tokenizer.tokenizer_folders import chatml_like, llama3_like, plain_words, sentencepiece_like
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
+from tests.support.mutations import mutation
+from tests.tokenizer.chat_templates import CHATML, LLAMA3, MISTRAL, QWEN3
+from tests.tokenizer.tokenizer_folders import chatml_like, llama3_like, plain_words, sentencepiece_like
 from tpllm.engine.sampling_params import SamplingParams
 from tpllm.tokenizer import Tokenizer
 from tpllm.tokenizer.detokenizer import Detokenizer

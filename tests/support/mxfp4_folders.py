@@ -2,8 +2,9 @@
 import pathlib
 
 import numpy as np
-from checkpoint_files import write_folder
-from tiny_models import TinyModel, config_json
+
+from tests.support.checkpoint_files import write_folder
+from tests.support.tiny_models import TinyModel, config_json
 
 VALUES = (0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6)
 SIZES = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2}  # a shard of 4 has half a group of inputs

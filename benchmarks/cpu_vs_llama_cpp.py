@@ -57,8 +57,8 @@ from tpllm.bench.machine import describe_machine
 from tpllm.bench.pairs import STEADY_SHARE, measure_pairs, summarize
 from tpllm.bench.report import bandwidth_entry
 from tpllm.bench.shapes import find_shape
-from tpllm.checkpoint.memory import host_free_bytes
-from tpllm.environment import limit_threads
+from tpllm.environment.memory import host_free_bytes
+from tpllm.environment.threads import limit_threads
 from tpllm.errors import ConfigError
 from tpllm.model.config import ModelConfig
 

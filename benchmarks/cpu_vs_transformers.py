@@ -40,7 +40,7 @@ from tpllm.bench.report import bandwidth_entry
 from tpllm.bench.shapes import llm_of_shape
 from tpllm.bench.timing import Workload
 from tpllm.bench.traffic import decode_traffic
-from tpllm.checkpoint.memory import host_free_bytes
+from tpllm.environment.memory import host_free_bytes
 from tpllm.model.config import ModelConfig
 
 RESULTS = pathlib.Path(__file__).parent / "results"

@@ -57,8 +57,8 @@ from tpllm.bench.subject import add_length_arguments, lengths_of
 from tpllm.bench.throughput import KINDS as OURS
 from tpllm.bench.throughput import gain_entry
 from tpllm.bench.workload import Item, make_workload
-from tpllm.checkpoint.memory import host_free_bytes
-from tpllm.environment import limit_threads
+from tpllm.environment.memory import host_free_bytes
+from tpllm.environment.threads import limit_threads
 from tpllm.errors import ConfigError
 
 RESULTS = pathlib.Path(__file__).parent / "results"

@@ -24,7 +24,8 @@ from tpllm.engine.sampling_params import SamplingParams
 from tpllm.engine.shapes import EngineShapes
 from tpllm.engine.slots import TARGET
 from tpllm.engine.snapshot import Snapshot, take_snapshot
-from tpllm.environment import describe_environment, enable_compile_cache
+from tpllm.environment.compile_cache import enable_compile_cache
+from tpllm.environment.software import describe_environment
 from tpllm.errors import ConfigError
 from tpllm.loading import choose_cache_dtype, load_weights, open_model
 from tpllm.model.config import ModelConfig

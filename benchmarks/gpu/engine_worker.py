@@ -13,7 +13,7 @@ from tpllm.bench.shapes import find_shape, random_params
 from tpllm.bench.timing import RunTimes, Workload
 from tpllm.bench.traffic import decode_traffic
 from tpllm.engine.roofline import num_matrix_values
-from tpllm.environment import return_freed_memory
+from tpllm.environment.memory import return_freed_memory
 from tpllm.loading import choose_dtype
 from tpllm.model.partition import fit_to_mesh
 from tpllm.weights.policy import parse_policy

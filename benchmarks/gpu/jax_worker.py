@@ -13,7 +13,7 @@ from benchmarks.gpu.jax_sides import Side
 from benchmarks.gpu.prepared import measure
 from tpllm.bench.bandwidth import device_bandwidth
 from tpllm.bench.machine import describe_machine
-from tpllm.environment import enable_compile_cache
+from tpllm.environment.compile_cache import enable_compile_cache
 
 GPU_FIELDS = ("name", "driver_version", "memory.total", "power.limit", "clocks.max.sm", "clocks.sm", "temperature.gpu", "utilization.gpu")
 

@@ -9,7 +9,8 @@ from sharding_rules import DATA_TENSOR, TENSOR, make_mesh
 from tpllm.checkpoint import memory
 from tpllm.checkpoint.folder import open_checkpoint
 from tpllm.checkpoint.load import load_params
-from tpllm.checkpoint.memory import GIB, cgroup_free_bytes, check_memory, host_free_bytes, needed_bytes
+from tpllm.checkpoint.memory import GIB, check_memory, needed_bytes
+from tpllm.environment.memory import cgroup_free_bytes, host_free_bytes
 from tpllm.errors import MemoryNeedError
 from tpllm.model.partition import fit_to_mesh
 

@@ -15,9 +15,9 @@ from tpllm.checkpoint.save import quantize_checkpoint
 from tpllm.checkpoint.store import MANIFEST, WEIGHTS, write_store
 from tpllm.cli.main import main
 from tpllm.errors import CheckpointError, ConfigError
+from tpllm.loading import save_store
 from tpllm.model.params import named_leaves
 from tpllm.model.partition import fit_to_mesh
-from tpllm.storing import save_store
 from tpllm.weights.policy import parse_policy
 from tpllm.weights.storage import NATIVE, Storage
 

@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 
 from tests.native import cases
-from tpllm.environment import limit_threads
+from tpllm.environment.threads import limit_threads
 from tpllm.native import attention, library
 from tpllm.weights import native_products as products
 from tpllm.weights.native import Format

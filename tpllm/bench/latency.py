@@ -23,7 +23,7 @@ from tpllm.bench.shapes import find_shape
 from tpllm.bench.subject import add_model_arguments, make_llm, model_entry
 from tpllm.bench.timing import RunTimes, Speeds, Workload
 from tpllm.bench.traffic import Traffic, decode_traffic
-from tpllm.checkpoint.memory import host_free_bytes
+from tpllm.environment.memory import host_free_bytes
 from tpllm.llm import LLM
 
 

@@ -12,7 +12,7 @@ import jax
 import psutil
 
 import tpllm
-from tpllm.environment import describe_environment
+from tpllm.environment.software import describe_environment
 
 
 def describe_machine(device: jax.Device) -> dict[str, Any]:

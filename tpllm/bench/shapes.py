@@ -14,7 +14,7 @@ from tpllm.checkpoint.matrices import make_matrix
 from tpllm.checkpoint.placement import place
 from tpllm.engine.cache_size import least_cache_bytes
 from tpllm.engine.options import EngineOptions
-from tpllm.environment import enable_compile_cache
+from tpllm.environment.compile_cache import enable_compile_cache
 from tpllm.errors import ConfigError
 from tpllm.llm import LLM
 from tpllm.loading import choose_cache_dtype, choose_dtype, choose_mesh

@@ -1,20 +1,18 @@
 """Whether a model fits, asked before anything is loaded."""
 import math
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-import psutil
 
+from tpllm.environment.memory import device_free_bytes, host_free_bytes
 from tpllm.errors import MemoryNeedError
 from tpllm.model.config import ModelConfig
 from tpllm.model.params import abstract_params, named_leaves
 from tpllm.weights.storage import Storage
 
 GIB = 2**30
-_UNLIMITED = 2**60  # version 1 of cgroups writes "no limit" as a number near 2^63
 _FIX = "Lower kv_cache_tokens, take a smaller dtype or model, or"
 
 
@@ -67,57 +65,6 @@ def check_memory(needed_by_device: Mapping[jax.Device, int], *, staging_bytes: i
     free = host_free_bytes()
     if on_host > free:
         raise MemoryNeedError(f"the model needs {_gib(on_host)} of host memory, {_gib(free)} are free. {_FIX} free some memory")
-
-
-def device_free_bytes(device: jax.Device) -> int | None:
-    """Free bytes of an accelerator, or None where its client does not tell."""
-    stats = device.memory_stats() or {}
-    return stats["bytes_limit"] - stats.get("bytes_in_use", 0) if "bytes_limit" in stats else None
-
-
-def host_free_bytes() -> int:
-    """Free bytes of this machine, or of the container's limit where that is less."""
-    limits = cgroup_free_bytes(Path("/sys/fs/cgroup"), Path("/proc/self/cgroup"))
-    return min([psutil.virtual_memory().available, *limits])
-
-
-def cgroup_free_bytes(root: Path, membership: Path) -> list[int]:
-    """What each memory limit above this process leaves free, of version 1 and 2 of Linux's control groups.
-
-    Args:
-        root: where they are mounted.
-        membership: the file that names this process's groups, lines of ``id:controllers:path``.
-    """
-    try:
-        lines = [line.split(":", 2) for line in membership.read_text().splitlines()]
-    except OSError:
-        return []
-    free = []
-    for _, controllers, path in (line for line in lines if len(line) == 3):
-        is_v2 = controllers == ""
-        if not is_v2 and "memory" not in controllers.split(","):
-            continue
-        base = root if is_v2 else root / "memory"
-        # Inside a container the path can be the host's, which is not mounted; the root is then the container's own group.
-        group = base / path.strip("/")
-        for folder in (group, *group.parents):
-            if folder.is_relative_to(base):
-                free += _free_in(folder, ("memory.max", "memory.current") if is_v2 else ("memory.limit_in_bytes", "memory.usage_in_bytes"))
-    return free
-
-
-def _free_in(folder: Path, names: tuple[str, str]) -> list[int]:
-    try:
-        limit_text, usage = ((folder / name).read_text().strip() for name in names)
-        stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-    except (OSError, ValueError):
-        return []
-    if limit_text == "max" or int(limit_text) >= _UNLIMITED:
-        return []
-    # Cached pages of files count as used, but are given back when memory is asked for.
-    prefix = "total_" if "total_inactive_file" in stat else ""
-    cached = int(stat.get(f"{prefix}inactive_file", 0)) + int(stat.get(f"{prefix}active_file", 0))
-    return [max(0, int(limit_text) - max(0, int(usage) - cached))]
 
 
 def _gib(num_bytes: int) -> str:

@@ -37,7 +37,7 @@ def _gigabytes(text: str) -> int:
 def run(args: argparse.Namespace, *, make_llm: Callable[..., Any] | None) -> int:
     """Run the command; returns the exit code."""
     if args.format == "orbax":
-        from tpllm.storing import save_store
+        from tpllm.loading import save_store
         raise_interrupts()
         folder = save_store(args.model, args.out, quantization=args.scheme, mesh=args.mesh, revision=args.revision)
     else:

@@ -4,8 +4,8 @@ import logging
 from rich.filesize import decimal
 
 from sharding_rules.axes import BATCH
-from tpllm.checkpoint.memory import device_free_bytes, host_free_bytes
 from tpllm.engine.shapes import EngineShapes
+from tpllm.environment.memory import device_free_bytes, host_free_bytes
 from tpllm.errors import ConfigError, MemoryNeedError
 from tpllm.model.config import ModelConfig
 from tpllm.model.kv_cache import cache_bytes_per_device

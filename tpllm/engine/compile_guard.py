@@ -5,7 +5,7 @@ import threading
 
 import jax
 
-from tpllm.environment import return_freed_memory
+from tpllm.environment.memory import return_freed_memory
 
 log = logging.getLogger("tpllm")
 

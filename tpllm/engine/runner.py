@@ -17,7 +17,7 @@ from tpllm.engine.roofline import find_costs
 from tpllm.engine.sampling_params import MAX_STOP_TOKEN_IDS, SamplingParams
 from tpllm.engine.shapes import EngineShapes
 from tpllm.engine.slots import pack_slot
-from tpllm.environment import return_freed_memory
+from tpllm.environment.memory import return_freed_memory
 from tpllm.model.config import ALL_LAYERS, ModelConfig
 from tpllm.model.params import DecoderParams
 from tpllm.model.per_row import Row

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import jaxlib
 import numpy as np
 
-from tpllm.environment import num_threads
+from tpllm.environment.threads import num_threads
 from tpllm.errors import ConfigError
 
 log = logging.getLogger("tpllm")

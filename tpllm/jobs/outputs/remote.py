@@ -11,7 +11,7 @@ import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from tpllm.environment import cache_folder
+from tpllm.environment.compile_cache import cache_folder
 from tpllm.errors import JobError
 from tpllm.jobs.config import JobConfig
 from tpllm.jobs.manifest import describe, differences, is_environment, parse_manifest

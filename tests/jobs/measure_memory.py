@@ -19,7 +19,7 @@ from tests.jobs.faulty_disk import QuickDisk
 from tpllm.jobs.config import JobConfig
 from tpllm.jobs.outputs import parquet_parts  # noqa: F401  (what is imported later would count as growth)
 from tpllm.jobs.runner import run_job
-from tpllm.jobs.sources.row_source import open_source
+from tpllm.jobs.sources.open import open_source
 
 BLOCK_ROWS = 10_000
 

@@ -24,7 +24,7 @@ from tpllm.errors import JobError
 from tpllm.jobs.config import JobConfig
 from tpllm.jobs.outputs.journal import JOURNAL_NAME, journal_rows
 from tpllm.jobs.runner import run_job
-from tpllm.jobs.sources.row_source import open_source
+from tpllm.jobs.sources.open import open_source
 from tpllm.jobs.sources.verified import BLOCK_BYTES, Digest, VerifiedFile
 
 NUM_ROWS = 40

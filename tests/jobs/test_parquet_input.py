@@ -19,7 +19,7 @@ from tpllm.errors import JobError
 from tpllm.jobs.config import JobConfig
 from tpllm.jobs.runner import run_job
 from tpllm.jobs.sources import parquet
-from tpllm.jobs.sources.row_source import open_source
+from tpllm.jobs.sources.open import open_source
 
 
 @pytest.fixture

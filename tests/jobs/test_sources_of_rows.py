@@ -23,7 +23,7 @@ from tests.jobs.small_job import all_errors, all_rows, contents, rows_text
 from tpllm.errors import JobError
 from tpllm.jobs.config import JobConfig, load_job
 from tpllm.jobs.runner import run_job
-from tpllm.jobs.sources.row_source import open_source
+from tpllm.jobs.sources.open import open_source
 
 COMPRESS = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress, ".zst": zstd.compress}
 memory_numbers = itertools.count()

@@ -13,7 +13,7 @@ from tpllm.jobs.config import load_job
 from tpllm.jobs.outputs.durable import Disk
 from tpllm.jobs.rows import read_row, row_request
 from tpllm.jobs.runner import run_job
-from tpllm.jobs.sources.row_source import open_source
+from tpllm.jobs.sources.open import open_source
 
 REPOSITORY = pathlib.Path(__file__).parents[2]
 PROMPTS = ["def ", "class A:\n", "import os\n", "x = [", "for i in range(", "try:\n", "return ", "with open("]

@@ -6,8 +6,7 @@ from tokenizers import Regex, decoders
 
 from tests.tokenizer import tokenizer_folders as folders
 from tpllm.tokenizer import Detokenizer, Tokenizer
-from tpllm.tokenizer.decoder_stages import CLEANED_UP, clean_up_stages
-from tpllm.tokenizer.detokenizer import run_stages
+from tpllm.tokenizer.decoder_stages import CLEANED_UP, clean_up_stages, run_stages
 
 DECODERS = {
     "none": None,

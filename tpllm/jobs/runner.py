@@ -27,7 +27,8 @@ from tpllm.jobs.rows import RowError, RowRequest, read_row, row_request
 from tpllm.jobs.shard import Parts
 from tpllm.jobs.shard_folders import describe_idle_shard, refuse_mixture
 from tpllm.jobs.signals import StopSignals
-from tpllm.jobs.sources.row_source import RowSource, open_source
+from tpllm.jobs.sources.open import open_source
+from tpllm.jobs.sources.row_source import RowSource
 
 log = logging.getLogger("tpllm")
 

@@ -15,7 +15,7 @@ from tpllm.jobs.outputs.part_files import PartFiles, num_rows_of, part_files
 from tpllm.jobs.outputs.part_records import PartRecord, damage_of, read_records
 from tpllm.jobs.shard import WHOLE, Parts, Shard
 from tpllm.jobs.shard_folders import find_shard_folders, local_folder
-from tpllm.jobs.sources.row_source import need_pyarrow
+from tpllm.jobs.sources.open import need_pyarrow
 
 COUNTS = ("num_done", "num_failed", "num_in_journals", "num_committed", "prompt_tokens", "completion_tokens")
 

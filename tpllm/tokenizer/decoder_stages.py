@@ -11,6 +11,8 @@ from typing import Protocol
 
 from tokenizers import decoders
 
+from tpllm.tokenizer.backend import border
+
 BYTE_TOKEN = re.compile("<0x([0-9A-Fa-f]{2})>")
 STREAMED_BY_PIECE = {"Replace", "Strip", "Metaspace", "WordPiece"}
 TREATS_FIRST_PIECE_APART = {"Metaspace", "WordPiece"}
@@ -220,3 +222,13 @@ def _decoder(spec: dict) -> decoders.Decoder:
     decoder = decoders.Fuse()  # any kind will do: the state replaces it
     decoder.__setstate__(json.dumps(spec).encode("utf-8"))
     return decoder
+
+
+def run_stages(stages: list, pieces: list[str], *, is_last: bool = False) -> str:
+    """Send pieces through the stages, and at the end their held-back rests too."""
+    with border("the tokenizer fails on token ids"):
+        for stage in stages:
+            pieces = [text for piece in pieces for text in stage.push(piece)]
+            if is_last:
+                pieces += stage.finish()
+        return "".join(pieces)

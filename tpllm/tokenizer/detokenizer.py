@@ -4,7 +4,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from tpllm.tokenizer.backend import border
+from tpllm.tokenizer.decoder_stages import run_stages
 
 if TYPE_CHECKING:
     from tpllm.tokenizer.tokenizer import Tokenizer
@@ -34,13 +34,3 @@ class Detokenizer:
     def finish(self) -> str:
         """Return what is left, an unfinished character as U+FFFD; push nothing after it."""
         return run_stages(self._stages, [], is_last=True)
-
-
-def run_stages(stages: list, pieces: list[str], *, is_last: bool = False) -> str:
-    """Send pieces through the stages, and at the end their held-back rests too."""
-    with border("the tokenizer fails on token ids"):
-        for stage in stages:
-            pieces = [text for piece in pieces for text in stage.push(piece)]
-            if is_last:
-                pieces += stage.finish()
-        return "".join(pieces)

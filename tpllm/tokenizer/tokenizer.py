@@ -17,8 +17,7 @@ from tpllm.errors import PromptError, short
 from tpllm.tokenizer.added_tokens import add_missing_tokens
 from tpllm.tokenizer.backend import Backend, border, library_of
 from tpllm.tokenizer.chat_template import ChatTemplate, choose_template
-from tpllm.tokenizer.decoder_stages import Stage, clean_up_stages, decoder_specs, make_stages
-from tpllm.tokenizer.detokenizer import run_stages
+from tpllm.tokenizer.decoder_stages import Stage, clean_up_stages, decoder_specs, make_stages, run_stages
 from tpllm.tokenizer.folder import TokenizerFolder, read_folder
 from tpllm.tokenizer.generation_defaults import GenerationDefaults, default_sampling, ending_ids
 from tpllm.tokenizer.messages import checked_messages, checked_text, plain_value, traced_messages, traced_value

@@ -24,7 +24,7 @@ from tpllm.jobs.outputs.remote import output_place
 from tpllm.jobs.runner import llm_class
 from tpllm.jobs.shard import Parts
 from tpllm.jobs.shard_folders import refuse_mixture
-from tpllm.jobs.sources.row_source import open_source
+from tpllm.jobs.sources.open import open_source
 
 MAX_TOKENIZED = 10_000
 

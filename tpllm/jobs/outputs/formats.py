@@ -6,8 +6,9 @@ from tpllm.jobs.openai_rows import BATCH_KEYS, PROMPT_KEYS, is_batch_row
 from tpllm.jobs.outputs.part_files import JSONL, PartFormat
 from tpllm.jobs.rows import RowError
 from tpllm.jobs.sources import files
+from tpllm.jobs.sources.open import need_pyarrow
 from tpllm.jobs.sources.raw_row import InputSummary
-from tpllm.jobs.sources.row_source import RowSource, need_pyarrow
+from tpllm.jobs.sources.row_source import RowSource
 
 
 def resolve_output_format(wanted: str, source: RowSource) -> str:

@@ -13,7 +13,7 @@ from typing import Protocol
 from tpllm.errors import JobError
 from tpllm.jobs.outputs.durable import CHUNK_BYTES
 from tpllm.jobs.outputs.journal import FinishedRow
-from tpllm.jobs.sources.row_source import need_pyarrow
+from tpllm.jobs.sources.open import need_pyarrow
 
 PART_NAME = re.compile(r"part-(\d{5,})\.(?:jsonl|parquet)")
 ERRORS_NAME = re.compile(r"part-(\d{5,})\.errors\.jsonl")

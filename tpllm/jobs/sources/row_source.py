@@ -2,7 +2,6 @@
 import array
 import bisect
 import hashlib
-import importlib.util
 import itertools
 from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Protocol
@@ -11,9 +10,7 @@ import numpy as np
 
 from tpllm.errors import JobError
 from tpllm.jobs.sources.column_types import ColumnTypes
-from tpllm.jobs.sources.files import PARQUET, InputFile
-from tpllm.jobs.sources.find import find_files
-from tpllm.jobs.sources.jsonl import JsonlRows
+from tpllm.jobs.sources.files import InputFile
 from tpllm.jobs.sources.raw_row import FileSummary, InputSummary, RawRow, custom_id_of, custom_id_text
 
 
@@ -94,34 +91,6 @@ class RowSource:
             if (twin := first_rows.setdefault(custom_id_text(custom_id), row)) is not row:
                 raise JobError(f"custom_id {custom_id!r} is on {twin} and on {row}; each must be unique (a row without one has its row number, "
                                "from 0, as its custom_id)")
-
-
-def open_source(given: str | Sequence[str]) -> RowSource:
-    """The source for an ``input`` of a job file.
-
-    Args:
-        given: a path, glob or URL, or several.
-
-    Raises:
-        JobError: no such file, a kind of input that is not supported or that needs a package which is not installed, files of two kinds, or
-            Parquet files that cannot be read or have different columns.
-    """
-    files = find_files(given)
-    if files[0].kind != PARQUET:
-        return RowSource(files[0].kind, [JsonlRows(file) for file in files])
-    need_pyarrow(files[0].name)
-    from tpllm.jobs.sources.parquet import ParquetSource
-    return ParquetSource(files)
-
-
-def need_pyarrow(name: str) -> None:
-    """Make sure that Parquet can be read and written.
-
-    Raises:
-        JobError: pyarrow is not installed; ``name`` says what needs it.
-    """
-    if importlib.util.find_spec("pyarrow") is None:
-        raise JobError(f"{name}: Parquet needs a package: pip install pyarrow (or 'tpllm[parquet]')")
 
 
 def _digest(text: str) -> int:

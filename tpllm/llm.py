@@ -98,7 +98,7 @@ class LLM:
                                 kv_cache_tokens=kv_cache_tokens, memory_share=memory_share, enable_prefix_caching=enable_prefix_caching,
                                 preemption=preemption, batch_invariant=batch_invariant)
         opened = open_model(model, mesh, rules=rules, dtype=dtype, quantization=quantization, revision=revision, skips_tokenizer=skip_tokenizer_init)
-        shapes = options.shapes(opened.config, is_packed=uses_native(opened.config.partition))
+        shapes = options.shapes(opened.config, has_invariant_kernels=uses_native(opened.config.partition))
         cache_dtype = choose_cache_dtype(kv_cache_dtype, opened.dtype)
         self._model_fingerprint, self._quantization = opened.checkpoint.fingerprint(), quantization
         params = load_weights(opened, cache_bytes_per_device=least_cache_bytes(opened.config, shapes, cache_dtype, kv_cache_tokens=kv_cache_tokens))
@@ -126,7 +126,7 @@ class LLM:
         enable_compile_cache()
         llm = cls.__new__(cls)
         llm._model_fingerprint = {}
-        llm._start(config, params, tokenizer, options=options, shapes=options.shapes(config, is_packed=weight_of(params.embed).is_native),
+        llm._start(config, params, tokenizer, options=options, shapes=options.shapes(config, has_invariant_kernels=weight_of(params.embed).is_native),
                    cache_dtype=choose_cache_dtype(kv_cache_dtype, params.dtype), seed=seed)
         return llm
 

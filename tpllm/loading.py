@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 
 from sharding_rules import DATA_TENSOR, Partition, Rules, make_mesh, parse_mesh
 from tpllm.checkpoint import Checkpoint, check_memory, find_entries, load_params, needed_bytes, open_checkpoint, stored_schemes
-from tpllm.checkpoint.entries import Source
+from tpllm.checkpoint.entries import ParamEntry
 from tpllm.checkpoint.new_folder import new_folder
 from tpllm.checkpoint.safetensors import TensorEntry
 from tpllm.checkpoint.save import copied_files, unquantized_config
@@ -65,7 +65,7 @@ class OpenedModel:
     policy: Policy = AS_STORED
 
     @functools.cached_property
-    def entries(self) -> dict[str, Source]:
+    def entries(self) -> dict[str, ParamEntry]:
         """Where each parameter lies in the checkpoint."""
         return find_entries(self.checkpoint, self.config)
 

@@ -29,7 +29,7 @@ log = logging.getLogger("tpllm")
 
 
 @dataclasses.dataclass(frozen=True)
-class Source:
+class ParamEntry:
     """Where a parameter's values lie.
 
     Attributes:
@@ -117,7 +117,7 @@ def _repeated_rows(start: int, stop: int, config: ModelConfig) -> Iterator[tuple
         start += length
 
 
-def find_entries(checkpoint: Checkpoint, config: ModelConfig) -> dict[str, Source]:
+def find_entries(checkpoint: Checkpoint, config: ModelConfig) -> dict[str, ParamEntry]:
     """Parameter name -> its source, shapes checked against the model's own, without repeated heads and padding.
 
     A bias that no layer of the file has is zero, with a warning; one that only some layers lack is missing.
@@ -158,27 +158,27 @@ def _num_values(spec: ParamSpec) -> int:
     return spec.shape[0] if spec.stack is None else spec.stack.rows * spec.stack.num
 
 
-def _zeros(spec: ParamSpec) -> Source:
+def _zeros(spec: ParamSpec) -> ParamEntry:
     """A bias that no file has."""
     num_rows = _num_values(spec)
     zeros = FileMatrix((), (num_rows,), None, 0.0, None, lambda reader: lambda first, last: np.zeros(last - first, np.float32), kind="zeros")
-    return Source((zeros,), 0, num_rows)
+    return ParamEntry((zeros,), 0, num_rows)
 
 
-def _find(checkpoint: Checkpoint, name: str, spec: ParamSpec, config: ModelConfig) -> Source:
+def _find(checkpoint: Checkpoint, name: str, spec: ParamSpec, config: ModelConfig) -> ParamEntry:
     names, shape, first = checkpoint.family.checkpoint_names(name, spec.stack), spec.shape, 0
     if spec.stack is not None:
         shape = (spec.stack.rows * (1 if len(names) > 1 else spec.stack.num), *shape[1:])
         if (columns := checkpoint.family.columns_of(name)) is not None:
-            return Source((_find_columns(checkpoint, names[0], shape, columns),), 0, shape[0])
-        return Source(tuple(_find_tensor(checkpoint, wanted, shape, "", is_stack=True) for wanted in names), 0, shape[0])
+            return ParamEntry((_find_columns(checkpoint, names[0], shape, columns),), 0, shape[0])
+        return ParamEntry(tuple(_find_tensor(checkpoint, wanted, shape, "", is_stack=True) for wanted in names), 0, shape[0])
     if (fused := checkpoint.family.row_range(name, config)) is not None:
         first, stop, total = fused
         if stop - first != shape[0]:
             raise CheckpointError(f"{checkpoint.folder}: tensor {names[0]!r} has {stop - first} rows for {name}; config.json makes it {shape[0]}")
         shape = (total, *shape[1:])
     hint = "; if the head is the embedding, set tie_word_embeddings to true in config.json" if name == "head" else ""
-    return Source((_find_tensor(checkpoint, names[0], shape, hint),), first, spec.shape[0])
+    return ParamEntry((_find_tensor(checkpoint, names[0], shape, hint),), first, spec.shape[0])
 
 
 def _find_columns(checkpoint: Checkpoint, wanted: str, shape: tuple[int, ...], columns: Columns) -> StoredMatrix:
@@ -208,7 +208,7 @@ def _find_tensor(checkpoint: Checkpoint, wanted: str, shape: tuple[int, ...], hi
     return tensor
 
 
-def warn_unused(checkpoint: Checkpoint, entries: Mapping[str, Source]) -> None:
+def warn_unused(checkpoint: Checkpoint, entries: Mapping[str, ParamEntry]) -> None:
     """Name the tensors that no parameter comes from, in the log."""
     known = {name for source in entries.values() for name in source.names}
     if checkpoint.config.ties_embeddings:

@@ -8,11 +8,11 @@ import jax
 import numpy as np
 
 from tpllm.checkpoint.convert import TARGETS
-from tpllm.checkpoint.entries import Source, find_entries, order_of, warn_unused
+from tpllm.checkpoint.entries import ParamEntry, find_entries, order_of, warn_unused
 from tpllm.checkpoint.folder import Checkpoint
 from tpllm.checkpoint.matrices import make_matrix
 from tpllm.checkpoint.placement import Bounds, place
-from tpllm.checkpoint.read import Piece, TensorReader
+from tpllm.checkpoint.read import Rectangle, TensorReader
 from tpllm.checkpoint.safetensors import TensorEntry
 from tpllm.checkpoint.stored import RowReader, StoredMatrix
 from tpllm.errors import CheckpointError
@@ -28,7 +28,7 @@ ROWS_AT_ONCE = 1024
 
 
 def load_params(checkpoint: Checkpoint, config: ModelConfig, *, dtype: Any, storage: Storage | None = None,
-                entries: Mapping[str, Source] | None = None) -> DecoderParams:
+                entries: Mapping[str, ParamEntry] | None = None) -> DecoderParams:
     """The parameters of a checkpoint, on the devices and in the layout that ``config`` asks for.
 
     One tensor is read at a time, by several threads. On CPU the arrays are the buffers that were read into, and replicas share one; so the
@@ -61,7 +61,7 @@ def load_params(checkpoint: Checkpoint, config: ModelConfig, *, dtype: Any, stor
         return map_specs(load, param_specs(config))
 
 
-def stored_schemes(entries: Mapping[str, Source], config: ModelConfig) -> dict[str, Scheme]:
+def stored_schemes(entries: Mapping[str, ParamEntry], config: ModelConfig) -> dict[str, Scheme]:
     """The schemes of those parameters that can stay as the checkpoint keeps them: all but matrices whose columns are out of order (GPTQ's
     act-order) and which the mesh cuts between columns."""
     axes = {name: spec.axes for name, spec in named_leaves(param_specs(config))}
@@ -77,10 +77,10 @@ def _replicated(order_K: np.ndarray, config: ModelConfig) -> jax.Array:
     return jax.device_put(order_K, config.partition.sharding((None,)))
 
 
-def _filler(reader: TensorReader, source: Source, spec: ParamSpec, config: ModelConfig) -> Callable[[Mapping[Bounds, np.ndarray]], None]:
+def _filler(reader: TensorReader, source: ParamEntry, spec: ParamSpec, config: ModelConfig) -> Callable[[Mapping[Bounds, np.ndarray]], None]:
     """What writes the slices of a plain array."""
     def fill(buffers: Mapping[Bounds, np.ndarray]) -> None:
-        pieces: dict[int, list[Piece]] = {}
+        pieces: dict[int, list[Rectangle]] = {}
         for bounds, buffer in buffers.items():
             for tensor, piece in _pieces(bounds, buffer, source, spec, config):
                 pieces.setdefault(tensor, []).append(piece)
@@ -98,7 +98,7 @@ def _filler(reader: TensorReader, source: Source, spec: ParamSpec, config: Model
     return fill if source.is_plain else fill_by_rows
 
 
-def _row_reader(reader: TensorReader, source: Source, spec: ParamSpec, config: ModelConfig, *, scheme: Scheme | None,
+def _row_reader(reader: TensorReader, source: ParamEntry, spec: ParamSpec, config: ModelConfig, *, scheme: Scheme | None,
                 dtype: np.dtype) -> Callable[[int, int], Rows]:
     """A function of stored rows [first, last): rows of ``scheme`` where the checkpoint keeps them so, else floats of ``dtype``."""
     def read_plain(first: int, last: int) -> np.ndarray:
@@ -123,7 +123,7 @@ def _row_reader(reader: TensorReader, source: Source, spec: ParamSpec, config: M
     return read_stored
 
 
-def _readers(reader: TensorReader, source: Source) -> Callable[[int], RowReader]:
+def _readers(reader: TensorReader, source: ParamEntry) -> Callable[[int], RowReader]:
     """Opens each tensor when it is first asked for."""
     @functools.cache
     def open_tensor(index: int) -> RowReader:
@@ -146,7 +146,7 @@ def _cast(values: np.ndarray, out: np.ndarray, tensor: TensorEntry | StoredMatri
         raise CheckpointError(f"tensor {name!r} holds values beyond the range of {out.dtype}; load it as bfloat16 or float32") from None
 
 
-def _pieces(bounds: Bounds, buffer: np.ndarray, source: Source, spec: ParamSpec, config: ModelConfig) -> Iterator[tuple[int, Piece]]:
+def _pieces(bounds: Bounds, buffer: np.ndarray, source: ParamEntry, spec: ParamSpec, config: ModelConfig) -> Iterator[tuple[int, Rectangle]]:
     """What one slice of a plain parameter is made of, and of which tensor; rows of padding are set to zero here."""
     columns = bounds[1] if len(bounds) > 1 else (0, 1)
     out = buffer.reshape(buffer.shape[0], columns[1] - columns[0])
@@ -154,5 +154,5 @@ def _pieces(bounds: Bounds, buffer: np.ndarray, source: Source, spec: ParamSpec,
     for stored, tensor, start, stop in source.runs(*bounds[0], spec, config):
         out[filled:stored - first] = 0
         filled = stored - first + stop - start
-        yield tensor, Piece((start, stop), columns, out[stored - first:filled])
+        yield tensor, Rectangle((start, stop), columns, out[stored - first:filled])
     out[filled:] = 0

@@ -26,7 +26,7 @@ RAW = STORED | {"U8": np.dtype(np.uint8), "I8": np.dtype(np.int8), "I16": np.dty
 
 
 @dataclasses.dataclass(frozen=True)
-class Piece:
+class Rectangle:
     """A rectangle of a tensor and where it goes; the tensor counts as a matrix of its first dim by all others.
 
     Attributes:
@@ -68,14 +68,14 @@ class TensorReader:
                 os.close(fd)
         self._files.clear()
 
-    def read(self, entry: TensorEntry, pieces: Iterable[Piece]) -> None:
+    def read(self, entry: TensorEntry, pieces: Iterable[Rectangle]) -> None:
         """Fill every piece's ``out``. Pieces with the same rows share their reads.
 
         Raises:
             CheckpointError: a dtype that holds no weights, a value out of the wanted dtype's range, or a file that cannot be read.
         """
         fd = self._open_weights(entry)
-        groups: dict[tuple[int, int], list[Piece]] = {}
+        groups: dict[tuple[int, int], list[Rectangle]] = {}
         for piece in pieces:
             groups.setdefault(piece.rows, []).append(piece)
         tasks = [self.pool.submit(_read_block, fd, entry, block, group)
@@ -83,7 +83,7 @@ class TensorReader:
         with self._refusing_overflow(entry, next(iter(groups.values()))[0].out.dtype if groups else None):
             wait_for_all(tasks)
 
-    def read_here(self, entry: TensorEntry, pieces: Iterable[Piece]) -> None:
+    def read_here(self, entry: TensorEntry, pieces: Iterable[Rectangle]) -> None:
         """As :meth:`read`, by the calling thread; many may call it."""
         fd = self._open_weights(entry)
         for piece in pieces:
@@ -158,7 +158,7 @@ def _blocks(entry: TensorEntry, rows: tuple[int, int]) -> Iterator[tuple[int, in
         yield start, min(start + step, rows[1])
 
 
-def _read_block(fd: int, entry: TensorEntry, block: tuple[int, int], pieces: Sequence[Piece]) -> None:
+def _read_block(fd: int, entry: TensorEntry, block: tuple[int, int], pieces: Sequence[Rectangle]) -> None:
     """Read some rows once and hand each piece its columns."""
     num_columns, stored = _num_columns(entry), STORED[entry.dtype]
     begin = entry.start + block[0] * num_columns * stored.itemsize

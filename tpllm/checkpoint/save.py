@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from tpllm.checkpoint.compress import compress, describe_groups
-from tpllm.checkpoint.entries import Source, find_entries
+from tpllm.checkpoint.entries import ParamEntry, find_entries
 from tpllm.checkpoint.folder import Checkpoint, open_checkpoint
 from tpllm.checkpoint.index import INDEX, SINGLE
 from tpllm.checkpoint.new_folder import new_folder
@@ -120,7 +120,7 @@ def copied_files(folder: Path) -> list[Path]:
 
 def _plan(checkpoint: Checkpoint, choose: Callable[[str], Scheme | None]) -> tuple[list[Group], dict[str, Scheme | None]]:
     """(every tensor to write, the scheme of each linear module). Parameters that lie in one tensor have one scheme."""
-    tensors: dict[str, dict[str, Source]] = {}
+    tensors: dict[str, dict[str, ParamEntry]] = {}
     for name, source in find_entries(checkpoint, checkpoint.config).items():
         for index, tensor in enumerate(source.tensors):
             tensors.setdefault(checkpoint.family.checkpoint_name(name, index), {})[name] = dataclasses.replace(source, tensors=(tensor,))
@@ -138,7 +138,7 @@ def _plan(checkpoint: Checkpoint, choose: Callable[[str], Scheme | None]) -> tup
     return plan, schemes
 
 
-def _plain(name: str, source: Source) -> Group:
+def _plain(name: str, source: ParamEntry) -> Group:
     if not isinstance(source.tensor, TensorEntry):  # quantized in the checkpoint, and not to be in the new one
         dtype = RAW["BF16"]
         planned = Planned(name, dtype, tuple(source.tensor.shape))
@@ -154,7 +154,7 @@ def _plain(name: str, source: Source) -> Group:
     return Group((Planned(name, dtype, entry.shape),), chunks)
 
 
-def _quantized(name: str, source: Source, scheme: Scheme) -> Group:
+def _quantized(name: str, source: ParamEntry, scheme: Scheme) -> Group:
     """The tensors that hold a quantized matrix."""
     module, shape = name.removesuffix(".weight"), tuple(source.tensor.shape)
     parts = compress(scheme, shape, name)
@@ -166,7 +166,7 @@ def _quantized(name: str, source: Source, scheme: Scheme) -> Group:
     return Group(tuple(Planned(f"{module}.{part.suffix}", part.dtype, part.shape) for part in parts), chunks)
 
 
-def _float_rows(reader: TensorReader, source: Source) -> Iterator[np.ndarray]:
+def _float_rows(reader: TensorReader, source: ParamEntry) -> Iterator[np.ndarray]:
     """The whole tensor in float32, some rows at a time."""
     tensor = source.tensor
     read = reader.read_raw if isinstance(tensor, TensorEntry) else tensor.open(reader)

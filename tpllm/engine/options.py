@@ -38,10 +38,10 @@ class EngineOptions:
         if self.preemption not in PREEMPTIONS:
             raise ConfigError(f"preemption is {self.preemption!r}; it must be one of {', '.join(PREEMPTIONS)}")
 
-    def shapes(self, config: ModelConfig, *, is_packed: bool) -> EngineShapes:
-        """The sizes of the device programs; ``is_packed`` says whether native kernels multiply."""
+    def shapes(self, config: ModelConfig, *, has_invariant_kernels: bool) -> EngineShapes:
+        """The sizes of the device programs; ``has_invariant_kernels`` says whether native kernels multiply."""
         return choose_shapes(config, max_model_len=self.max_model_len, max_num_seqs=self.max_num_seqs, prefill_chunk_size=self.prefill_chunk_size,
-                             batch_invariant=self.batch_invariant, page_size=self.page_size, is_packed=is_packed)
+                             batch_invariant=self.batch_invariant, page_size=self.page_size, has_invariant_kernels=has_invariant_kernels)
 
     def swaps(self, shapes: EngineShapes) -> bool:
         """Whether a row that loses its pages gets them back from the host: where computing them again would give other bits, or on demand.

@@ -81,9 +81,9 @@ class EngineShapes:
 
 
 def choose_shapes(config: ModelConfig, *, max_model_len: int | None, max_num_seqs: int | None, prefill_chunk_size: int | None,
-                  batch_invariant: bool, page_size: int | None = None, is_packed: bool = False) -> EngineShapes:
+                  batch_invariant: bool, page_size: int | None = None, has_invariant_kernels: bool = False) -> EngineShapes:
     """The sizes a user asked for, with the defaults of the mesh's platform. They do not depend on how much memory happens to be free, so
-    that a job resumes under the sizes it began with. ``is_packed`` says whether native kernels multiply.
+    that a job resumes under the sizes it began with. ``has_invariant_kernels`` says whether native kernels multiply.
 
     Raises:
         ConfigError: a context beyond the model's, a size that cannot be, or a number of rows that the mesh's data axis does not divide.
@@ -98,11 +98,11 @@ def choose_shapes(config: ModelConfig, *, max_model_len: int | None, max_num_seq
     if max_model_len is None and config.max_position > DEFAULT_CONTEXT:
         log.info("max_model_len is %d of the model's %d; raise it for longer rows", DEFAULT_CONTEXT, config.max_position)
     max_model_len = min(config.max_position, DEFAULT_CONTEXT) if max_model_len is None else max_model_len
-    default_chunk = DEFAULT_CHUNK_CPU if is_cpu and not is_packed else DEFAULT_CHUNK
-    if is_packed:
+    default_chunk = DEFAULT_CHUNK_CPU if is_cpu and not has_invariant_kernels else DEFAULT_CHUNK
+    if has_invariant_kernels:
         default_chunk = min(default_chunk, max(MIN_BUCKET, 1 << max(max_model_len - 1, 0).bit_length()))
     return EngineShapes(
         max_num_seqs=-(-default_seqs // num_groups) * num_groups if max_num_seqs is None else max_num_seqs, max_model_len=max_model_len,
         prefill_chunk=default_chunk if prefill_chunk_size is None else prefill_chunk_size,
         page_size=DEFAULT_PAGE if page_size is None else page_size, is_batch_invariant=batch_invariant,
-        has_invariant_kernels=is_packed)
+        has_invariant_kernels=has_invariant_kernels)

@@ -120,7 +120,7 @@ def prepare(options: PlanOptions, subject: Subject | None = None) -> Setup:
     storage = Storage.on(config.partition, dtype, parse_policy(options.quantization), stored=stored)
     context = min(DEFAULT_CONTEXT, config.max_position) if options.context_len is None else options.context_len
     shapes = choose_shapes(config, max_model_len=context, max_num_seqs=options.num_seqs, prefill_chunk_size=options.prefill_chunk,
-                           batch_invariant=True, is_packed=storage.is_native)
+                           batch_invariant=True, has_invariant_kernels=storage.is_native)
     if options.prompt_len is not None and not 1 <= options.prompt_len < context:
         raise ConfigError(f"prompt_len is {options.prompt_len}; it must be at least 1 and below the context of {context}")
     return Setup(options, config, tuple(devices), shapes, dtype, choose_cache_dtype(options.kv_cache_dtype, dtype), storage)

@@ -39,11 +39,11 @@ def on_experts(function: Callable[..., jax.Array], x_BTD: jax.Array, routing: tu
         partition: the model's mesh and rules.
     """
     def on_shard(x: jax.Array, routing: tuple[jax.Array, jax.Array], experts: Experts) -> jax.Array:
-        gate_bias, up_bias, down_bias = experts.biases
+        group, (gate_bias, up_bias, down_bias) = partition.shard_index(EXPERTS), experts.biases
         if down_bias is not None and partition.size(MLP) > 1:  # shards of F are added up, and one of them adds the bias
             down_bias = jnp.where(partition.shard_index(MLP) == 0, down_bias, 0)
         experts = experts._replace(biases=(gate_bias, up_bias, down_bias))
-        return partition.sum_shards(function(x, routing, experts, partition.shard_index(EXPERTS)), EXPERT_MLP)
+        return partition.sum_shards(function(x, routing, experts, group), EXPERT_MLP)
     tokens, axes = partition.spec(TOKEN_AXES), (INNER_AXES, INNER_AXES, OUTER_AXES)
     weights = tuple(weight_of(matrix, own, partition) for matrix, own in zip(experts.matrices, axes, strict=True))
     experts = experts._replace(matrices=weights)

@@ -47,7 +47,8 @@ def step(config, params, tokens, cache):
     """(log probabilities of the next token, the cache): what every sum of a step goes into."""
     pages = jnp.arange(NUM_ROWS // config.partition.size("batch"), dtype=jnp.int32)[:, None]
     positions = jnp.broadcast_to(jnp.arange(NUM_TOKENS, dtype=jnp.int32), tokens.shape)
-    logits, cache = forward(params, tokens, positions, cache, config, table=PageTable(jnp.tile(pages, (config.partition.size("batch"), 1))))
+    table = PageTable(jnp.tile(pages, (config.partition.size("batch"), 1)))
+    logits, cache = forward(params, tokens, positions, cache, config, tables=dict.fromkeys(config.layer_groups, table))
     return score(logits[:, -1], tokens[:, 0], jnp.full(NUM_ROWS, 3), partition=config.partition), cache
 
 

@@ -61,7 +61,7 @@ def comparable_rows(seed: int) -> list[Row]:
 def test_adjusted_logits_are_those_of_transformers(seed):
     rows = [row for row in comparable_rows(seed) if not row.params.min_tokens > len(row.completion)]
     logits, parameters, _, history = packed(rows)
-    ours = np.asarray(jax.jit(adjust)(logits, parameters.adjustments, history))
+    ours = np.asarray(jax.jit(adjust)(logits, parameters.is_adjusted, parameters.adjustments, history))
     np.testing.assert_allclose(ours, [adjusted_by_transformers(row) for row in rows], rtol=2e-6, atol=2e-6)
 
 

@@ -4,6 +4,7 @@ import pathlib
 import subprocess
 import sys
 import textwrap
+import tomllib
 
 import pytest
 
@@ -143,6 +144,12 @@ def test_every_mutant_of_the_list_fits_this_tree():
     for mutant in mutants:
         mutant.applied(ROOT)
     assert len(mutants) >= 80
+
+
+def test_what_no_test_can_notice_is_said_of_lines_that_are_there():
+    for entry in tomllib.loads((ROOT / "tools/mutation/equivalent.toml").read_text("utf-8"))["mutant"]:
+        assert entry.pop("reason")
+        Mutant(**entry, tests=("tests/tools/test_mutants.py",), harm="none").applied(ROOT)
 
 
 def test_a_copied_tree_has_a_native_library_that_loads(native_library):

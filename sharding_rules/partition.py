@@ -19,7 +19,7 @@ class Partition:
     Inside a ``jax.shard_map`` that is manual over axes which the rules do not name, such as a pipeline's, the methods speak of the rest of the mesh.
 
     Attributes:
-        mesh: the mesh; None for the first device that there is (:data:`ONE_DEVICE`), which is looked up when it is asked for.
+        mesh: the mesh; None for the first device that there is (``ONE_DEVICE``), which is looked up when it is asked for.
         rules: logical axes -> mesh axes.
     """
 

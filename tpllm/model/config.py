@@ -144,7 +144,7 @@ class ModelConfig:
 
     @property
     def layer_groups(self) -> tuple[str, ...]:
-        """For each layer the group whose pages it uses: layers of a group have the same page ids. There is one group today."""
+        """The group whose pages each layer uses; layers of a group have the same page ids. There is one group today."""
         return (ALL_LAYERS,) * self.num_layers
 
     def slice(self, first: int, last: int) -> "ModelConfig":

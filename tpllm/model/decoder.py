@@ -36,13 +36,13 @@ class Stream:
 def forward(params: DecoderParams, tokens_BT: jax.Array, positions_BT: jax.Array, cache: KVCache | None, config: ModelConfig, *,
             tables: Mapping[str, PageTable] | None = None, prompt_lens: jax.Array | None = None,
             output: Literal["logits", "hidden"] = "logits") -> tuple[jax.Array, KVCache | None]:
-    """Run the decoder over some tokens of some rows: :func:`embed`, :func:`run_layers` and :func:`finish`.
+    """Run the decoder over some tokens of some rows: :func:`.embed`, :func:`.run_layers` and :func:`.finish`.
 
     Args:
         params: from ``load_model`` or ``init_params``; activations take the norms' dtype.
         tokens_BT: int32 token ids.
         positions_BT: int32 absolute positions, consecutive within a row; negative marks padding at a row's end.
-        cache, config, tables, prompt_lens: see :func:`run_layers`.
+        cache, config, tables, prompt_lens: see :func:`.run_layers`.
         output: ``"logits"``, or ``"hidden"`` for the normalized hidden states, which :func:`.unembed` turns into logits.
 
     Returns:
@@ -67,7 +67,7 @@ def run_layers(params: DecoderParams, stream: Stream, positions_BT: jax.Array, c
     Args:
         params, config: the model, or the part of it that a stage has (see :meth:`.ModelConfig.slice`); layers count from its first one.
         stream: what the layer before gave.
-        positions_BT: see :func:`forward`.
+        positions_BT: int32 absolute positions; see ``forward``.
         cache: keys and values of the rows so far, or None: then tokens see only this call's.
         first, last: all layers by default.
         tables: where the rows' tokens lie in a paged cache, for each of ``config.layer_groups``; None where batch row b is page b.

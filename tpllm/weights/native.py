@@ -188,22 +188,22 @@ class NativeWeight(ShardedWeight):
 
     @classmethod
     def shard_matmul(cls, x_D: jax.Array, weights: Sequence[Self], biases: Biases, dtype: Any) -> tuple[jax.Array, ...]:
-        """See :func:`tpllm.weights.native_products.linear`."""
+        """See ``tpllm.weights.native_products.linear``."""
         return products.linear(x_D, weights, biases, dtype)
 
     @classmethod
     def shard_gated_mlp(cls, x_BTD: jax.Array, weights: tuple[Self, Self, Self], biases: Biases, activation: Activation) -> jax.Array:
-        """See :func:`tpllm.weights.native_products.gated_mlp`."""
+        """See ``tpllm.weights.native_products.gated_mlp``."""
         return products.gated_mlp(x_BTD, *weights, biases, activation=activation)
 
     @classmethod
     def expert_mlps(cls, x_SD: jax.Array, counts_E: jax.Array, weights: tuple[Self, Self, Self], biases: Biases, *, activation: Activation,
                     inner_size: int) -> jax.Array:
-        """See :func:`tpllm.weights.native_products.expert_mlps`."""
+        """See ``tpllm.weights.native_products.expert_mlps``."""
         return products.expert_mlps(x_SD, counts_E, *weights, biases, activation=activation, inner_size=inner_size)
 
     def shard_lookup(self, tokens: jax.Array, dtype: Any) -> jax.Array:
-        """See :func:`tpllm.weights.native_products.lookup`."""
+        """See ``tpllm.weights.native_products.lookup``."""
         return products.lookup(tokens, self, dtype)
 
 

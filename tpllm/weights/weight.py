@@ -75,7 +75,7 @@ class Weight(abc.ABC):
     def expert_mlps(cls, x_SD: jax.Array, counts_E: jax.Array, weights: tuple[Self, Self, Self], biases: Biases, *, activation: Activation,
                     inner_size: int) -> jax.Array:
         """:meth:`gated_mlp` with another expert's matrices for each run of rows; all arrays are a shard's. See
-        :func:`tpllm.weights.experts.expert_mlps`."""
+        ``tpllm.weights.experts.expert_mlps``."""
 
     @abc.abstractmethod
     def lookup(self, tokens_BT: jax.Array, dtype: Any) -> jax.Array:

@@ -30,7 +30,7 @@ python_maximum_signature_line_length = 100
 
 # Names of other packages: the build reads no inventory over the network.
 nitpick_ignore_regex = [("py:.*", r"(jax|jaxlib|numpy|np|flax|tokenizers|collections|typing|pathlib)(\..*)?"),
-                        ("py:class", r"tpllm\.(tokenizer\.folder\.TokenizerFolder|weights\.policy\.Policy|weights\.scheme\.Array|engine\.engine\.Engine)"),
+                        ("py:class", r"tpllm\.(tokenizer\.folder\.TokenizerFolder|weights\.(policy\.Policy|scheme\.Array)|engine\.engine\.Engine)"),
                         ("py:.*", r"y|LARGEST|byte_codes|fragment_codes|pallas_kernels\.tiling\.Tiles")]  # what the site does not show
 
 

@@ -14,7 +14,7 @@ from tpllm.model.config import ModelConfig
 from tpllm.model.kv_cache import cache_bytes_per_device
 from tpllm.model.params import DecoderParams, bytes_per_device, named_leaves, param_specs
 from tpllm.native import instruction_set
-from tpllm.weights.native import NativeWeight
+from tpllm.weights.linear import weight_of
 
 # No colours: the page's own serve light and dark themes. Alignment is set because notebooks centre or right-align cells.
 _ROW = '<tr><th scope="row" style="text-align:left">{}</th><td style="text-align:left">{}</td></tr>'
@@ -91,7 +91,7 @@ def describe(config: ModelConfig, params: DecoderParams, *, shapes: EngineShapes
 def kernels_of(params: DecoderParams) -> str:
     """What computes: ``"xla"``, the native kernels and their instruction set, as in ``"native avx2"``, or ``"pallas"``, an accelerator's kernels
     where it has one for the op."""
-    if isinstance(params.embed, NativeWeight):
+    if weight_of(params.embed).is_native:
         return f"native {instruction_set()}"
     platforms = {device.platform for device in jax.tree.leaves(params)[0].devices()}
     return "pallas" if platforms & {"gpu", "tpu"} and are_kernels_on() else "xla"

@@ -196,7 +196,7 @@ class LLM:
             The new text and tokens of one completion at a time.
         """
         prompt = {"messages": prompt} if isinstance(prompt, list) else prompt
-        yield from stream(self.engine, prompt, sampling_params or self._default_params())
+        yield from stream(self.engine, prompt, self._or_default(sampling_params))
 
     def chat(self, messages: Messages | list[Messages], sampling_params: SamplingParams | None = None, *,
              template_kwargs: Mapping[str, Any] | None = None, tools: list[dict[str, Any]] | None = None, add_generation_prompt: bool = True,
@@ -297,18 +297,20 @@ class LLM:
     def submit(self, request_id: str, prompt: Prompt, params: SamplingParams | None = None, *, priority: int = 0) -> Request:
         """Queue a request with the engine, for those who step it themselves; see :class:`.AsyncLLM` for services."""
         engine = self.engine
-        return engine.add_request(request_id, engine.prepare(prompt, params or self._default_params(), priority=priority))
+        return engine.add_request(request_id, engine.prepare(prompt, self._or_default(params), priority=priority))
 
     def _requests(self, prompts: Requests, sampling_params: SamplingParams | Iterable[SamplingParams] | None,
                   priority: int | Iterable[int]) -> Iterator[tuple[Prompt, SamplingParams, int]]:
         """Each prompt with its parameters and priority, as they are asked for; the shortest of several iterables ends them."""
-        default = self._default_params()
+        default = self._or_default(None)
         for prompt, params, one in zip(prompts, _each(sampling_params), _each(priority), strict=False):
             prompt, own = prompt if isinstance(prompt, tuple) and len(prompt) == 2 else (prompt, None)
-            yield prompt, own or params or default, one
+            params = params if own is None else own
+            yield prompt, default if params is None else params, one
 
-    def _default_params(self) -> SamplingParams:
-        return SamplingParams(**self.default_sampling)
+    def _or_default(self, params: SamplingParams | None) -> SamplingParams:
+        """The model's own where there are none; what is no parameters is left for the check that names it."""
+        return SamplingParams(**self.default_sampling) if params is None else params
 
 
 def _wait_for(runner: Runner) -> None:

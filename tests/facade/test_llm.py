@@ -241,6 +241,14 @@ def test_each_prompt_may_bring_its_own_parameters(llm):
     assert "the sampling parameters are 'greedy'" in returned[1].outputs[0].error
 
 
+@pytest.mark.parametrize("wrong", [{}, "", 0, False, []], ids=repr)
+def test_what_is_no_parameters_is_refused_and_not_taken_for_none(llm, wrong):
+    for ask in (lambda: llm.generate([("So", wrong)]), lambda: list(llm.generate_iter([("So", wrong)])), lambda: llm.generate(["So"], [wrong]),
+                lambda: list(llm.stream("So", wrong)), lambda: llm.submit("0", "So", wrong)):
+        with pytest.raises(SamplingError, match=re.escape(f"the sampling parameters are {wrong!r}")):
+            ask()
+
+
 def test_a_prompt_is_encoded_and_checked_once(llm, monkeypatch):
     calls, tokenizer = [], llm.get_tokenizer()
     encode, find = tokenizer.encode, admission.find_bad_words

@@ -11,16 +11,15 @@ class Owner:
     """A row that a program gives tokens to, in which slot, and how often it had lost its slot by then.
 
     Attributes:
-        num_steps: that the program may run for it.
-        least, most: tokens that it is promised, unless it ends.
+        num_steps: that the program may run for it; unless it ends, it gets at least as many tokens.
+        most: tokens that it gets at most.
     """
 
     slot: int
     sequence: Sequence
     num_preemptions: int
-    num_steps: int = 1
-    least: int = 1
-    most: int = 1
+    num_steps: int
+    most: int
 
     @property
     def is_current(self) -> bool:
@@ -101,8 +100,8 @@ class PlanBuilder:
 
     def give_tokens(self, sequence: Sequence, num_steps: int = 1, tokens_per_step: int = 1) -> None:
         """Let the program give a row one token a step, or up to ``tokens_per_step``."""
-        owner = Owner(sequence.slot, sequence, sequence.num_preemptions, num_steps, least=num_steps, most=num_steps * tokens_per_step)
-        sequence.promise(owner.least, owner.most)
+        owner = Owner(sequence.slot, sequence, sequence.num_preemptions, num_steps, most=num_steps * tokens_per_step)
+        sequence.promise(owner.num_steps, owner.most)
         self.owners.append(owner)
 
     def computes(self, sequence: Sequence) -> bool:

@@ -58,7 +58,7 @@ class Rows:
 
     def commit(self, owner: Owner) -> None:
         """Take note that a program's tokens have come to a row, as many as they are; its full pages can be shared."""
-        owner.sequence.promise(-owner.least, -owner.most)
+        owner.sequence.promise(-owner.num_steps, -owner.most)
         self._share_full_pages(owner.sequence)
 
     def _share_full_pages(self, sequence: Sequence) -> None:

@@ -109,7 +109,7 @@ class AcceleratorLayout(Layout):
 
     def build(self, arrays: Mapping[str, Any]) -> "AcceleratorWeight":
         """See :meth:`.Layout.build`."""
-        return AcceleratorWeight(**{name: arrays.get(name) for name in AcceleratorWeight.ARRAYS}, layout=self)
+        return AcceleratorWeight.of(self, arrays)
 
 
 @struct.dataclass

@@ -10,7 +10,7 @@ from flax import struct
 
 from pallas_kernels.gated_mlp import Activation
 from sharding_rules import Partition
-from tpllm.native.library import load_library
+from tpllm.native import library
 from tpllm.weights import native_products as products
 from tpllm.weights.layout import Arrays, Layout
 from tpllm.weights.quantize import SCHEMES
@@ -149,7 +149,7 @@ class NativeLayout(Layout):
 
     def build(self, arrays: Mapping[str, Any]) -> "NativeWeight":
         """See :meth:`.Layout.build`."""
-        return NativeWeight(**{name: arrays.get(name) for name in NativeWeight.ARRAYS}, layout=self)
+        return NativeWeight.of(self, arrays)
 
 
 @struct.dataclass
@@ -224,8 +224,8 @@ def pack_rows(code_format: Format, rows: np.ndarray, out: np.ndarray, *, first_r
         raise ValueError(f"{rows.shape} packed as {code_format.name} does not fit {out.shape} from block {first_block} on")
     target = out[first_block:first_block + num_blocks]
     if num_rows:
-        load_library().tpllm_pack(int(code_format), rows.ctypes.data, num_rows, num_columns, rows.strides[0] // item_bytes, 0, num_blocks,
-                                  target.ctypes.data)
+        library.load_library().tpllm_pack(int(code_format), rows.ctypes.data, num_rows, num_columns, rows.strides[0] // item_bytes, 0, num_blocks,
+                                          target.ctypes.data)
 
 
 def _write_scales(values_NG: np.ndarray, first_row: int, out: np.ndarray) -> None:

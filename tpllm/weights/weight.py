@@ -1,7 +1,7 @@
 """What the weights that XLA, native kernels and kernels of accelerators multiply have in common: what a model asks of a matrix."""
 import abc
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Self
 
 import jax
@@ -40,6 +40,11 @@ class Weight(abc.ABC):
         """The same weight for the inputs that are quantized, or for those that are not."""
         kept = dataclasses.replace(self.layout.kept, num_outliers=0, quantizes_input=quantizes_input)
         return self.replace(layout=dataclasses.replace(self.layout, kept=kept))
+
+    @classmethod
+    def of(cls, layout: Layout, arrays: Mapping[str, Any]) -> Self:
+        """The weight of a layout's arrays by name; what is absent is None."""
+        return cls(**{name: arrays.get(name) for name in cls.ARRAYS}, layout=layout)
 
     def arrays(self) -> dict[str, Any]:
         """The arrays that are there, by name."""

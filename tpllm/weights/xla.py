@@ -70,7 +70,7 @@ class XlaLayout(Layout):
 
     def build(self, arrays: Mapping[str, Any]) -> "XlaWeight":
         """See :meth:`.Layout.build`."""
-        return XlaWeight(**{name: arrays.get(name) for name in XlaWeight.ARRAYS}, layout=self)
+        return XlaWeight.of(self, arrays)
 
 
 @struct.dataclass

@@ -1,6 +1,5 @@
 """Which tensor of a checkpoint each parameter comes from, and which of its rows."""
 import dataclasses
-import logging
 import math
 import re
 from collections.abc import Iterator, Mapping
@@ -15,7 +14,7 @@ from tpllm.checkpoint.formats.matrix import FileMatrix
 from tpllm.checkpoint.safetensors import BITS, TensorEntry
 from tpllm.checkpoint.settle import sizes_of_strangers
 from tpllm.checkpoint.stored import StoredMatrix
-from tpllm.errors import CheckpointError
+from tpllm.errors import CheckpointError, log
 from tpllm.families.family import Columns
 from tpllm.model.config import ModelConfig
 from tpllm.model.params import ParamSpec, named_leaves, param_specs
@@ -24,8 +23,6 @@ from tpllm.weights.scheme import Scheme
 _LAYER = re.compile(r"^layers\.\d+\.")
 HARMLESS = ("rotary_emb.inv_freq",)
 NUM_NAMED = 5
-
-log = logging.getLogger("tpllm")
 
 
 @dataclasses.dataclass(frozen=True)

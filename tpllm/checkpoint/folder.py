@@ -1,6 +1,5 @@
 """Opening a checkpoint: everything about it but its weights' values."""
 import dataclasses
-import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,12 +16,10 @@ from tpllm.checkpoint.settle import settle_head, with_prefix
 from tpllm.checkpoint.source import GGUF, find_folder, only_gguf, read_json
 from tpllm.checkpoint.store import MANIFEST, StoreFormat
 from tpllm.checkpoint.stored import CheckpointFormat
-from tpllm.errors import CheckpointError, ConfigError, TpllmError
+from tpllm.errors import CheckpointError, ConfigError, TpllmError, log
 from tpllm.families.family import Family
 from tpllm.families.registry import find_family
 from tpllm.model.config import ModelConfig
-
-log = logging.getLogger("tpllm")
 
 
 @dataclasses.dataclass(frozen=True)

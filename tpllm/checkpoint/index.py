@@ -1,16 +1,14 @@
 """Which tensor lies in which of a folder's safetensors files."""
-import logging
 import re
 from collections.abc import Mapping
 from pathlib import Path
 
 from tpllm.checkpoint.safetensors import Header, TensorEntry, read_header
 from tpllm.checkpoint.source import inside, read_json
-from tpllm.errors import CheckpointError, short
+from tpllm.errors import CheckpointError, log, short
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
-log = logging.getLogger("tpllm")
 _SHARD = re.compile(r"(.+)-(\d+)-of-(\d+)\.safetensors")
 
 

@@ -1,6 +1,5 @@
 """Loading parameters by shard: every device's slice is read from the files into the memory it stays in."""
 import functools
-import logging
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -15,14 +14,13 @@ from tpllm.checkpoint.placement import Bounds, place
 from tpllm.checkpoint.read import Rectangle, TensorReader
 from tpllm.checkpoint.safetensors import TensorEntry
 from tpllm.checkpoint.stored import RowReader, StoredMatrix
-from tpllm.errors import CheckpointError
+from tpllm.errors import CheckpointError, log
 from tpllm.model.config import ModelConfig
 from tpllm.model.params import DecoderParams, ParamSpec, map_specs, named_leaves, param_specs
 from tpllm.weights.scheme import QuantizedRows, Scheme, dequantize, join_rows
 from tpllm.weights.storage import Storage
 
 Rows = np.ndarray | QuantizedRows
-log = logging.getLogger("tpllm")
 ROWS_AT_ONCE = 1024
 """Of a quantized matrix that becomes a plain array."""
 

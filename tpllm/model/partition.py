@@ -1,15 +1,13 @@
 """Fitting a model to a mesh: repeated KV heads, padded vocabulary, and what stays replicated."""
 import dataclasses
-import logging
 
 from jax.sharding import Mesh
 
 from sharding_rules import Partition, Rules, ShardingError
 from sharding_rules.axes import EXPERTS, HEADS, KV_HEADS, VOCAB
+from tpllm.errors import log
 from tpllm.model.config import ModelConfig
 from tpllm.model.params import param_shardings
-
-log = logging.getLogger("tpllm")
 
 
 def fit_to_mesh(config: ModelConfig, mesh: Mesh, rules: Rules) -> ModelConfig:

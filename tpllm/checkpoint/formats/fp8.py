@@ -4,7 +4,6 @@
 multiplies); ``weight_scale`` has one for the tensor, or one for each output (FBGEMM).
 """
 import functools
-import logging
 from collections.abc import Mapping
 
 import ml_dtypes
@@ -15,13 +14,12 @@ from tpllm.checkpoint.formats.module import FLOATS, Module, Shape
 from tpllm.checkpoint.formats.settings import Settings
 from tpllm.checkpoint.read import TensorReader
 from tpllm.checkpoint.stored import RowReader
+from tpllm.errors import log
 from tpllm.weights.scheme import QuantizedRows, Scheme
 
 KINDS = {"F8_E4M3": "e4m3", "F8_E5M2": "e5m2"}
 SCALE_DTYPES = {"F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
 SCALES = ("weight_scale_inv", "weight_scale")
-
-log = logging.getLogger("tpllm")
 
 
 class Fp8:

@@ -1,6 +1,5 @@
 """What the matrices of all formats share: the object that the loader gets, and reading scales."""
 import dataclasses
-import logging
 from collections.abc import Callable
 
 import numpy as np
@@ -9,15 +8,13 @@ from tpllm.checkpoint.formats.module import Module
 from tpllm.checkpoint.read import TensorReader
 from tpllm.checkpoint.safetensors import TensorEntry
 from tpllm.checkpoint.stored import RowReader
-from tpllm.errors import CheckpointError
+from tpllm.errors import CheckpointError, log
 from tpllm.weights.scheme import E8M0_NAN, Scheme, power_scales
 
 E8M0 = ("U8", "F8_E8M0")
 """Dtypes of scales that are powers of two: ``2 ** (code - 127)`` (OCP Microscaling Formats 1.0, section 5.4)."""
 TRANSPOSED_ROWS = 16
 """Written at a time: of int32, a cache line of the transposed matrix."""
-
-log = logging.getLogger("tpllm")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

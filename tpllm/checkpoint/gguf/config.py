@@ -1,7 +1,6 @@
 """A GGUF file's metadata as the config.json that the model had (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, "LLM")."""
 import collections
 import dataclasses
-import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -10,13 +9,11 @@ import numpy as np
 from tpllm.checkpoint.gguf.header import GgufFile
 from tpllm.checkpoint.gguf.metadata import count, count_or_none, is_zero, needed_count, number, number_or_none, same_in_every_layer
 from tpllm.checkpoint.gguf.rope import FACTOR_TENSORS, rope_fields
-from tpllm.errors import CheckpointError
+from tpllm.errors import CheckpointError, log
 
 DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 EMBEDDING, NORM_EPS = "token_embd.weight", "attention.layer_norm_rms_epsilon"
 TOKEN_IDS = ("bos", "eos", "padding")
-
-log = logging.getLogger("tpllm")
 
 
 def config_from_gguf(gguf: GgufFile) -> dict[str, Any]:

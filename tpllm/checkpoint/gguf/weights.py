@@ -3,7 +3,6 @@
 Two things are undone that llama.cpp's converter (convert_hf_to_gguf.py) does: where its rope turns neighbouring dims (architecture ``llama``), it
 lays the two halves of each query and key head alternately; and it adds 1 to Gemma's norms.
 """
-import logging
 import math
 from collections.abc import Callable, Mapping
 
@@ -19,15 +18,13 @@ from tpllm.checkpoint.gguf.rope import read_factors
 from tpllm.checkpoint.read import TensorReader
 from tpllm.checkpoint.safetensors import TensorEntry
 from tpllm.checkpoint.stored import RowReader
-from tpllm.errors import CheckpointError
+from tpllm.errors import CheckpointError, log
 from tpllm.weights.scheme import E8M0_NAN, QuantizedRows, Scheme, dequantize
 
 ALTERNATING = ("llama",)
 """Architectures whose query and key heads have dims i and i + H / 2 side by side."""
 NORMS_PLUS_ONE = ("gemma", "gemma2", "gemma3")
 HEAD_COUNTS = {"attn_q": "attention.head_count", "attn_k": "attention.head_count_kv"}
-
-log = logging.getLogger("tpllm")
 
 
 class GgufFormat:

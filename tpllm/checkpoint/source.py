@@ -140,10 +140,7 @@ def read_small(folder: Path, relative: str) -> bytes:
     size = path.stat().st_size
     if size > MAX_JSON_BYTES:
         raise CheckpointError(f"{folder / relative} has {size} bytes; the limit for a file of text is {MAX_JSON_BYTES}")
-    fd = open_regular(path)
-    try:
-        data = read_exactly(fd, path, start=0, num_bytes=size)
-    finally:
-        os.close(fd)
+    with open_regular(path) as file:
+        data = read_exactly(file, start=0, num_bytes=size)
     note_read(folder / relative, data)
     return data

@@ -4,6 +4,7 @@ Nothing in the file is trusted: every count, length, shape and offset is checked
 """
 import dataclasses
 import hashlib
+import io
 import math
 import os
 import re
@@ -150,10 +151,9 @@ def open_gguf(path: Path | str) -> GgufFile:
 
 def read_gguf_header(path: Path) -> GgufHeader:
     """One file by itself; see :func:`open_gguf`."""
-    fd = open_regular(path)
-    try:
-        size = os.fstat(fd).st_size
-        cursor = Cursor(fd, path, size)
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        cursor = Cursor(file, size)
         num_tensors, num_keys = _read_counts(cursor)
         metadata = _read_metadata(cursor, num_keys)
         alignment = _alignment(path, metadata)
@@ -161,9 +161,7 @@ def read_gguf_header(path: Path) -> GgufHeader:
         base = -(-cursor.position // alignment) * alignment
         tensors = [_tensor(path, *line, base=base, alignment=alignment, size=size) for line in lines]
         _check_overlap(path, tensors)
-        digest = _digest(fd, path, cursor.position)
-    finally:
-        os.close(fd)
+        digest = _digest(file, cursor.position)
     table = MappingProxyType({tensor.name: tensor for tensor in tensors})
     return GgufHeader(path=path, size=size, digest=digest, metadata=MappingProxyType(metadata), tensors=table)
 
@@ -248,10 +246,10 @@ def _check_overlap(path: Path, tensors: list[GgufTensor]) -> None:
         position = tensor.stop
 
 
-def _digest(fd: int, path: Path, size: int) -> str:
+def _digest(file: io.FileIO, size: int) -> str:
     digest = hashlib.sha256()
     for start in range(0, size, 2**20):
-        digest.update(read_exactly(fd, path, start=start, num_bytes=min(2**20, size - start)))
+        digest.update(read_exactly(file, start=start, num_bytes=min(2**20, size - start)))
     return digest.hexdigest()
 
 

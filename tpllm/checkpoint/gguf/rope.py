@@ -3,7 +3,6 @@
 Llama 3's rule is stored as its result, a factor for each pair of dims (``rope_freqs.weight``); the rule is found again from them.
 """
 import math
-import os
 from typing import Any
 
 import numpy as np
@@ -49,11 +48,8 @@ def read_factors(gguf: GgufFile, name: str) -> np.ndarray:
     if tensor.type.dtype not in STORED or size > MAX_FACTORS:
         raise CheckpointError(f"{tensor.path}: tensor {name!r} is {tensor.type.name} of shape {tensor.shape}; it must be plain floats, at most "
                               f"{MAX_FACTORS}. Convert the model again")
-    fd = open_regular(tensor.path)
-    try:
-        raw = read_exactly(fd, tensor.path, start=tensor.start, num_bytes=tensor.num_bytes)
-    finally:
-        os.close(fd)
+    with open_regular(tensor.path) as file:
+        raw = read_exactly(file, start=tensor.start, num_bytes=tensor.num_bytes)
     factors = np.frombuffer(raw, STORED[tensor.type.dtype]).astype(np.float64)
     if not (np.isfinite(factors) & (factors > 0)).all():
         raise CheckpointError(f"{tensor.path}: tensor {name!r} holds values that are not above 0. Convert the model again")

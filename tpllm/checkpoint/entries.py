@@ -10,7 +10,6 @@ import numpy as np
 from sharding_rules.axes import KV_HEADS
 from tpllm.checkpoint.columns import every_nth, plain_rows
 from tpllm.checkpoint.folder import Checkpoint
-from tpllm.checkpoint.formats.matrix import FileMatrix
 from tpllm.checkpoint.safetensors import BITS, TensorEntry
 from tpllm.checkpoint.settle import sizes_of_strangers
 from tpllm.checkpoint.stored import StoredMatrix
@@ -158,7 +157,7 @@ def _num_values(spec: ParamSpec) -> int:
 def _zeros(spec: ParamSpec) -> ParamEntry:
     """A bias that no file has."""
     num_rows = _num_values(spec)
-    zeros = FileMatrix((), (num_rows,), None, 0.0, None, lambda reader: lambda first, last: np.zeros(last - first, np.float32), kind="zeros")
+    zeros = StoredMatrix((), (num_rows,), None, 0.0, None, lambda reader: lambda first, last: np.zeros(last - first, np.float32), kind="zeros")
     return ParamEntry((zeros,), 0, num_rows)
 
 

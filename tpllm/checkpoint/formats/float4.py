@@ -9,11 +9,11 @@ from collections.abc import Mapping
 import numpy as np
 
 from tpllm.checkpoint.formats.bits import look_up_nibbles, nibbles
-from tpllm.checkpoint.formats.matrix import E8M0, FileMatrix, complete_groups, matrix_of, read_exponents, read_scales
+from tpllm.checkpoint.formats.matrix import E8M0, complete_groups, matrix_of, read_exponents, read_scales
 from tpllm.checkpoint.formats.module import FLOATS, Module
 from tpllm.checkpoint.read import TensorReader
 from tpllm.checkpoint.safetensors import TensorEntry
-from tpllm.checkpoint.stored import RowReader
+from tpllm.checkpoint.stored import RowReader, StoredMatrix
 from tpllm.errors import CheckpointError
 from tpllm.weights.quantize import MXFP4
 from tpllm.weights.scheme import E2M1_VALUES, QuantizedRows
@@ -21,7 +21,7 @@ from tpllm.weights.scheme import E2M1_VALUES, QuantizedRows
 GLOBAL = "weight_global_scale"
 
 
-def float4_matrix(module: Module, shape: tuple[int, int], *, group: int) -> FileMatrix:
+def float4_matrix(module: Module, shape: tuple[int, int], *, group: int) -> StoredMatrix:
     """The matrix of a module with 4-bit floats; NVFP4 where it has a scale of the whole tensor.
 
     Args:

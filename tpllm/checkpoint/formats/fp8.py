@@ -9,11 +9,11 @@ from collections.abc import Mapping
 import ml_dtypes
 import numpy as np
 
-from tpllm.checkpoint.formats.matrix import E8M0, FileMatrix, ScaleLines, matrix_of
+from tpllm.checkpoint.formats.matrix import E8M0, ScaleLines, matrix_of
 from tpllm.checkpoint.formats.module import FLOATS, Module, Shape
 from tpllm.checkpoint.formats.settings import Settings
 from tpllm.checkpoint.read import TensorReader
-from tpllm.checkpoint.stored import RowReader
+from tpllm.checkpoint.stored import RowReader, StoredMatrix
 from tpllm.errors import log
 from tpllm.weights.scheme import QuantizedRows, Scheme
 
@@ -33,7 +33,7 @@ class Fp8:
             settings.names(key)
         log.info("%s: activations are not quantized (activation_scheme is %r)", self.name, settings.text("activation_scheme", default="dynamic"))
 
-    def find(self, weight: str, shape: tuple[int, ...]) -> FileMatrix | None:
+    def find(self, weight: str, shape: tuple[int, ...]) -> StoredMatrix | None:
         """See :meth:`tpllm.checkpoint.stored.CheckpointFormat.find`."""
         module = self._modules.get(weight.removesuffix(".weight"))
         if module is None or len(shape) != 2 or not is_float8(module):
@@ -48,7 +48,7 @@ def is_float8(module: Module) -> bool:
     return (weight is not None and weight.dtype.startswith("F8")) or module.has_any(*SCALES)
 
 
-def float8_matrix(module: Module, shape: tuple[int, int], *, part: str, block: tuple[int, int] | None) -> FileMatrix:
+def float8_matrix(module: Module, shape: tuple[int, int], *, part: str, block: tuple[int, int] | None) -> StoredMatrix:
     """The matrix of a module with 8-bit floats.
 
     Args:

@@ -12,13 +12,13 @@ import numpy as np
 
 from tpllm.checkpoint.formats.bits import unpack
 from tpllm.checkpoint.formats.integers import IntegerScales, integer_scheme, middle
-from tpllm.checkpoint.formats.matrix import FileMatrix, complete_groups, group_order, matrix_of, read_scales, read_transposed
+from tpllm.checkpoint.formats.matrix import complete_groups, group_order, matrix_of, read_scales, read_transposed
 from tpllm.checkpoint.formats.module import FLOATS, Module
 from tpllm.checkpoint.formats.names import compile_pattern
 from tpllm.checkpoint.formats.settings import Settings
 from tpllm.checkpoint.read import TensorReader
 from tpllm.checkpoint.safetensors import TensorEntry
-from tpllm.checkpoint.stored import RowReader
+from tpllm.checkpoint.stored import RowReader, StoredMatrix
 from tpllm.errors import CheckpointError
 from tpllm.weights.scheme import Scheme
 
@@ -46,7 +46,7 @@ class Gptq:
         self._layout = _read_layout(settings)
         self._overrides = _read_overrides(settings)
 
-    def find(self, weight: str, shape: tuple[int, ...]) -> FileMatrix | None:
+    def find(self, weight: str, shape: tuple[int, ...]) -> StoredMatrix | None:
         """See :meth:`tpllm.checkpoint.stored.CheckpointFormat.find`; it reads the zeros and the order of the inputs."""
         module = self._modules.get(weight.removesuffix(".weight"))
         if module is None or len(shape) != 2 or not module.has_any("qweight", "qzeros", "scales"):

@@ -7,7 +7,7 @@ import numpy as np
 from tpllm.checkpoint.formats.module import Module
 from tpllm.checkpoint.read import TensorReader
 from tpllm.checkpoint.safetensors import TensorEntry
-from tpllm.checkpoint.stored import RowReader
+from tpllm.checkpoint.stored import RowReader, StoredMatrix
 from tpllm.errors import CheckpointError, log
 from tpllm.weights.scheme import E8M0_NAN, Scheme, power_scales
 
@@ -17,31 +17,10 @@ TRANSPOSED_ROWS = 16
 """Written at a time: of int32, a cache line of the transposed matrix."""
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class FileMatrix:
-    """A :class:`~tpllm.checkpoint.stored.StoredMatrix` made of one module's tensors; vectors, too, are read by it."""
-
-    names: tuple[str, ...]
-    shape: tuple[int, ...]
-    scheme: Scheme | None
-    bits_per_weight: float
-    order: np.ndarray | None
-    opener: Callable[[TensorReader], RowReader]
-    kind: str = ""
-
-    def __post_init__(self) -> None:
-        if not self.kind:
-            object.__setattr__(self, "kind", "dequantized" if self.scheme is None else self.scheme.name)
-
-    def open(self, reader: TensorReader) -> RowReader:
-        """See :meth:`tpllm.checkpoint.stored.StoredMatrix.open`."""
-        return self.opener(reader)
-
-
 def matrix_of(module: Module, shape: tuple[int, int], scheme: Scheme | None, opener: Callable[[TensorReader], RowReader],
-              *, order: np.ndarray | None = None) -> FileMatrix:
+              *, order: np.ndarray | None = None) -> StoredMatrix:
     """The matrix of a module whose tensors are all read for it."""
-    return FileMatrix(module.names(), shape, scheme, module.bits_per_weight(shape), order, opener)
+    return StoredMatrix(module.names(), shape, scheme, module.bits_per_weight(shape), order, opener)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,12 +7,12 @@ import functools
 from collections.abc import Mapping
 
 from tpllm.checkpoint.formats.bits import nibbles
-from tpllm.checkpoint.formats.matrix import FileMatrix, read_exponents
+from tpllm.checkpoint.formats.matrix import read_exponents
 from tpllm.checkpoint.formats.module import Module
 from tpllm.checkpoint.formats.settings import Settings
 from tpllm.checkpoint.read import TensorReader
 from tpllm.checkpoint.safetensors import TensorEntry
-from tpllm.checkpoint.stored import RowReader
+from tpllm.checkpoint.stored import RowReader, StoredMatrix
 from tpllm.errors import CheckpointError
 from tpllm.weights.quantize import MXFP4
 from tpllm.weights.scheme import QuantizedRows
@@ -31,7 +31,7 @@ class Mxfp4:
         self._modules = modules
         settings.names("modules_to_not_convert")
 
-    def find(self, weight: str, shape: tuple[int, ...]) -> FileMatrix | None:
+    def find(self, weight: str, shape: tuple[int, ...]) -> StoredMatrix | None:
         """See :meth:`tpllm.checkpoint.stored.CheckpointFormat.find`; rows are those of all experts one after the other."""
         name, _, part = weight.rpartition(".")
         module = self._modules.get(name)
@@ -46,7 +46,7 @@ class Mxfp4:
         scales = module.need(part + SCALES, ("U8", "F8_E8M0"), (num_experts, rows, K // group))
         bits = 8 * (blocks.num_bytes + scales.num_bytes) / (N * K)
         entries = _flat(blocks, (N, K // 2)), _flat(scales, (N, K // group))
-        return FileMatrix((blocks.name, scales.name), shape, MXFP4, bits, None, functools.partial(_open, *entries))
+        return StoredMatrix((blocks.name, scales.name), shape, MXFP4, bits, None, functools.partial(_open, *entries))
 
 
 def _flat(entry: TensorEntry, shape: tuple[int, int]) -> TensorEntry:

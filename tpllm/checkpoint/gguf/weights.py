@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping
 import numpy as np
 
 from tpllm.checkpoint.convert import STORED
-from tpllm.checkpoint.formats.matrix import FileMatrix
 from tpllm.checkpoint.gguf.blocks import KEPT
 from tpllm.checkpoint.gguf.dense import DENSE, OF_GGUF, has_gguf
 from tpllm.checkpoint.gguf.header import GgufFile, GgufTensor
@@ -17,7 +16,7 @@ from tpllm.checkpoint.gguf.metadata import heads_of_layer
 from tpllm.checkpoint.gguf.rope import read_factors
 from tpllm.checkpoint.read import TensorReader
 from tpllm.checkpoint.safetensors import TensorEntry
-from tpllm.checkpoint.stored import RowReader
+from tpllm.checkpoint.stored import RowReader, StoredMatrix
 from tpllm.errors import CheckpointError, log
 from tpllm.weights.scheme import E8M0_NAN, QuantizedRows, Scheme, dequantize
 
@@ -44,7 +43,7 @@ class GgufFormat:
             for name, tensor in gguf.tensors.items()}
         self._log_dequantized()
 
-    def find(self, weight: str, shape: tuple[int, ...]) -> FileMatrix | None:
+    def find(self, weight: str, shape: tuple[int, ...]) -> StoredMatrix | None:
         """See :meth:`tpllm.checkpoint.stored.CheckpointFormat.find`; ``None`` for tensors of plain floats whose values are as the model wants them.
 
         A stack of matrices [E, N, K] (experts) counts as one of [E * N, K] where a matrix is asked for. Vectors that are changed come with
@@ -70,7 +69,7 @@ class GgufFormat:
             rows = _in_halves(rows, head_dim) if head_dim else rows
             return _without_one(rows) if is_shifted else rows
         kept = scheme if scales is None else None
-        return FileMatrix((weight, *names), found, kept, 8 * tensor.type.block_bytes / tensor.type.block, None, open_rows)
+        return StoredMatrix((weight, *names), found, kept, 8 * tensor.type.block_bytes / tensor.type.block, None, open_rows)
 
     def _scales(self, tensor: GgufTensor) -> tuple[np.ndarray | None, tuple[str, ...]]:
         """(float32 [1] or [experts] that multiply a matrix, None where there are none or they are 1; names of the tensors that go with it). NVFP4

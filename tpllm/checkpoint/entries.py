@@ -10,9 +10,10 @@ import numpy as np
 from sharding_rules.axes import KV_HEADS
 from tpllm.checkpoint.columns import every_nth, plain_rows
 from tpllm.checkpoint.folder import Checkpoint
+from tpllm.checkpoint.read import TensorReader
 from tpllm.checkpoint.safetensors import BITS, TensorEntry
 from tpllm.checkpoint.settle import sizes_of_strangers
-from tpllm.checkpoint.stored import StoredMatrix
+from tpllm.checkpoint.stored import RowReader, StoredMatrix
 from tpllm.errors import CheckpointError, log
 from tpllm.families.family import Columns
 from tpllm.model.config import ModelConfig
@@ -101,6 +102,11 @@ class ParamEntry:
 def order_of(tensor: TensorEntry | StoredMatrix) -> np.ndarray | None:
     """Of a quantized matrix's columns, where they are out of order."""
     return None if isinstance(tensor, TensorEntry) else tensor.order
+
+
+def open_rows(tensor: TensorEntry | StoredMatrix, reader: TensorReader) -> RowReader:
+    """Rows of a quantized matrix as they are, of a plain tensor as float32."""
+    return tensor.open(reader) if isinstance(tensor, StoredMatrix) else lambda first, last: reader.read_raw(tensor, first, last).astype(np.float32)
 
 
 def _repeated_rows(start: int, stop: int, config: ModelConfig) -> Iterator[tuple[int, int, int]]:

@@ -7,13 +7,13 @@ import jax
 import numpy as np
 
 from tpllm.checkpoint.convert import TARGETS
-from tpllm.checkpoint.entries import ParamEntry, find_entries, order_of, warn_unused
+from tpllm.checkpoint.entries import ParamEntry, find_entries, open_rows, order_of, warn_unused
 from tpllm.checkpoint.folder import Checkpoint
 from tpllm.checkpoint.matrices import make_matrix
 from tpllm.checkpoint.placement import Bounds, place
 from tpllm.checkpoint.read import Rectangle, TensorReader
 from tpllm.checkpoint.safetensors import TensorEntry
-from tpllm.checkpoint.stored import RowReader, StoredMatrix
+from tpllm.checkpoint.stored import StoredMatrix
 from tpllm.errors import CheckpointError, log
 from tpllm.model.config import ModelConfig
 from tpllm.model.params import DecoderParams, ParamSpec, map_specs, named_leaves, param_specs
@@ -107,7 +107,7 @@ def _row_reader(reader: TensorReader, source: ParamEntry, spec: ParamSpec, confi
         return rows
     if source.is_plain:
         return read_plain
-    readers = _readers(reader, source)
+    readers = functools.cache(lambda index: open_rows(source.tensors[index], reader))  # each is opened when it is first asked for
 
     def read_stored(first: int, last: int) -> Rows:
         parts = [(stored - first, tensor, readers(tensor)(start, stop)) for stored, tensor, start, stop in source.runs(first, last, spec, config)]
@@ -119,19 +119,6 @@ def _row_reader(reader: TensorReader, source: ParamEntry, spec: ParamSpec, confi
             _cast(floats, rows[at:at + len(floats)], source.tensors[tensor])
         return rows
     return read_stored
-
-
-def _readers(reader: TensorReader, source: ParamEntry) -> Callable[[int], RowReader]:
-    """Opens each tensor when it is first asked for."""
-    @functools.cache
-    def open_tensor(index: int) -> RowReader:
-        tensor = source.tensors[index]
-        return functools.partial(_raw_rows, reader, tensor) if isinstance(tensor, TensorEntry) else tensor.open(reader)
-    return open_tensor
-
-
-def _raw_rows(reader: TensorReader, tensor: TensorEntry, first: int, last: int) -> np.ndarray:
-    return reader.read_raw(tensor, first, last).astype(np.float32)
 
 
 def _cast(values: np.ndarray, out: np.ndarray, tensor: TensorEntry | StoredMatrix) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from tpllm.checkpoint.compress import compress, describe_groups
-from tpllm.checkpoint.entries import ParamEntry, find_entries
+from tpllm.checkpoint.entries import ParamEntry, find_entries, open_rows
 from tpllm.checkpoint.folder import Checkpoint, open_checkpoint
 from tpllm.checkpoint.index import INDEX, SINGLE
 from tpllm.checkpoint.new_folder import new_folder
@@ -168,16 +168,12 @@ def _quantized(name: str, source: ParamEntry, scheme: Scheme) -> Group:
 
 def _float_rows(reader: TensorReader, source: ParamEntry) -> Iterator[np.ndarray]:
     """The whole tensor in float32, some rows at a time."""
-    tensor = source.tensor
-    read = reader.read_raw if isinstance(tensor, TensorEntry) else tensor.open(reader)
+    tensor, read = source.tensor, open_rows(source.tensor, reader)
+    places = None if source.order is None else np.argsort(source.order)
     for first, last in _steps(tensor.shape, np.dtype(np.float32)):
-        rows = read(tensor, first, last) if isinstance(tensor, TensorEntry) else read(first, last)
-        floats = rows.astype(np.float32) if isinstance(rows, np.ndarray) else dequantize(rows, tensor.scheme)
-        if not isinstance(tensor, TensorEntry) and tensor.order is not None:
-            ordered = np.empty_like(floats)
-            ordered[:, tensor.order] = floats
-            floats = ordered
-        yield floats
+        rows = read(first, last)
+        floats = rows if isinstance(rows, np.ndarray) else dequantize(rows, tensor.scheme)
+        yield floats if places is None else floats.take(places, axis=1)
 
 
 def _steps(shape: tuple[int, ...], dtype: np.dtype) -> Iterator[tuple[int, int]]:

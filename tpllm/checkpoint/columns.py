@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from tpllm.checkpoint.formats.module import FLOATS
+from tpllm.checkpoint.formats.matrix import FLOATS
 from tpllm.checkpoint.read import TensorReader
 from tpllm.checkpoint.safetensors import BITS, TensorEntry
 from tpllm.checkpoint.stored import RowReader, StoredMatrix

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from tpllm.checkpoint.formats.module import FLOATS
+from tpllm.checkpoint.formats.matrix import FLOATS
 from tpllm.checkpoint.read import are_same_bytes
 from tpllm.checkpoint.safetensors import TensorEntry
 from tpllm.errors import log

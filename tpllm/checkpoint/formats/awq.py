@@ -9,8 +9,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from tpllm.checkpoint.formats.integers import IntegerScales, integer_scheme, middle
-from tpllm.checkpoint.formats.matrix import complete_groups, matrix_of, read_scales, read_transposed
-from tpllm.checkpoint.formats.module import FLOATS, Module
+from tpllm.checkpoint.formats.matrix import FLOATS, Module, complete_groups, matrix_of, read_scales, read_transposed
 from tpllm.checkpoint.formats.settings import Settings
 from tpllm.checkpoint.read import TensorReader
 from tpllm.checkpoint.stored import RowReader, StoredMatrix

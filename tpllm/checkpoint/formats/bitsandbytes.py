@@ -11,8 +11,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from tpllm.checkpoint.formats.bits import look_up_nibbles
-from tpllm.checkpoint.formats.matrix import log_dequantized, matrix_of, read_scales
-from tpllm.checkpoint.formats.module import Module
+from tpllm.checkpoint.formats.matrix import Module, log_dequantized, matrix_of, read_scales
 from tpllm.checkpoint.formats.settings import Settings
 from tpllm.checkpoint.read import TensorReader
 from tpllm.checkpoint.safetensors import TensorEntry

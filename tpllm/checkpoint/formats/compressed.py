@@ -12,8 +12,7 @@ from tpllm.checkpoint.formats.compressed_config import FP4, PACKED, PLAIN, Args,
 from tpllm.checkpoint.formats.float4 import float4_matrix
 from tpllm.checkpoint.formats.fp8 import TENSOR_SHAPES, float8_matrix, output_shapes
 from tpllm.checkpoint.formats.integers import IntegerScales, integer_scheme, middle
-from tpllm.checkpoint.formats.matrix import E8M0, ScaleLines, complete_groups, group_order, log_dequantized, matrix_of
-from tpllm.checkpoint.formats.module import FLOATS, Module, Shape
+from tpllm.checkpoint.formats.matrix import E8M0, FLOATS, Module, ScaleLines, Shape, complete_groups, group_order, log_dequantized, matrix_of
 from tpllm.checkpoint.formats.settings import Settings
 from tpllm.checkpoint.read import TensorReader
 from tpllm.checkpoint.safetensors import TensorEntry

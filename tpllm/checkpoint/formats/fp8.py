@@ -9,8 +9,7 @@ from collections.abc import Mapping
 import ml_dtypes
 import numpy as np
 
-from tpllm.checkpoint.formats.matrix import E8M0, ScaleLines, matrix_of
-from tpllm.checkpoint.formats.module import FLOATS, Module, Shape
+from tpllm.checkpoint.formats.matrix import E8M0, FLOATS, Module, ScaleLines, Shape, matrix_of
 from tpllm.checkpoint.formats.settings import Settings
 from tpllm.checkpoint.read import TensorReader
 from tpllm.checkpoint.stored import RowReader, StoredMatrix

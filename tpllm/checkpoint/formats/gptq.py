@@ -12,8 +12,7 @@ import numpy as np
 
 from tpllm.checkpoint.formats.bits import unpack
 from tpllm.checkpoint.formats.integers import IntegerScales, integer_scheme, middle
-from tpllm.checkpoint.formats.matrix import complete_groups, group_order, matrix_of, read_scales, read_transposed
-from tpllm.checkpoint.formats.module import FLOATS, Module
+from tpllm.checkpoint.formats.matrix import FLOATS, Module, complete_groups, group_order, matrix_of, read_scales, read_transposed
 from tpllm.checkpoint.formats.names import compile_pattern
 from tpllm.checkpoint.formats.settings import Settings
 from tpllm.checkpoint.read import TensorReader

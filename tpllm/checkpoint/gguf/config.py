@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from tpllm.checkpoint.gguf.header import GgufFile
-from tpllm.checkpoint.gguf.metadata import count, count_or_none, is_zero, needed_count, number, number_or_none, same_in_every_layer
+from tpllm.checkpoint.gguf.metadata import count, count_or_none, is_zero, needed, needed_count, number, number_or_none, same_in_every_layer
 from tpllm.checkpoint.gguf.rope import FACTOR_TENSORS, rope_fields
 from tpllm.errors import CheckpointError, log
 
@@ -33,15 +33,15 @@ def config_from_gguf(gguf: GgufFile) -> dict[str, Any]:
         "hidden_size": hidden_size, "num_hidden_layers": _num_layers(gguf), "num_attention_heads": num_heads,
         "num_key_value_heads": same_in_every_layer(gguf, "attention.head_count_kv") or num_heads, "head_dim": head_dim,
         "intermediate_size": _inner_size(gguf), "max_position_embeddings": needed_count(gguf, "context_length"),
-        "rms_norm_eps": _needed(gguf, number(gguf, NORM_EPS), NORM_EPS), "hidden_act": "silu", "torch_dtype": _dtype(gguf),
+        "rms_norm_eps": needed(gguf, number(gguf, NORM_EPS), NORM_EPS), "hidden_act": "silu", "torch_dtype": _dtype(gguf),
         "tie_word_embeddings": "output.weight" not in gguf.tensors, **_token_ids(gguf), **rope_fields(gguf, head_dim)}
     fields |= architecture.more(gguf, fields)
-    return {**fields, "intermediate_size": _needed(gguf, fields["intermediate_size"], "feed_forward_length")}
+    return {**fields, "intermediate_size": needed(gguf, fields["intermediate_size"], "feed_forward_length")}
 
 
 def _heads(gguf: GgufFile, hidden_size: int) -> tuple[int, int]:
     """(query heads, head dim)."""
-    num_heads = _needed(gguf, same_in_every_layer(gguf, "attention.head_count"), "attention.head_count")
+    num_heads = needed(gguf, same_in_every_layer(gguf, "attention.head_count"), "attention.head_count")
     head_dim = count(gguf, "attention.key_length", max(1, hidden_size // num_heads))
     if (value_dim := count(gguf, "attention.value_length", head_dim)) != head_dim:
         raise CheckpointError(f"{gguf.path}: {gguf.arch}.attention.value_length is {value_dim} and key_length {head_dim}; they must be equal")
@@ -59,12 +59,6 @@ def _num_layers(gguf: GgufFile) -> int:
     if num_layers > len(gguf.tensors):
         raise CheckpointError(f"{gguf.path}: {gguf.arch}.block_count is {num_layers}; the file has {len(gguf.tensors)} tensors. Convert it again")
     return num_layers
-
-
-def _needed(gguf: GgufFile, value: Any, key: str) -> Any:
-    if value is None:
-        raise CheckpointError(f"{gguf.path}: {gguf.arch}.{key} is missing; the file does not describe a decoder. Convert the model again")
-    return value
 
 
 def harmless_tensors(gguf: GgufFile) -> set[str]:

@@ -15,7 +15,7 @@ from typing import Any
 
 from tpllm.checkpoint.gguf.cursor import AGAIN, MAX_KEY_BYTES, Cursor, Value
 from tpllm.checkpoint.gguf.ggml_types import GGML_TYPES, GgmlType
-from tpllm.checkpoint.safetensors import TensorEntry, open_regular, read_exactly
+from tpllm.checkpoint.safetensors import Header, TensorEntry, open_regular, read_exactly
 from tpllm.errors import CheckpointError, short
 
 MAGIC, VERSIONS, MAX_DIMS, DEFAULT_ALIGNMENT = b"GGUF", (2, 3), 4, 32
@@ -25,37 +25,19 @@ _SPLIT = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
 
 
 @dataclasses.dataclass(frozen=True)
-class GgufTensor:
-    """Where one tensor lies, and as what.
+class GgufTensor(TensorEntry):
+    """Where one tensor lies, and as what. The dtype is ggml's name of the type, which for plain values is that of safetensors.
 
     Attributes:
-        name: as in the file, such as ``"blk.0.attn_q.weight"``.
-        path: the file.
         type: of its blocks.
-        shape: in numpy's order: a matrix is [N, K], outputs by inputs.
-        start, stop: bytes from the beginning of the file.
     """
 
-    name: str
-    path: Path
     type: GgmlType
-    shape: tuple[int, ...]
-    start: int
-    stop: int
-
-    @property
-    def num_bytes(self) -> int:
-        """Size in the file."""
-        return self.stop - self.start
 
     @property
     def num_rows(self) -> int:
         """Rows of the last dim's values: N of a matrix, 1 of a vector."""
         return math.prod(self.shape[:-1])
-
-    def plain(self) -> TensorEntry | None:
-        """The tensor as a safetensors file would have it; None where its values lie in blocks."""
-        return TensorEntry(self.name, self.path, self.type.dtype, self.shape, self.start, self.stop) if self.type.dtype else None
 
     def blocks(self) -> TensorEntry:
         """Its bytes: U8 [rows, bytes of a row]."""
@@ -63,22 +45,14 @@ class GgufTensor:
 
 
 @dataclasses.dataclass(frozen=True)
-class GgufHeader:
-    """One file's metadata and table of tensors.
+class GgufHeader(Header):
+    """One file's metadata and table of tensors. The digest is of all before the tensors' values.
 
     Attributes:
-        path: the file.
-        size: of the whole file, in bytes.
-        digest: SHA-256 of all before the tensors' values.
         metadata: key -> value; read-only.
-        tensors: name -> tensor; read-only.
     """
 
-    path: Path
-    size: int
-    digest: str
     metadata: Mapping[str, Value]
-    tensors: Mapping[str, GgufTensor]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -234,7 +208,7 @@ def _tensor(path: Path, name: str, shape: tuple[int, ...], number: int, offset: 
     if stop > size:
         raise CheckpointError(f"{path} is truncated: tensor {short(name)} ({kind.name}, shape {shape}) needs bytes {start} to {stop}, "
                               f"the file has {size}. {AGAIN}")
-    return GgufTensor(name, path, kind, shape, start, stop)
+    return GgufTensor(name, path, kind.name, shape, start, stop, kind)
 
 
 def _check_overlap(path: Path, tensors: list[GgufTensor]) -> None:

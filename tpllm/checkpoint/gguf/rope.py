@@ -96,9 +96,8 @@ def _fitted(factors: np.ndarray, theta: float, dim: int) -> list[dict[str, Any]]
 
 def _longrope(gguf: GgufFile) -> dict[str, Any]:
     """Phi-3's two sets of factors (LongRoPE: Ding et al. 2024, arXiv:2402.13753)."""
-    missing = [name for name in ("rope_factors_short.weight",) if name not in gguf.tensors]
-    if missing:
-        raise CheckpointError(f"{gguf.path}: tensor {missing[0]!r} is missing beside rope_factors_long.weight. Convert the model again")
+    if "rope_factors_short.weight" not in gguf.tensors:
+        raise CheckpointError(f"{gguf.path}: tensor 'rope_factors_short.weight' is missing beside rope_factors_long.weight. Convert the model again")
     long, short = (read_factors(gguf, f"rope_factors_{kind}.weight").tolist() for kind in ("long", "short"))
     scaling = {"rope_type": "longrope", "type": "longrope", "long_factor": long, "short_factor": short}
     if attention_factor := number(gguf, "rope.scaling.attn_factor"):

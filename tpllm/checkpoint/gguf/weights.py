@@ -4,18 +4,16 @@ Two things are undone that llama.cpp's converter (convert_hf_to_gguf.py) does: w
 lays the two halves of each query and key head alternately; and it adds 1 to Gemma's norms.
 """
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import numpy as np
 
 from tpllm.checkpoint.convert import STORED
-from tpllm.checkpoint.gguf.blocks import KEPT
-from tpllm.checkpoint.gguf.dense import DENSE, OF_GGUF, has_gguf
+from tpllm.checkpoint.gguf.blocks import DENSE, KEPT, OF_GGUF, has_gguf
 from tpllm.checkpoint.gguf.header import GgufFile, GgufTensor
 from tpllm.checkpoint.gguf.metadata import heads_of_layer
 from tpllm.checkpoint.gguf.rope import read_factors
 from tpllm.checkpoint.read import TensorReader
-from tpllm.checkpoint.safetensors import TensorEntry
 from tpllm.checkpoint.stored import RowReader, StoredMatrix
 from tpllm.errors import CheckpointError, log
 from tpllm.weights.scheme import E8M0_NAN, QuantizedRows, Scheme, dequantize
@@ -31,16 +29,13 @@ class GgufFormat:
 
     Attributes:
         name: ``"gguf"``.
-        tensors: every tensor, with ggml's name of its type as the dtype.
+        tensors: every tensor.
     """
 
     name = "gguf"
 
     def __init__(self, gguf: GgufFile):
-        self._gguf, self._arch = gguf, gguf.arch
-        self.tensors: Mapping[str, TensorEntry] = {
-            name: TensorEntry(name, tensor.path, tensor.type.name, tensor.shape, tensor.start, tensor.stop)
-            for name, tensor in gguf.tensors.items()}
+        self._gguf, self._arch, self.tensors = gguf, gguf.arch, gguf.tensors
         self._log_dequantized()
 
     def find(self, weight: str, shape: tuple[int, ...]) -> StoredMatrix | None:
@@ -129,7 +124,7 @@ def _vector_rows(reader: TensorReader, tensor: GgufTensor) -> RowReader:
     if tensor.type.dtype not in STORED:
         raise CheckpointError(f"{tensor.path}: tensor {tensor.name!r} is a vector of {tensor.type.name}; vectors must be plain floats. "
                               "Convert the model again")
-    return lambda first, last: _as_float32(reader.read_raw(tensor.plain(), first, last))
+    return lambda first, last: _as_float32(reader.read_raw(tensor, first, last))
 
 
 def _as_float32(values: np.ndarray) -> np.ndarray:

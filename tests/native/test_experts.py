@@ -9,7 +9,7 @@ import pytest
 
 from pallas_kernels.gated_mlp import ClampedGlu
 from sharding_rules import ONE_DEVICE
-from tpllm.checkpoint.matrices import make_matrix
+from tpllm.checkpoint.placement import make_matrix
 from tpllm.model.stacks import Stack
 from tpllm.weights import native_products as products
 from tpllm.weights.policy import parse_policy

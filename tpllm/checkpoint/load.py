@@ -9,8 +9,7 @@ import numpy as np
 from tpllm.checkpoint.convert import TARGETS
 from tpllm.checkpoint.entries import ParamEntry, find_entries, open_rows, order_of, warn_unused
 from tpllm.checkpoint.folder import Checkpoint
-from tpllm.checkpoint.matrices import make_matrix
-from tpllm.checkpoint.placement import Bounds, place
+from tpllm.checkpoint.placement import Bounds, fill_by_rows, make_matrix, place
 from tpllm.checkpoint.read import Rectangle, TensorReader
 from tpllm.checkpoint.safetensors import TensorEntry
 from tpllm.checkpoint.stored import StoredMatrix
@@ -21,8 +20,6 @@ from tpllm.weights.scheme import QuantizedRows, Scheme, dequantize, join_rows
 from tpllm.weights.storage import Storage
 
 Rows = np.ndarray | QuantizedRows
-ROWS_AT_ONCE = 1024
-"""Of a quantized matrix that becomes a plain array."""
 
 
 def load_params(checkpoint: Checkpoint, config: ModelConfig, *, dtype: Any, storage: Storage | None = None,
@@ -85,15 +82,10 @@ def _filler(reader: TensorReader, source: ParamEntry, spec: ParamSpec, config: M
         for tensor, of_it in pieces.items():
             reader.read(source.tensors[tensor], of_it)
 
-    def fill_by_rows(buffers: Mapping[Bounds, np.ndarray]) -> None:
+    def fill_from_matrices(buffers: Mapping[Bounds, np.ndarray]) -> None:
         dtype = next(iter(buffers.values())).dtype
-        read = _row_reader(reader, source, spec, config, scheme=None, dtype=dtype)
-        for (rows, *others), buffer in buffers.items():
-            columns = tuple(slice(*other) for other in others)
-            for first in range(*rows, ROWS_AT_ONCE):
-                last = min(first + ROWS_AT_ONCE, rows[1])
-                buffer[first - rows[0]:last - rows[0]] = read(first, last)[(slice(None), *columns)]
-    return fill if source.is_plain else fill_by_rows
+        fill_by_rows(buffers, _row_reader(reader, source, spec, config, scheme=None, dtype=dtype))
+    return fill if source.is_plain else fill_from_matrices
 
 
 def _row_reader(reader: TensorReader, source: ParamEntry, spec: ParamSpec, config: ModelConfig, *, scheme: Scheme | None,

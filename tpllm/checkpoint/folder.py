@@ -10,10 +10,9 @@ from tpllm.checkpoint.gguf.header import GgufFile, open_gguf
 from tpllm.checkpoint.gguf.names import gguf_weight_names
 from tpllm.checkpoint.gguf.weights import GgufFormat
 from tpllm.checkpoint.index import read_index
-from tpllm.checkpoint.reads import Reads
 from tpllm.checkpoint.safetensors import Header, TensorEntry, digest_of_samples, sample_digest
 from tpllm.checkpoint.settle import settle_head, with_prefix
-from tpllm.checkpoint.source import GGUF, find_folder, only_gguf, read_json
+from tpllm.checkpoint.source import GGUF, Reads, find_folder, only_gguf, read_json
 from tpllm.checkpoint.store import MANIFEST, StoreFormat
 from tpllm.checkpoint.stored import CheckpointFormat
 from tpllm.errors import CheckpointError, ConfigError, TpllmError, log

@@ -1,6 +1,4 @@
 """The tokenizer that a GGUF file holds (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, "Tokenizer"), cut as llama.cpp cuts."""
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Sequence
 

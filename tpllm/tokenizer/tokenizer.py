@@ -4,12 +4,10 @@ BOS stands once at the start of an encoded prompt if tokenizer.json's post-proce
 what a chat template renders is encoded as it is, because templates write their own BOS. Special-token text that is encoded, or that stands in the
 strings of a chat, is text like any other unless ``parse_special`` is set.
 """
-from __future__ import annotations
-
 import functools
 import pathlib
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Self
 
 import tokenizers
 
@@ -66,7 +64,7 @@ class Tokenizer:
             self.make_decoder_stages()
 
     @classmethod
-    def from_folder(cls, path: pathlib.Path) -> Tokenizer:
+    def from_folder(cls, path: pathlib.Path) -> Self:
         """The tokenizer of a Hugging Face folder.
 
         Raises:

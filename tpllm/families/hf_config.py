@@ -57,6 +57,11 @@ def activation(hf: Mapping[str, Any], name: str) -> str:
     return ACTIVATIONS[value]
 
 
+def attention_biases(hf: Mapping[str, Any]) -> dict[str, bool]:
+    """The fields of :class:`.ModelConfig` that say where attention adds biases, for models in which ``attention_bias`` says it of all projections."""
+    return dict.fromkeys(("has_qkv_bias", "has_output_bias"), flag(hf, "attention_bias"))
+
+
 def layer_types(hf: Mapping[str, Any], *, slides: Callable[[int], bool]) -> list[str]:
     """``layer_types`` where given, else sliding attention in the layers, counted from 0, that ``slides`` says."""
     num_layers, kinds = num_hidden_layers(hf), hf["layer_types"]

@@ -28,7 +28,7 @@ def fit_to_mesh(config: ModelConfig, mesh: Mesh, rules: Rules) -> ModelConfig:
         rules, num_shards = rules.without(HEADS, KV_HEADS), 1
     partition = Partition(mesh, rules)
     fitted = dataclasses.replace(config, partition=partition, kv_repeat=kv_repeat(config.num_heads, config.num_kv_heads, num_shards),
-                                 padded_vocab_size=_round_up(config.vocab_size, partition.size(VOCAB)))
+                                 padded_vocab_size=-(-config.vocab_size // partition.size(VOCAB)) * partition.size(VOCAB))
     param_shardings(fitted)
     return fitted
 
@@ -43,7 +43,3 @@ def largest_tensor_axis(config: ModelConfig, num_devices: int) -> int:
     """The most devices, up to ``num_devices``, over which heads and MLP of ``config`` can be cut evenly."""
     sizes = (config.num_heads, config.intermediate_size, config.expert_size, config.shared_expert_size)
     return next(tp for tp in range(num_devices, 0, -1) if all(size % tp == 0 for size in sizes))
-
-
-def _round_up(value: int, multiple: int) -> int:
-    return -(-value // multiple) * multiple

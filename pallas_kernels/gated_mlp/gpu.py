@@ -18,7 +18,6 @@ from pallas_kernels.gated_mlp.reference import Activation, gated
 from pallas_kernels.interpreter import gpu_interpreter
 from pallas_kernels.tiling import Device, choose_tiles
 
-DEVICES = "a Hopper GPU"
 DTYPES = ("bfloat16", "float16")
 GROUP_OUTPUTS = 64
 """Outputs of one warp group: the rows of the tensor cores' left operand."""
@@ -58,11 +57,6 @@ def on_chip_bytes(tiles: Tiles) -> int:
     """The stages' activations and weights, what is written, and room for barriers and alignment."""
     outputs = tiles.num_groups * GROUP_OUTPUTS
     return 2 * (tiles.num_stages * STEP_INPUTS * (tiles.rows + 2 * outputs) + tiles.rows * outputs) + 4096
-
-
-def runs_on(device: Device) -> bool:
-    """Whether the kernel runs there."""
-    return device.has_mosaic_gpu
 
 
 def refusal(dtype: str, num_inputs: int, num_outputs: int) -> str | None:

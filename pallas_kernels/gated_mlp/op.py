@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.gated_mlp import gpu, packed_gpu, packed_tpu, tpu
 from pallas_kernels.gated_mlp.reference import Activation, gated_product_reference
-from pallas_kernels.implementations import REFERENCE, pick, with_gradient_of
+from pallas_kernels.implementations import REFERENCE, needed_devices, pick, with_gradient_of
 from pallas_kernels.precision import matmul_precision
 from pallas_kernels.quant_matmul.packing import PackedArrays, WeightFormat, dequantize_packed
 from pallas_kernels.tiling import Device
@@ -41,7 +41,7 @@ def gated_product(x_D: jax.Array, gate: Weight, up: Weight, *, activation: Activ
     """
     x_MD = x_D.reshape(-1, x_D.shape[-1])
     kernels = KERNELS if weight_format is None else PACKED_KERNELS
-    refusals = {name: refusal(kernel, x_MD, gate, weight_format, device, interpret) for name, kernel in kernels.items()}
+    refusals = {name: refusal(name, x_MD, gate, weight_format, device, interpret) for name in kernels}
     chosen = pick("gated_mlp", device, implementation, refusals)
     reference = functools.partial(_reference, activation=activation, weight_format=weight_format, num_outputs=num_outputs)
     if chosen == REFERENCE:
@@ -66,17 +66,17 @@ def gated_mlp(x_D: jax.Array, gate_FD: jax.Array, up_FD: jax.Array, down_DF: jax
                                precision=matmul_precision(x_D.dtype))
 
 
-def refusal(kernel, x_MD: jax.Array, gate: Weight, weight_format: WeightFormat | None, device: Device, interpret: bool) -> str | None:
+def refusal(name: str, x_MD: jax.Array, gate: Weight, weight_format: WeightFormat | None, device: Device, interpret: bool) -> str | None:
     """Why a kernel cannot do what is asked; None where it can."""
-    if not interpret and not kernel.runs_on(device):
-        return f"needs {kernel.DEVICES}, not {device.kind or device.platform}"
+    if needed := needed_devices(name, device, interpret):
+        return f"needs {needed}, not {device.kind or device.platform}"
     if not x_MD.shape[0]:
         return "takes at least one row of activations, not none"
     if weight_format is not None:
-        return kernel.refusal(str(x_MD.dtype), weight_format)
+        return PACKED_KERNELS[name].refusal(str(x_MD.dtype), weight_format)
     if gate.dtype != x_MD.dtype:
         return f"takes weights of the dtype of the activations, {x_MD.dtype}, not {gate.dtype}"
-    return kernel.refusal(str(x_MD.dtype), *gate.shape[::-1])
+    return KERNELS[name].refusal(str(x_MD.dtype), *gate.shape[::-1])
 
 
 def _run(kernel, x_MD, gate, up, biases, *, num_outputs, **how):

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.gated_mlp.gpu import DEVICES, DTYPES, runs_on
+from pallas_kernels.gated_mlp.gpu import DTYPES
 from pallas_kernels.gated_mlp.reference import Activation, gated
 from pallas_kernels.interpreter import gpu_interpreter
 from pallas_kernels.quant_matmul import gpu as quant_gpu
@@ -17,7 +17,6 @@ from pallas_kernels.quant_matmul.packing import PackedArrays, WeightFormat
 from pallas_kernels.quant_matmul.warp_group import ROWS, WarpGroup, swizzled
 from pallas_kernels.tiling import Device, choose_tiles
 
-__all__ = ["DEVICES", "candidates", "gated_product", "on_chip_bytes", "refusal", "runs_on"]
 FEW_ROWS = 32
 
 

@@ -7,13 +7,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.gated_mlp.reference import Activation, gated
-from pallas_kernels.gated_mlp.tpu import DEVICES, DTYPES, runs_on
+from pallas_kernels.gated_mlp.tpu import DTYPES
 from pallas_kernels.quant_matmul import tpu as quant_tpu
 from pallas_kernels.quant_matmul.packing import PackedArrays, WeightFormat
 from pallas_kernels.quant_matmul.tpu import Tiles, candidates
 from pallas_kernels.tiling import Device, choose_tiles
-
-__all__ = ["DEVICES", "gated_product", "on_chip_bytes", "refusal", "runs_on"]
 
 
 def on_chip_bytes(tiles: Tiles, *, num_inputs: int, weight_format: WeightFormat, item_bytes: int) -> int:

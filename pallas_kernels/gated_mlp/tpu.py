@@ -12,7 +12,6 @@ from pallas_kernels.gated_mlp.reference import Activation, gated
 from pallas_kernels.precision import matmul_precision
 from pallas_kernels.tiling import KIB, Device, choose_tiles
 
-DEVICES = "a TPU"
 DTYPES = ("bfloat16",)
 LANES = 128
 ROW_STEP = 16
@@ -44,11 +43,6 @@ def on_chip_bytes(tiles: Tiles, itemsize: int) -> int:
     """Two buffers of each block, and float32 sums: what is kept, what a step adds, and what the activation makes of them."""
     blocks = tiles.rows * tiles.inputs + 2 * tiles.outputs * tiles.inputs + tiles.rows * tiles.outputs
     return 2 * itemsize * blocks + 5 * 4 * tiles.rows * tiles.outputs + SPARE
-
-
-def runs_on(device: Device) -> bool:
-    """Whether the kernel runs there."""
-    return device.platform == "tpu"
 
 
 def refusal(dtype: str, num_inputs: int, num_outputs: int) -> str | None:

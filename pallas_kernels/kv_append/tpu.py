@@ -18,7 +18,6 @@ from pallas_kernels.kv_append.reference import as_bits
 from pallas_kernels.page_table import PageTable
 from pallas_kernels.tiling import Device, choose_tiles
 
-DEVICES = "a TPU"
 LANES, WORD_ROWS, WORD_BYTES = 128, 8, 4
 DTYPES = ("bfloat16", "float32", "int8", "float8_e4m3fn")
 
@@ -31,11 +30,6 @@ class Tiles:
 
 
 CANDIDATES = tuple(map(Tiles, (16, 8, 4, 2, 1)))
-
-
-def runs_on(device: Device) -> bool:
-    """Whether the kernel runs there."""
-    return device.platform == "tpu"
 
 
 def refusal(cache_PKSH: jax.Array) -> str | None:

@@ -19,7 +19,6 @@ from pallas_kernels.paged_attention.gpu_blocks import COLUMNS, LOG2_E, NOTHING, 
 from pallas_kernels.paged_attention.runs import Runs, cut_into_runs
 from pallas_kernels.tiling import Device, choose_tiles
 
-DEVICES = "a Hopper GPU"
 MAX_COLUMNS = 128  # of the head dim, that a block of threads can sum twice
 SWIZZLE = 128  # bytes of a row of what products read
 MIN_SPLIT, MAX_SPLITS = 1024, 16
@@ -34,11 +33,6 @@ class Tiles:
 
 
 CANDIDATES = (Tiles(64, 2), Tiles(64, 3), Tiles(128, 2), Tiles(64, 4), Tiles(32, 4), Tiles(32, 2))
-
-
-def runs_on(device: Device) -> bool:
-    """Whether the kernel runs there."""
-    return device.has_mosaic_gpu
 
 
 def refusal(q_BTNH: jax.Array, k_PKSH: jax.Array, scales) -> str | None:

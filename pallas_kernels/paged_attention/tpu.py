@@ -17,7 +17,6 @@ from pallas_kernels.paged_attention.runs import Runs, cut_into_runs
 from pallas_kernels.precision import matmul_precision
 from pallas_kernels.tiling import Device, choose_tiles
 
-DEVICES = "a TPU"
 LANES, MIN_ROWS = 128, 16  # of a tile in vector memory, of 16-bit queries
 RUN_ROWS = 64  # query rows of a KV head that a run of several tokens has
 MAX_TABLE_BYTES = 512 * 1024  # in scalar memory
@@ -53,11 +52,6 @@ class Call:
     def pieces(self) -> int:
         """Pages of a block."""
         return max(1, self.block // self.page_size)
-
-
-def runs_on(device: Device) -> bool:
-    """Whether the kernel runs there."""
-    return device.platform == "tpu"
 
 
 def refusal(q_BTNH: jax.Array, k_PKSH: jax.Array, scales) -> str | None:

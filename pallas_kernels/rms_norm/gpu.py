@@ -11,7 +11,6 @@ from pallas_kernels.interpreter import gpu_interpreter
 from pallas_kernels.rms_norm.reference import round_codes, scale_rows
 from pallas_kernels.tiling import Device, choose_tiles
 
-DEVICES = "a Hopper GPU"
 THREADS = 128  # of a warp group
 LONGEST_ROW = 16384
 
@@ -25,11 +24,6 @@ class Tiles:
 
 CANDIDATES = tuple(map(Tiles, (1, 2, 4, 8)))
 REDUCTION_BYTES = 2048
-
-
-def runs_on(device: Device) -> bool:
-    """Whether the kernel runs there."""
-    return device.has_mosaic_gpu
 
 
 def refusal(row_length: int, _: str | None) -> str | None:

@@ -10,7 +10,6 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels.rms_norm.reference import round_codes, scale_rows
 from pallas_kernels.tiling import KIB, Device, choose_tiles
 
-DEVICES = "a TPU"
 LANES = 128
 SPARE = 2 * KIB**2
 
@@ -23,11 +22,6 @@ class Tiles:
 
 
 CANDIDATES = tuple(map(Tiles, (128, 256, 64, 32)))  # 32: a tile of 8-bit codes
-
-
-def runs_on(device: Device) -> bool:
-    """Whether the kernel runs there."""
-    return device.platform == "tpu"
 
 
 def refusal(_: int, __: str | None) -> None:

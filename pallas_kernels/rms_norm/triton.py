@@ -9,13 +9,7 @@ from pallas_kernels import pallas_triton
 from pallas_kernels.rms_norm.reference import scale_rows
 from pallas_kernels.tiling import Device
 
-DEVICES = "an NVIDIA GPU of compute capability 8.0 or later"
 LONGEST_ROW = 16384  # is held in registers
-
-
-def runs_on(device: Device) -> bool:
-    """Whether the kernel runs there."""
-    return device.platform == "gpu" and device.capability is not None and device.capability >= (8, 0)
 
 
 def refusal(row_length: int, quantized: str | None) -> str | None:

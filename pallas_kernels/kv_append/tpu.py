@@ -172,8 +172,7 @@ def _body(told, *refs, group: int, num_caches: int):
     pl.when(step + 1 < num_steps)(lambda: moves.fetch(step + 1, _start))
     moves.fetch(step, _wait)
 
-    def change(index, page, offset, first, end):
-        del page, offset
+    def change(index, _page, _offset, first, end):
         for entries, buffer in zip(new, buffers, strict=True):
             old, words = (pltpu.bitcast(x, jnp.int32) for x in (buffer[step % 2, index], entries[index]))
             mask = _mask(first, end, buffer.dtype.itemsize, old.shape[1:])[None]

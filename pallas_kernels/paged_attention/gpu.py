@@ -12,10 +12,11 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.flash_attention.reference import LOG2_E
 from pallas_kernels.interpreter import gpu_interpreter
 from pallas_kernels.page_table import PageTable
 from pallas_kernels.paged_attention import gpu_blocks
-from pallas_kernels.paged_attention.gpu_blocks import COLUMNS, LOG2_E, NOTHING, QUERY_ROWS, ROWS, Cache, Call, added, attend, load, nothing, two_to
+from pallas_kernels.paged_attention.gpu_blocks import COLUMNS, NOTHING, QUERY_ROWS, ROWS, Cache, Call, added, attend, load, nothing, two_to
 from pallas_kernels.paged_attention.runs import Runs, cut_into_runs
 from pallas_kernels.tiling import Device, choose_tiles
 
@@ -178,8 +179,7 @@ def _decode_body(told, table, q, positions, k, v, *rest, call, q_smem, positions
         plgpu.wait_smem_to_gmem(0)
 
 
-def _ragged_body(told, table, q, positions, k, v, *rest, call, q_smem, positions_smem, out_smem, stats_smem, q_ready, **smem):
-    del stats_smem
+def _ragged_body(told, table, q, positions, k, v, *rest, call, q_smem, positions_smem, out_smem, q_ready, **smem):
     *rest, out_gmem = rest
     scales, sinks = (rest[:2], rest[2:]) if call.has_codes else ([], rest)
     columns, head, run = (jax.lax.axis_index(name) for name in ("columns", "head", "run"))

@@ -19,7 +19,6 @@ from pallas_kernels.tiling import Device, choose_tiles
 
 LANES, MIN_ROWS = 128, 16  # of a tile in vector memory, of 16-bit queries
 RUN_ROWS = 64  # query rows of a KV head that a run of several tokens has
-MAX_TABLE_BYTES = 512 * 1024  # in scalar memory
 TWO_CORES = ("TPU v4", "TPU v5", "TPU v5p")
 QUERY_DTYPES = ("bfloat16", "float32")
 CACHE_DTYPES = (*QUERY_DTYPES, "int8", "float8_e4m3fn")
@@ -54,10 +53,9 @@ class Call:
         return max(1, self.block // self.page_size)
 
 
-def refusal(q_BTNH: jax.Array, k_PKSH: jax.Array, scales) -> str | None:
+def refusal(q_BTNH: jax.Array, k_PKSH: jax.Array, _) -> str | None:
     """Why the kernel cannot attend to this cache; None where it can."""
     H, S = k_PKSH.shape[3], k_PKSH.shape[2]
-    del scales
     if str(q_BTNH.dtype) not in QUERY_DTYPES:
         return f"takes queries of {' or '.join(QUERY_DTYPES)}, not {q_BTNH.dtype}"
     if str(k_PKSH.dtype) not in CACHE_DTYPES:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import implementations
-from pallas_kernels.rms_norm import gpu, rms_norm, rms_norm_reference
+from pallas_kernels.rms_norm import rms_norm, rms_norm_reference
 from pallas_kernels.rms_norm.cases import CASES
 from pallas_kernels.rms_norm.op import refusal
 from pallas_kernels.tiling import Device

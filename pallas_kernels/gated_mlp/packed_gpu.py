@@ -11,7 +11,8 @@ from pallas_kernels.gated_mlp.gpu import DTYPES
 from pallas_kernels.gated_mlp.reference import Activation, gated
 from pallas_kernels.interpreter import gpu_interpreter
 from pallas_kernels.quant_matmul import gpu as quant_gpu
-from pallas_kernels.quant_matmul import gpu_tiles, weight_only_gpu
+from pallas_kernels.quant_matmul import gpu_tiles
+from pallas_kernels.quant_matmul.gpu_steps import add_weight_only
 from pallas_kernels.quant_matmul.gpu_tiles import PROCESSORS, Problem, Tiles
 from pallas_kernels.quant_matmul.packing import PackedArrays, WeightFormat
 from pallas_kernels.quant_matmul.warp_group import ROWS, WarpGroup, swizzled
@@ -92,7 +93,7 @@ def _body(*gmem, out_smem, problem: Problem, names: tuple[str, ...], activation:
         *smem, sums = smem_and_sums
         gate = dict(zip(piped, smem[:len(piped)], strict=True))
         up = {"x": gate["x"], **dict(zip(piped_up, smem[len(piped):], strict=True))}
-        return tuple(weight_only_gpu.advance(problem, machine, weight, warp_group, total) for total, weight in zip(sums, (gate, up), strict=True))
+        return tuple(add_weight_only(problem, machine, weight, warp_group, total) for total, weight in zip(sums, (gate, up), strict=True))
 
     def compute(run):
         mine = outputs * tiles.warp_groups + warp_group

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from pallas_kernels import pallas_triton
 from pallas_kernels.implementations import REFERENCE, needed_devices, pick, with_gradient_of
 from pallas_kernels.quant_matmul import gpu, jax_triton, tpu, triton
-from pallas_kernels.quant_matmul.activations import quantize_rows
 from pallas_kernels.quant_matmul.packing import PackedArrays, WeightFormat, dequantize_packed
+from pallas_kernels.quant_matmul.reference import quantize_rows
 from pallas_kernels.tiling import Device
 
 FLOATS = ("bfloat16", "float16")

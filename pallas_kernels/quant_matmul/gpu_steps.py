@@ -1,7 +1,7 @@
 """One step of a product on a Hopper GPU: ``total`` [64, rows] and the products of the step's inputs.
 
-Of float activations and quantized weights: a warp group unpacks the codes of its 64 outputs, applies the scales of groups, and multiplies: wgmma takes
-its left operand from registers.
+Of float activations and quantized weights: a warp group unpacks the codes of its 64 outputs, applies the scales of groups, and multiplies: wgmma
+takes its left operand from registers.
 
 Of 8-bit activations and 8-bit weights: wgmma takes both from shared memory. Tensor cores add products of fp8 with fewer bits than float32 has
 (DeepSeek-V3, arXiv:2412.19437, section 3.3.2). So the products of 128 inputs are summed there, and these sums in float32; scales of groups of 128 are

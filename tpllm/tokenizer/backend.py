@@ -62,14 +62,6 @@ class Backend:
         with border("the tokenizer fails on token ids"):
             return self.rust.decode(list(token_ids), skip_special_tokens=False)
 
-    def piece(self, token_id: int) -> str | None:
-        """A token as the vocabulary writes it."""
-        return self.rust.id_to_token(token_id)
-
-    def token_id(self, piece: str) -> int | None:
-        """Its id."""
-        return self.rust.token_to_id(piece)
-
     @functools.cached_property
     def plain(self) -> "Backend":
         """One that takes special-token text as plain text. It is a second tokenizer, because the attribute cannot be changed while another thread

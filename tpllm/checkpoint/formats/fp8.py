@@ -6,9 +6,9 @@ multiplies); ``weight_scale`` has one for the tensor, or one for each output (FB
 import functools
 from collections.abc import Mapping
 
-import ml_dtypes
 import numpy as np
 
+from tpllm.checkpoint.convert import STORED
 from tpllm.checkpoint.formats.matrix import E8M0, FLOATS, Module, ScaleLines, Shape, matrix_of
 from tpllm.checkpoint.formats.settings import Settings
 from tpllm.checkpoint.read import TensorReader
@@ -17,7 +17,6 @@ from tpllm.errors import log
 from tpllm.weights.scheme import QuantizedRows, Scheme
 
 KINDS = {"F8_E4M3": "e4m3", "F8_E5M2": "e5m2"}
-SCALE_DTYPES = {"F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
 SCALES = ("weight_scale_inv", "weight_scale")
 
 
@@ -66,7 +65,7 @@ def float8_matrix(module: Module, shape: tuple[int, int], *, part: str, block: t
         entry = module.need(part, dtypes, *output_shapes(N))
         lines = ScaleLines(entry, 1, N if entry.shape in TENSOR_SHAPES else 1)
     # Block scales are float32, as they are published: 0.25 bits of a weight, and no conversion in the product.
-    scale_dtype = np.dtype(np.float32) if block else SCALE_DTYPES.get(lines.entry.dtype, np.dtype(np.float32))
+    scale_dtype = np.dtype(np.float32) if block else STORED[lines.entry.dtype]
     group = block[1] if block and block[1] < K else 0
     kind = KINDS[weight.dtype]
     scheme = Scheme(f"fp8-{kind}" + (f"-g{group}" if group else ""), 8, group, kind=kind, scale_dtype=scale_dtype)

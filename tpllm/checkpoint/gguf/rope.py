@@ -14,6 +14,7 @@ from tpllm.checkpoint.safetensors import open_regular, read_exactly
 from tpllm.errors import CheckpointError
 
 FACTOR_TENSORS = {"rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"}
+"""No parameter is read from them."""
 MAX_FACTORS = 2**16
 TOLERANCE = 1e-4
 

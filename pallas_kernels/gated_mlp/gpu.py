@@ -20,8 +20,8 @@ from pallas_kernels.quant_matmul.warp_group import swizzled
 from pallas_kernels.tiling import Device, choose_tiles
 
 DTYPES = ("bfloat16", "float16")
-GROUP_OUTPUTS = 64
-"""Outputs of one warp group: the rows of the tensor cores' left operand."""
+DIM_STEP = GROUP_OUTPUTS = 64
+"""Outputs of one warp group: the rows of the tensor cores' left operand; dims of weights are multiples of it."""
 STEP_INPUTS = 64
 """Inputs of one step: 128 bytes, the widest swizzle."""
 TRANSFORMS = swizzled(2 * STEP_INPUTS, 2)
@@ -59,15 +59,6 @@ def on_chip_bytes(tiles: Tiles) -> int:
     """The stages' activations and weights, what is written, and room for barriers and alignment."""
     outputs = tiles.num_groups * GROUP_OUTPUTS
     return 2 * (tiles.num_stages * STEP_INPUTS * (tiles.rows + 2 * outputs) + tiles.rows * outputs) + 4096
-
-
-def refusal(dtype: str, num_inputs: int, num_outputs: int) -> str | None:
-    """Why the kernel cannot compute this; None where it can."""
-    if dtype not in DTYPES:
-        return f"takes {' and '.join(DTYPES)}, not {dtype}"
-    if num_inputs % STEP_INPUTS or num_outputs % GROUP_OUTPUTS:
-        return f"takes weights whose dims are multiples of {GROUP_OUTPUTS}, not [{num_outputs}, {num_inputs}]"
-    return None
 
 
 def gated_product(x_MD: jax.Array, gate_FD: jax.Array, up_FD: jax.Array, biases: tuple[jax.Array | None, jax.Array | None], *,

@@ -14,6 +14,7 @@ from pallas_kernels.tiling import Device
 
 KERNELS = {"mosaic_gpu": gpu, "mosaic_tpu": tpu}
 PACKED_KERNELS = {"mosaic_gpu": packed_gpu, "mosaic_tpu": packed_tpu}
+LAYOUTS = {"mosaic_gpu": "fragments", "mosaic_tpu": "columns"}
 Weight = jax.Array | PackedArrays
 
 
@@ -68,15 +69,21 @@ def gated_mlp(x_D: jax.Array, gate_FD: jax.Array, up_FD: jax.Array, down_DF: jax
 
 def refusal(name: str, x_MD: jax.Array, gate: Weight, weight_format: WeightFormat | None, device: Device, interpret: bool) -> str | None:
     """Why a kernel cannot do what is asked; None where it can."""
+    kernel, f = KERNELS[name], weight_format
     if needed := needed_devices(name, device, interpret):
         return f"needs {needed}, not {device.kind or device.platform}"
     if not x_MD.shape[0]:
         return "takes at least one row of activations, not none"
-    if weight_format is not None:
-        return PACKED_KERNELS[name].refusal(str(x_MD.dtype), weight_format)
-    if gate.dtype != x_MD.dtype:
+    if f is None and gate.dtype != x_MD.dtype:
         return f"takes weights of the dtype of the activations, {x_MD.dtype}, not {gate.dtype}"
-    return KERNELS[name].refusal(str(x_MD.dtype), *gate.shape[::-1])
+    if x_MD.dtype not in kernel.DTYPES:
+        return f"takes {' and '.join(kernel.DTYPES)}, not {x_MD.dtype}"
+    if f is None:
+        is_whole = all(size % kernel.DIM_STEP == 0 for size in gate.shape)
+        return None if is_whole else f"takes weights whose dims are multiples of {kernel.DIM_STEP}, not {list(gate.shape)}"
+    if f.activations != "float":
+        return f"takes weights that multiply activations as they are, not {f.activations} ones; quantize them in two calls of quant_matmul"
+    return None if f.layout == LAYOUTS[name] else f"takes weights packed in the layout {LAYOUTS[name]!r}, not {f.layout!r}"
 
 
 def _run(kernel, x_MD, gate, up, biases, *, num_outputs, **how):

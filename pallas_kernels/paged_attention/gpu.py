@@ -79,8 +79,9 @@ def paged_attention(q_BTNH: jax.Array, k_PKSH: jax.Array, v_PKSH: jax.Array, pos
     tiles = tiles or choose_tiles(*tiling(q_BTNH, k_PKSH, device))
     dtype = jnp.dtype(k_PKSH.dtype if k_PKSH.dtype.itemsize == 2 else q_BTNH.dtype)
     split = pl.cdiv(max(MIN_SPLIT, pl.cdiv(L * S, MAX_SPLITS)), 128) * 128
-    call = Call(tiles.block, tiles.stages, S, group, H, split // tiles.block, scale, softcap, window, dtype, jnp.dtype(k_PKSH.dtype),
-                H if T == 1 else math.gcd(H, MAX_COLUMNS), interpret)
+    call = Call(block=tiles.block, stages=tiles.stages, page_size=S, group=group, head_dim=H, split=split // tiles.block, scale=scale, window=window,
+                softcap=softcap, dtype=dtype, cache_dtype=jnp.dtype(k_PKSH.dtype), columns=H if T == 1 else math.gcd(H, MAX_COLUMNS),
+                interpret=interpret)
     runs = cut_into_runs(positions_BT, table, longest=1 if T == 1 else QUERY_ROWS // group, window=window)
     padding = ((0, 0), (0, QUERY_ROWS), (0, 0))  # the last run's queries are read with what lies behind them
     q_KMH = jnp.pad(q_BTNH.reshape(B * T, K, group, H).transpose(1, 0, 2, 3).reshape(K, B * T * group, H).astype(dtype), padding)

@@ -13,7 +13,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.flash_attention import MASKED, soft_cap
 from pallas_kernels.page_table import PageTable
-from pallas_kernels.paged_attention.runs import Runs, cut_into_runs
+from pallas_kernels.paged_attention.runs import BlockedCall, Runs, cut_into_runs
 from pallas_kernels.precision import matmul_precision
 from pallas_kernels.tiling import Device, choose_tiles
 
@@ -34,23 +34,12 @@ class Tiles:
 CANDIDATES = tuple(map(Tiles, (512, 256, 128)))
 
 
-@dataclasses.dataclass(frozen=True)
-class Call:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Call(BlockedCall):
     """What is fixed when a kernel is built. ``heads``: KV heads that a core has; ``rows``: query rows of each."""
 
-    block: int
-    page_size: int
     heads: int
     rows: int
-    scale: float
-    softcap: float | None
-    window: int | None
-    dtype: jnp.dtype
-
-    @property
-    def pieces(self) -> int:
-        """Pages of a block."""
-        return max(1, self.block // self.page_size)
 
 
 def refusal(q_BTNH: jax.Array, k_PKSH: jax.Array, _) -> str | None:
@@ -85,7 +74,7 @@ def paged_attention(q_BTNH: jax.Array, k_PKSH: jax.Array, v_PKSH: jax.Array, pos
     longest = 1 if T == 1 else max(1, RUN_ROWS // G)
     rows = pl.cdiv(longest * G, MIN_ROWS) * MIN_ROWS
     cores = 2 if device.kind in TWO_CORES and K % 2 == 0 else 1
-    call = Call(0, S, K // cores, rows, scale, softcap, window, q_BTNH.dtype)
+    call = Call(block=0, page_size=S, heads=K // cores, rows=rows, scale=scale, softcap=softcap, window=window, dtype=q_BTNH.dtype)
     candidates = [candidate for candidate in CANDIDATES if candidate.block % S == 0 or S % candidate.block == 0]
     key = (K, G, H, S, str(k_PKSH.dtype), "decode" if T == 1 else "ragged")
     tiles = tiles or choose_tiles("paged_attention", device, key, candidates,

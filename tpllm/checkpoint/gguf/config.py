@@ -166,5 +166,5 @@ ARCHITECTURES: dict[str, tuple[str, str, Callable[[GgufFile, Mapping[str, Any]],
     "gemma2": ("Gemma2ForCausalLM", "gemma2", _gemma2), "gemma3": ("Gemma3ForCausalLM", "gemma3_text", _gemma3),
     "phi3": ("Phi3ForCausalLM", "phi3", _phi3), "gpt-oss": ("GptOssForCausalLM", "gpt_oss", _gpt_oss),
 }
-"""By ``general.architecture``: config.json's ``architectures`` and ``model_type``, and what differs from or goes beyond the common fields, of the file
-and those."""
+"""By ``general.architecture``: config.json's ``architectures`` and ``model_type``, and the fields, made of the file and the common ones, that differ
+from those or go beyond them."""

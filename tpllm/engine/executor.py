@@ -1,5 +1,8 @@
 """Who runs the engine's programs: it is handed names, static arguments and numpy arrays, so that it may be this process or several in step."""
 import dataclasses
+import logging
+import os
+import threading
 from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
 
@@ -9,13 +12,17 @@ import jax.numpy as jnp
 from tpllm.engine.programs import StepOutput, jit_programs
 from tpllm.engine.shapes import EngineShapes
 from tpllm.engine.slots import TARGET, Cache, SlotState
+from tpllm.environment.memory import return_freed_memory
 from tpllm.model.config import ModelConfig
 from tpllm.model.kv_cache import init_cache
 from tpllm.model.params import DecoderParams
 from tpllm.model.per_row import empty_rows, shardings_of
 from tpllm.model.sampling import STOP_IDS, TokenScores
 
+log = logging.getLogger("tpllm")
+
 MAX_STEPS = 32  # decode steps of one program, at most
+_COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,3 +160,43 @@ def _delete(arrays: Any) -> None:
     for leaf in jax.tree.leaves(arrays):
         if isinstance(leaf, jax.Array) and not leaf.is_deleted():
             leaf.delete()
+
+
+class UnexpectedCompileError(RuntimeError):
+    """A program was compiled after warm-up."""
+
+
+class CompileGuard:
+    """A context manager around dispatches; once :meth:`arm` was called, a compile inside it raises or is logged.
+
+    It raises where the environment variable ``TPLLM_COMPILE_GUARD`` is ``raise``, as in this project's tests.
+    """
+
+    def __init__(self):
+        self.is_armed = False
+        self.num_compiles = 0
+        self._before = self._thread = 0
+
+    def arm(self) -> None:
+        """From now on every compile is unexpected."""
+        self.is_armed = True
+
+    def __enter__(self) -> "CompileGuard":
+        jax.monitoring.register_event_duration_secs_listener(self._count)
+        self._before, self._thread = self.num_compiles, threading.get_ident()
+        return self
+
+    def __exit__(self, *_) -> None:
+        jax.monitoring.unregister_event_duration_listener(self._count)
+        compiled = self.num_compiles - self._before
+        if compiled:
+            return_freed_memory()
+        if not self.is_armed or not compiled:
+            return
+        message = f"{compiled} program(s) compiled after warm-up"
+        if os.environ.get("TPLLM_COMPILE_GUARD") == "raise":
+            raise UnexpectedCompileError(message)
+        log.warning("%s; the requests at hand wait for it", message)
+
+    def _count(self, event: str, _duration: float, **_) -> None:
+        self.num_compiles += event == _COMPILE_EVENT and threading.get_ident() == self._thread  # another thread's is none of ours

@@ -9,8 +9,7 @@ import numpy as np
 
 from sharding_rules.axes import BATCH
 from tpllm.engine.batch import pack_chunk, row_of
-from tpllm.engine.compile_guard import CompileGuard
-from tpllm.engine.executor import Call, Executor, LocalExecutor
+from tpllm.engine.executor import Call, CompileGuard, Executor, LocalExecutor
 from tpllm.engine.plan import Move, StepPlan
 from tpllm.engine.programs import StepOutput
 from tpllm.engine.roofline import find_costs

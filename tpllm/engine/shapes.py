@@ -166,8 +166,8 @@ def choose_num_pages(config: ModelConfig, shapes: EngineShapes, dtype, *, kv_cac
             num_pages = min(num_pages, wanted)
     if num_pages < 1:
         raise ConfigError(f"no page of the KV cache fits: one takes {decimal(one_page)} on each device ({shapes.page_size} tokens), "
-                          f"{decimal(free)} are free there, of which memory_share allows {decimal(int(free * share))}; lower the size of the model or "
-                          "page_size, take a smaller dtype or kv_cache_dtype, raise memory_share, or use a mesh of more devices")
+                          f"{decimal(free)} are free there, of which memory_share allows {decimal(int(free * share))}; lower the size of the model "
+                          "or page_size, take a smaller dtype or kv_cache_dtype, raise memory_share, or use a mesh of more devices")
     _report(shapes, num_pages, num_groups=num_groups, num_bytes=num_pages * one_page)
     return num_pages
 

@@ -181,8 +181,8 @@ def compare_cell(cell: Cell, first: LLM, model: llama_cpp_model.PeerModel, args:
             LLM.from_params(first.config, first.params, max_model_len=cell.context_len, max_num_seqs=cell.num_rows)))
         context, trials = llama_cpp_model.choose_attention(cell, model, rng)
         stack.callback(context.close)
-        pairs = measure_pairs(our_turns(cell, llm, rng), lambda: llama_cpp_model.time_peer(cell, context, model.vocab_size, rng), num_pairs=args.rounds,
-                              max_repeats=args.max_repeats, measure_bandwidth=lambda: host_bandwidth(host_free_bytes()))
+        pairs = measure_pairs(our_turns(cell, llm, rng), lambda: llama_cpp_model.time_peer(cell, context, model.vocab_size, rng),
+                              num_pairs=args.rounds, max_repeats=args.max_repeats, measure_bandwidth=lambda: host_bandwidth(host_free_bytes()))
     summary, bandwidth = summarize(pairs, num_pairs=args.rounds), sum((pair.bandwidth for pair in pairs), Bandwidth(()))
     medians = summary["medians"]
     entry = {**dataclasses.asdict(cell), "peer_attention_trials": trials, "peer_attention": llama_cpp_model.best_attention(trials),

@@ -26,7 +26,7 @@ _COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 
 
 @dataclasses.dataclass(frozen=True)
-class Call:
+class ProgramCall:
     """One program to be run, or pages to be kept.
 
     Attributes:
@@ -46,7 +46,7 @@ Output = tuple[StepOutput, TokenScores | None]
 class Executor(Protocol):
     """Holds models, cache and slots, and runs programs on them in the order in which they are given."""
 
-    def run(self, calls: Iterable[Call]) -> Output | None:
+    def run(self, calls: Iterable[ProgramCall]) -> Output | None:
         """Start the programs and return at once; what the last ``step`` or ``decode`` gives, on its way, and the scores of a prompt."""
 
     def renew(self) -> None:
@@ -82,7 +82,7 @@ class LocalExecutor:
         self._make_arrays()
         self.programs = jit_programs(config, self.cache, self.state, max_steps=MAX_STEPS)
 
-    def run(self, calls: Iterable[Call]) -> Output | None:
+    def run(self, calls: Iterable[ProgramCall]) -> Output | None:
         """See :meth:`.Executor.run`."""
         output = None
         for call in calls:

@@ -19,12 +19,12 @@ INTER_TOKEN_BOUNDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.
 
 
 class Histogram:
-    """Counts of seconds under each of some bounds.
+    """Counts of durations, in buckets of seconds.
 
     Attributes:
-        bounds: upper ones, ascending; beyond the last is one bucket more.
-        counts: values in each bucket.
-        total: sum of the values.
+        bounds: the upper bounds of the buckets, ascending; one more bucket holds what lies beyond the last.
+        counts: the number of values in each bucket.
+        total: the sum of the values.
     """
 
     def __init__(self, bounds: Values[float]):
@@ -37,7 +37,7 @@ class Histogram:
 
     @property
     def num_values(self) -> int:
-        """How many were counted."""
+        """How many values were counted."""
         return sum(self.counts)
 
     def cumulative(self) -> list[tuple[str, int]]:
@@ -46,7 +46,7 @@ class Histogram:
         return list(zip(bounds, itertools.accumulate(self.counts), strict=True))
 
     def copy(self) -> "Histogram":
-        """One that does not change."""
+        """A copy that later values do not change."""
         other = Histogram(self.bounds)
         other.counts, other.total = list(self.counts), self.total
         return other
@@ -148,17 +148,17 @@ class Metrics:
     """Counters of an engine, from its start.
 
     Attributes:
-        costs: of a pass over the weights, and of a token.
-        num_requests: that were queued.
+        costs: the costs of a pass over the weights, and of a token.
+        num_requests: requests that were queued.
         num_ended: completions by how they ended.
-        num_generated_tokens: drawn.
-        num_prefilled_tokens: of prompts, and of contexts computed again, that went through the model.
-        num_programs, num_decode_steps: dispatched and read.
+        num_generated_tokens: tokens that were drawn.
+        num_prefilled_tokens: tokens of prompts, and of contexts computed again, that went through the model.
+        num_programs, num_decode_steps: programs and decode steps that were dispatched and read.
         host_s: seconds in which the host planned, packed, dispatched, and made text of what it read.
         waited_s: seconds in which it waited for the device.
         busy_s: seconds in which a program was under way.
-        bytes_read, flops: of those programs, by their costs.
-        ttft, inter_token: seconds from arrival to a request's first token; from a completion's token to its next.
+        bytes_read, flops: what those programs read and computed, by their costs.
+        ttft, inter_token: seconds from a request's arrival to its first token, and from a completion's token to its next.
     """
 
     costs: ProgramCosts

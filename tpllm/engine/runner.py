@@ -1,4 +1,4 @@
-"""Plans as calls of programs."""
+"""Makes calls of device programs out of plans."""
 import dataclasses
 import itertools
 from collections.abc import Iterator, Mapping
@@ -28,7 +28,7 @@ NO_ROW = Row(SamplingParams(), prompt=[0])  # to compile with
 
 @dataclasses.dataclass(frozen=True)
 class Dispatched:
-    """A program on its way, and what it is for."""
+    """A program that was dispatched, its plan, and its results, which may not be there yet."""
 
     plan: StepPlan
     output: StepOutput | None = None
@@ -42,13 +42,13 @@ class Runner:
         config: the model, fitted to its mesh.
         params: its parameters.
         shapes: sizes of the programs.
-        num_pages: of the KV cache, of each data group.
+        num_pages: pages of the KV cache of each data group.
         eos_ids: the model's end-of-sequence ids.
-        cache_dtype: of keys and values.
+        cache_dtype: the dtype of keys and values.
 
     Attributes:
-        executor: what runs them.
-        costs: of the programs, by the model's sizes.
+        executor: runs the calls.
+        costs: what the programs read and compute, by the model's sizes.
     """
 
     def __init__(self, config: ModelConfig, params: DecoderParams, *, shapes: EngineShapes, num_pages: int, eos_ids: frozenset[int], cache_dtype):
@@ -72,7 +72,7 @@ class Runner:
             return Dispatched(plan, *self.executor.run(self._calls(plan, tables)) or ())
 
     def drop(self, key: int) -> None:
-        """Keep what was saved of a row no longer."""
+        """Forget what was saved of a row."""
         self.executor.run([ProgramCall("drop", (key,))])
 
     def _calls(self, plan: StepPlan, tables: Mapping[str, np.ndarray]) -> Iterator[ProgramCall]:

@@ -18,7 +18,7 @@ MAX_SEQS = 1024
 DEFAULT_CONTEXT = 4096
 DEFAULT_SEQS, DEFAULT_SEQS_CPU = 32, 8
 DEFAULT_CHUNK, DEFAULT_CHUNK_CPU = 512, 128
-MEMORY_SHARE, MEMORY_SHARE_CPU = 0.9, 0.5  # of what the weights leave; a CPU's memory serves others too
+MEMORY_SHARE, MEMORY_SHARE_CPU = 0.9, 0.5  # the share of the memory left by the weights; other programs use a CPU's memory too
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,10 +26,10 @@ class EngineShapes:
     """The static sizes of the device programs.
 
     Attributes:
-        max_num_seqs: slots; decode always computes this many rows, or fewer where results may depend on it.
-        max_model_len: tokens a row can hold, prompt and completion together.
-        prefill_chunk: most prompt tokens in one program, a power of two of at least 16.
-        page_size: tokens of a page of the KV cache.
+        max_num_seqs: the number of slots. Decode always computes this many rows, or fewer where results may depend on the number.
+        max_model_len: the most tokens of a row, prompt and completion together.
+        prefill_chunk: the most prompt tokens of one program: a power of two, at least 16.
+        page_size: tokens in a page of the KV cache.
         is_batch_invariant: whether results may not depend on how many slots are busy.
         has_invariant_kernels: whether products give a row the same bits at any number of rows. Where they do not, a batch-invariant decode
             always runs at ``max_num_seqs`` rows.
@@ -55,7 +55,7 @@ class EngineShapes:
 
     @property
     def buckets(self) -> tuple[int, ...]:
-        """Padded chunk lengths: powers of two up to ``prefill_chunk``."""
+        """The lengths that chunks are padded to: powers of two up to ``prefill_chunk``."""
         return tuple(2**i for i in range(MIN_BUCKET.bit_length() - 1, self.prefill_chunk.bit_length()))
 
     def bucket_for(self, num_tokens: int) -> int:
@@ -68,12 +68,12 @@ class EngineShapes:
 
     @property
     def pages_per_row(self) -> int:
-        """Pages of a row of ``max_model_len`` tokens."""
+        """The number of pages that a row of ``max_model_len`` tokens takes."""
         return -(-self.max_model_len // self.page_size)
 
     @property
     def shared_multiple(self) -> int:
-        """Rows share multiples of so many tokens: pages, or whole chunks where a token's bits depend on how many were computed with it."""
+        """Rows share multiples of this many tokens: pages, or whole chunks where a token's bits depend on how many were computed with it."""
         is_free = self.has_invariant_kernels or not self.is_batch_invariant
         return self.page_size if is_free else max(self.page_size, self.prefill_chunk)
 
@@ -136,18 +136,18 @@ def least_cache_bytes(config: ModelConfig, shapes: EngineShapes, dtype, *, kv_ca
 
 def choose_num_pages(config: ModelConfig, shapes: EngineShapes, dtype, *, kv_cache_tokens: int | None = None,
                      memory_share: float | None = None) -> int:
-    """Pages of each data group, once the weights are loaded.
+    """The number of pages of each data group, once the weights are loaded.
 
     Args:
-        config: fitted to its mesh.
+        config: the model, fitted to its mesh.
         shapes: the engine's sizes.
-        dtype: of keys and values.
-        kv_cache_tokens: of all groups together; rounded up to whole pages.
-        memory_share: of the free memory of the device that has least; None for 0.9. On CPU, and where a device does not tell, as much as
-            ``max_num_seqs`` rows of ``max_model_len`` can use is enough, and None is at most half of the free memory.
+        dtype: the dtype of keys and values.
+        kv_cache_tokens: tokens of all groups together; rounded up to whole pages.
+        memory_share: the share of the free memory of the device that has the least; None for 0.9. On a CPU, and where a device does not say how
+            much is free, the cache is no larger than ``max_num_seqs`` rows of ``max_model_len`` can use, and None is at most half of the free memory.
 
     Raises:
-        ConfigError: room for no page; how much memory was found, and what to lower.
+        ConfigError: there is no room for a single page; the text says how much memory was found, and what to lower.
         MemoryNeedError: ``kv_cache_tokens`` that do not fit.
     """
     check_cache_size(kv_cache_tokens, memory_share)

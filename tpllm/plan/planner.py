@@ -105,7 +105,7 @@ def _step_bytes_of_a_row(setup: Setup) -> float:
     """By how much each row lets the temporaries of a decode step grow."""
     setup = dataclasses.replace(setup, config=setup.config.slice(0, SAMPLE_LAYERS))
     once, twice = (_with_rows(setup, times * setup.shapes.max_num_seqs) for times in (1, 2))
-    fewer, more = compile_all([_lower(one, "decode") for one in (once, twice)])
+    fewer, more = compile_all([_lower(sample, "decode") for sample in (once, twice)])
     return max(0.0, (more.temporary_bytes - fewer.temporary_bytes) / (setup.shapes.max_num_seqs / setup.config.partition.size(BATCH)))
 
 

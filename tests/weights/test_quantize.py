@@ -74,6 +74,11 @@ def computed(x, tokens, weight):
     return linear(x, weight), lookup(tokens, weight, jnp.float32), weight.dequantize() if isinstance(weight, XlaWeight) else None
 
 
+def assert_dense(found, expected, scheme):
+    """To the last bit, but for mins: within one program XLA may round a product and its sum once."""
+    np.testing.assert_allclose(found, expected, rtol=0, atol=2e-7 * np.abs(expected).max() if scheme.mins == "float" else 0)
+
+
 @pytest.mark.parametrize("name", SCHEMES)
 @settings(max_examples=25, deadline=None)
 @given(seed=st.integers(0, 2**20), num_rows=st.integers(0, 5), num_inputs=st.integers(1, 300), magnitude=st.floats(1e-2, 1e3))
@@ -121,7 +126,7 @@ def test_what_a_checkpoint_holds_is_kept_and_multiplies_as_its_dequantized_weigh
     x = np.random.default_rng(1).standard_normal((3, shape[1]), np.float32)
     product, found, whole = computed(x, np.array([0, shape[0] - 1], np.int32), weight)
     if not is_packed:
-        np.testing.assert_array_equal(whole, dense)
+        assert_dense(whole, dense, scheme)
     np.testing.assert_allclose(product, x @ dense.T, rtol=2e-5, atol=2e-5 * np.abs(dense).max() * shape[1] ** 0.5)
     np.testing.assert_allclose(found, dense[[0, -1]], rtol=1e-6, atol=1e-6 * np.abs(dense).max())
 
@@ -137,7 +142,7 @@ def test_shards_keep_the_scales_of_groups_that_they_cut(native_library, scheme, 
     x = np.random.default_rng(1).standard_normal((2, 3, shape[1]), np.float32)
     product, _, whole = computed(x, np.zeros((1, 1), np.int32), weight)
     if not is_packed:
-        np.testing.assert_array_equal(whole, dense)
+        assert_dense(whole, dense, scheme)
     np.testing.assert_allclose(product, x @ dense.T, rtol=2e-5, atol=2e-5 * np.abs(dense).max() * shape[1] ** 0.5)
 
 

@@ -150,6 +150,7 @@ def test_a_prompt_that_is_begun_twice_has_its_scores_once(make):
     assert exact([request.output]) == exact([expected])
 
 
+@pytest.mark.parametrize("make", ["native" if IS_NATIVE else "xla"], indirect=True)
 def test_ropes_that_depend_on_the_prompts_length_share_nothing_across_lengths(make):
     from tpllm.model.config import RopeConfig
     config = dataclasses.replace(CONFIG, rope=RopeConfig(kind="dynamic", theta=10000.0, factor=2.0, original_max_position=32), layer_ropes=())

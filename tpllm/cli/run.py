@@ -120,8 +120,9 @@ def _words(args: argparse.Namespace) -> Iterator[str]:
     for key in (*_job_keys(), *ENGINE_OPTIONS):
         value = getattr(args, key)
         if value is not None:
-            text = value[0] if isinstance(value, list) and len(value) == 1 else value if isinstance(value, str) else json.dumps(value)
-            yield f"--{key if key in JOB_KEYS else f'engine.{key}'}={text}"
+            value = value[0] if isinstance(value, list) and len(value) == 1 else value
+            is_job_key = key in JOB_KEYS
+            yield f"--{key if is_job_key else f'engine.{key}'}={value if is_job_key and isinstance(value, str) else json.dumps(value)}"
 
 
 def _show_dry_run(job: "JobConfig", make_llm: Callable[..., Any] | None) -> int:

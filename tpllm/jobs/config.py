@@ -87,7 +87,7 @@ class JobConfig:
         if self.shard is not None:
             parse_shard(self.shard)
         if self.prompt_template is not None and not fields_of(self.prompt_template):
-            raise JobError(f"prompt_template is {self.prompt_template!r}, the same prompt for every row; name a field of the rows in it, as in {{text}}")
+            raise JobError(f"prompt_template is {self.prompt_template!r}, the same prompt for every row; name a field of the rows, as in {{text}}")
         _check_type("allow_environment_change", self.allow_environment_change, bool, "true or false")
         for key in ("engine", "sampling"):
             _check_type(key, getattr(self, key), Mapping, "a mapping")
@@ -166,8 +166,8 @@ def make_job(data: Mapping[str, Any], options: Iterable[tuple[tuple[str, ...], A
     for key_path, value in options:
         _set(data, key_path, value)
     if missing := [key for key in REQUIRED_KEYS if data.get(key) is None]:
-        add = f"add '{missing[0]}: ...' or " if name else ""
-        raise JobError(f"{where}{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing; {add}give --{missing[0]} ...")
+        fix = f"add '{missing[0]}: ...' or give --{missing[0]} ..." if name else f"give --{missing[0]} ..., or a job file"
+        raise JobError(f"{where}{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing; {fix}")
     try:
         return JobConfig(**data)
     except (JobError, SamplingError) as error:

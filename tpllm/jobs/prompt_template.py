@@ -20,7 +20,8 @@ def parse_template(template: str) -> list[tuple[str, str | None]]:
         raise JobError(f"prompt_template is {template!r}: {error}; {fix}") from None
     for _, name, form, conversion in pieces:
         if name is not None and (not name or form or conversion):
-            raise JobError(f"prompt_template is {template!r}: it has {{{name}{f'!{conversion}' if conversion else ''}{f':{form}' if form else ''}}}; {fix}")
+            rest = (f"!{conversion}" if conversion else "") + (f":{form}" if form else "")
+            raise JobError(f"prompt_template is {template!r}: it has {{{name}{rest}}}; {fix}")
     return [(text, name) for text, name, _, _ in pieces]
 
 

@@ -107,8 +107,8 @@ def row_request(row: Row, *, job_seed: int, sampling: Mapping[str, Any], prompt_
         prompt_template: makes the prompt of the row's fields; None where the row has it.
 
     Raises:
-        RowError: no prompt, or one of the wrong type; a field of the template that is not there; an unknown sampling key or a value out of its range; a custom_id that is neither text nor a
-            number.
+        RowError: no prompt, or one of the wrong type; a field of the template that is not there; an unknown sampling key or a value out of its
+            range; a custom_id that is neither text nor a number.
     """
     if is_batch_row(row.fields):
         if prompt_template is not None:

@@ -69,7 +69,7 @@ class JobResult:
         return self.num_errors == self.num_rows > 0
 
 
-class TooManyFailures(Exception):
+class TooManyFailuresError(Exception):
     """More rows failed than the job's ``max_failures``."""
 
 
@@ -101,7 +101,7 @@ def run_job(job: JobConfig, *, make_llm: Callable[..., Any] | None = None, disk:
             stop.before_exit(journal.sync)
             run.resume(stop)
             if not run.is_over:
-                with contextlib.suppress(TooManyFailures):
+                with contextlib.suppress(TooManyFailuresError):
                     run.generate(make_llm, stop)
         return run.result(stop.number)
 
@@ -222,7 +222,7 @@ class _Run:
         if row.is_error:
             self._num_new_errors, self._last_failure = self._num_new_errors + 1, describe_failure(row.line)
             if self._has_too_many_failures:
-                raise TooManyFailures
+                raise TooManyFailuresError
 
     def _complete_idle_shard(self) -> None:
         """A shard without parts needs no model: what the job is, is all its manifest tells."""

@@ -14,9 +14,9 @@ class Ledger:
     then its own file are put in place, its journal is removed. A process that dies between any two of these leaves a folder from which the rest
     follows.
 
-    With ``retries_failed`` rows that failed are wanted again. A committed part stays as it is until the first of them is finished: then its other rows
-    are put into its journal, all at once, the part's own file is removed, and the part is one that lacks its failed rows. Its errors file stays until
-    it is committed again.
+    With ``retries_failed`` rows that failed are wanted again. A committed part stays as it is until the first of them is finished: then its other
+    rows are put into its journal, all at once, the part's own file is removed, and the part is one that lacks its failed rows. Its errors file stays
+    until it is committed again.
 
     Args:
         folder: the output.
@@ -38,10 +38,11 @@ class Ledger:
         journal.drop_foreign(parts)
         self._known = {part: journal.rows(part) for part in journal.parts if part not in folder.committed}
         self.num_done = sum(parts.size(part) for part in folder.committed if part in parts.numbers) + sum(map(len, self._known.values()))
-        self.num_failed = sum(map(folder.num_failed, folder.committed & {*parts.numbers})) + sum(len(journal.failed_rows(part)) for part in self._known)
+        own = [part for part in folder.committed if part in parts.numbers]
+        self.num_failed = sum(map(folder.num_failed, own)) + sum(len(journal.failed_rows(part)) for part in self._known)
         self._to_retry: set[int] = set()
         if retries_failed:
-            self._to_retry.update(*map(folder.failed_rows, folder.committed & {*parts.numbers}), *map(journal.failed_rows, self._known))
+            self._to_retry.update(*map(folder.failed_rows, own), *map(journal.failed_rows, self._known))
             self._known = {part: rows - self._to_retry for part, rows in self._known.items()}
             self.num_done, self.num_failed = self.num_done - self.num_failed, 0
 

@@ -45,7 +45,8 @@ class InputFile:
         is_compressed = suffixes[-1] in COMPRESSED_SUFFIXES
         self.kind = PARQUET if suffixes[-1] in PARQUET_SUFFIXES else CSV if suffixes[-1 - is_compressed] == ".csv" else JSONL
         if any(suffix in OTHER_SUFFIXES + PARQUET_SUFFIXES * is_compressed for suffix in suffixes[-1 - is_compressed:]):
-            raise JobError(f"cannot read the input {name}: it must be JSONL or CSV (also .gz, .bz2, .xz or .zst) or Parquet (which compresses inside)")
+            raise JobError(f"cannot read the input {name}: it must be JSONL or CSV (also .gz, .bz2, .xz or .zst), or Parquet (which compresses "
+                           "inside)")
         self._decompress = find_decompressor(suffixes[-1], name) if is_compressed else None
         self._digest: Digest | None = None
         with reading(name, hint=f" (paths are relative to the working directory, here {pathlib.Path.cwd()})" if filesystem is None else ""):
@@ -179,7 +180,7 @@ def reading(name: str, *, hint: str = "") -> Iterator[None]:
     except (TpllmError, MemoryError, AssertionError):
         raise
     except IsADirectoryError:
-        raise JobError(f"cannot read the input {name}: it is a folder; write {name.rstrip('/')}/*.jsonl, or *.csv or *.parquet") from None
+        raise JobError(f"cannot read the input {name}: it is a folder; write {name.rstrip('/')}/*.jsonl, *.csv or *.parquet") from None
     except FileNotFoundError:
         raise JobError(f"cannot read the input {name}: No such file{hint}") from None
     except Exception as error:

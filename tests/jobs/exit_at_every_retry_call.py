@@ -1,6 +1,6 @@
 """For tests: retry a job's failed rows again and again, ending the process at every disk call in turn; after each, a new process must finish it.
 
-``exit_at_every_retry_call.py INPUT FOLDER SUFFIX`` prints how many ends there were. It forks, so it must stay free of threads.
+``exit_at_every_retry_call.py INPUT FOLDER FORMAT`` prints how many ends there were. It forks, so it must stay free of threads.
 """
 import itertools
 import os
@@ -44,7 +44,7 @@ def main(input_path: str, folder: str, output_format: str) -> None:
     shutil.move(folder, folder + "-failed")
     run_job(job, make_llm=FakeLLM, disk=QuickDisk(), sync_interval_s=0)
     wanted, num_ends = parts(folder), 0
-    for moment, by_run in itertools.product(MOMENTS, (False, True)):
+    for moment, by_run in (("after", True), *itertools.product(MOMENTS if output_format == "jsonl" else (), (False,))):
         for number in itertools.count():
             shutil.rmtree(folder)
             shutil.copytree(folder + "-failed", folder)

@@ -85,9 +85,10 @@ def test_nothing_is_touched_where_no_row_failed_and_no_model_is_loaded(run_text)
     assert contents(folder) == before
 
 
-def test_a_part_stays_in_place_until_the_first_of_its_rows_is_finished_again_also_when_the_model_cannot_be_loaded(failed):
-    before = parts(failed.output)
-    seen = []
+def test_a_part_stays_in_place_until_the_first_of_its_rows_is_finished_again_also_when_the_model_cannot_be_loaded(make_job):
+    job, seen = make_job(rows_text(9)), []
+    run_job(job, make_llm=FailingLLM)
+    before = parts(job.output)
 
     class Broken(FakeLLM):
         def __init__(self, *_, max_num_seqs=4, **__):
@@ -95,13 +96,13 @@ def test_a_part_stays_in_place_until_the_first_of_its_rows_is_finished_again_als
 
     class Looking(FakeLLM):
         def _output(self, *arguments):
-            seen.append(set(parts(failed.output)))
+            seen.append(parts(job.output))
             return super()._output(*arguments)
     with pytest.raises(RuntimeError, match="no memory"):
-        retry(failed.output, Broken)
-    assert parts(failed.output) == before
-    retry(failed.output, Looking)
-    assert seen[0] == set(before)
+        retry(job.output, Broken)
+    assert parts(job.output) == before
+    retry(job.output, Looking)
+    assert seen[0] == before
 
 
 def test_an_incomplete_job_is_completed_and_its_failed_rows_are_run_again_also_those_in_a_journal(make_job, run_text):

@@ -186,9 +186,12 @@ class OutputFolder:
         self._records[part] = record
 
     def _remove_errors(self, part: int) -> None:
-        """Of a part whose rows failed when it was committed before, and do not now."""
+        """Of a part whose rows failed when it was committed before, and do not now; for good, before the part appears."""
+        is_there = (self.path / errors_name(part)).exists()
         with writing_to(self.path):
             self._disk.remove(self.path / errors_name(part))
+            if is_there:
+                self._disk.sync_folder(self.path)
 
 
 def read_manifest(folder: pathlib.Path) -> dict[str, Any] | None:

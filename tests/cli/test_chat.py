@@ -69,6 +69,7 @@ def test_an_answer_is_given_again_to_the_same_messages(talk):
     second = [*first, ("assistant", "answer 1"), ("user", "two")]
     assert asked == [first, first, second, second]
     assert "tpllm: there is no answer yet" in err
+    assert "at temperature 0 the answer stays the same" in talk("one", "/regen", options=("--temp", "0"))[2]
 
 
 def test_a_message_of_several_lines_stands_between_three_quotation_marks(talk):
@@ -81,7 +82,7 @@ def test_a_saved_conversation_is_a_row_of_a_job(talk, tmp_path):
     _, _, err = talk("é", f"/save {path}", f"/save {path}", "/save", "/save /no/such/folder/x")
     row = json.loads(path.read_text())
     assert row == {"messages": [{"role": "user", "content": "é"}, {"role": "assistant", "content": "answer 1"}]}
-    for message in (f"cannot write {path}: File exists", "write the file's name, as in /save talk.jsonl", "cannot write /no/such/folder/x: No such file"):
+    for message in (f"cannot write {path}: File exists", "write the file's name, as in /save talk.jsonl", "cannot write /no/such/folder/x: No"):
         assert f"tpllm: {message}" in err
 
 

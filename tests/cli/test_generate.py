@@ -110,6 +110,14 @@ def test_options_come_before_the_models_own_and_those_before_the_commands(listen
     assert found == [(9, 0.25, ()), (3, 0, ()), (4, 0.25, (":", "1"))]
 
 
+@pytest.mark.parametrize(("own", "words", "temperature"), [
+    ({}, [], 0), ({}, ["--seed", "7"], 1), ({"top_k": 40}, [], 1), ({"temperature": 0.6}, [], 0.6)])
+def test_the_best_token_is_taken_where_neither_the_options_nor_the_model_ask_for_draws(listening, monkeypatch, own, words, temperature):
+    monkeypatch.setattr(listening, "__init__", lambda self, model, **_: setattr(self, "default_sampling", own))
+    assert main(["generate", "fake", "-p", "hi", *words], make_llm=listening) == 0
+    assert listening.asked[0][1].temperature == temperature
+
+
 def test_only_what_is_given_goes_to_the_engine(listening, monkeypatch):
     monkeypatch.setenv("TPLLM_NUM_THREADS", "")
     assert main(["generate", "-m", "fake", "-p", "hi"], make_llm=listening) == 0

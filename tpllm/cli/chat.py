@@ -22,7 +22,7 @@ from typing import Any
 
 from tpllm import __version__
 from tpllm.cli.entry import raise_interrupts
-from tpllm.cli.model_options import add_chat_options, add_model_options, add_sampling_options, load_llm, model_of, sampling_of, template_kwargs_of
+from tpllm.cli.model_options import add_answer_options, load_llm, model_of, params_for, sampling_of, template_kwargs_of
 from tpllm.cli.speed import Speed
 from tpllm.cli.status import StatusLine
 from tpllm.engine.sampling_params import SamplingParams
@@ -35,9 +35,7 @@ HELP = __doc__[__doc__.index("    /clear"):]
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    add_model_options(parser)
-    add_chat_options(parser)
-    add_sampling_options(parser, max_tokens="what the context holds")
+    add_answer_options(parser, max_tokens="what the context holds")
 
 
 def run(args: argparse.Namespace, *, make_llm: Callable[..., Any] | None) -> int:
@@ -46,8 +44,7 @@ def run(args: argparse.Namespace, *, make_llm: Callable[..., Any] | None) -> int
     with StatusLine(f"loading {model}"):
         llm = load_llm(args, make_llm)
     with contextlib.closing(llm):
-        params = SamplingParams(**{**llm.default_sampling, **sampling})
-        chat = Chat(llm, params, template_kwargs=template_kwargs, system=args.system, quiet=args.quiet)
+        chat = Chat(llm, params_for(llm, sampling), template_kwargs=template_kwargs, system=args.system, quiet=args.quiet)
         if sys.stdin.isatty():
             print(banner(model, llm), file=sys.stderr)
         _edit_lines()
@@ -127,7 +124,9 @@ class Chat:
             print(speed, file=sys.stderr)
 
     def _answer_again(self) -> None:
-        if self.messages[-1:] and self.messages[-1]["role"] == "assistant":
+        if self._params.is_greedy:
+            print("tpllm: at temperature 0 the answer stays the same; start the chat with --temp, as in --temp 0.7", file=sys.stderr)
+        elif self.messages[-1:] and self.messages[-1]["role"] == "assistant":
             self.messages.pop()
             self._answer()
         else:

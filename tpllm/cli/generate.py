@@ -16,7 +16,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from tpllm.cli.model_options import add_chat_options, add_model_options, add_sampling_options, load_llm, model_of, sampling_of, template_kwargs_of
+from tpllm.cli.model_options import add_answer_options, load_llm, model_of, params_for, sampling_of, template_kwargs_of
 from tpllm.cli.speed import Speed
 from tpllm.cli.status import StatusLine
 from tpllm.engine.sampling_params import SamplingParams
@@ -27,17 +27,15 @@ MAX_TOKENS = 512
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    add_model_options(parser)
     prompts = parser.add_mutually_exclusive_group()
     prompts.add_argument("-p", "--prompt", metavar="TEXT", help="the prompt; standard input if it is not given")
     prompts.add_argument("--prompt-file", metavar="FILE", help="read the prompt from a file")
     parser.add_argument("--lines", action="store_true", help="each line is a prompt of its own")
     parser.add_argument("--raw", action="store_true", help="go on with the text: do not apply the chat template")
     parser.add_argument("--json", action="store_true", help="print a line of JSON for each prompt: its answer, token counts and times")
-    add_chat_options(parser)
     parser.add_argument("--parse-special", action=argparse.BooleanOptionalAction, default=None,
                         help="read special-token text in the prompt, such as <|im_end|>, as special tokens (default: yes with --raw, no in a chat)")
-    add_sampling_options(parser, max_tokens=f"{MAX_TOKENS}, or what the context holds")
+    add_answer_options(parser, max_tokens=f"{MAX_TOKENS}, or what the context holds")
 
 
 def run(args: argparse.Namespace, *, make_llm: Callable[..., Any] | None) -> int:
@@ -49,7 +47,7 @@ def run(args: argparse.Namespace, *, make_llm: Callable[..., Any] | None) -> int
     first, speed = next(prompts), Speed()
     with StatusLine(f"loading {model}") as status, contextlib.closing(load_llm(args, make_llm)) as llm:
         status.say("compiling")
-        params = SamplingParams(**{"max_tokens": MAX_TOKENS, **llm.default_sampling, **sampling})
+        params = params_for(llm, sampling, max_tokens=MAX_TOKENS)
         is_chat = not args.raw and llm.get_tokenizer().has_chat_template
         if args.system and not is_chat:
             raise ConfigError(f"--system is given, and the model {model} has no chat template; put the text into the prompt")

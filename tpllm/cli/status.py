@@ -10,6 +10,7 @@ from tpllm.cli.entry import say_at_the_end
 from tpllm.cli.streams import STDERR, Stderr
 
 ERASE = b"\r\x1b[K"
+NARROW = 80  # columns of a terminal that does not tell
 
 
 class StatusLine:
@@ -58,7 +59,7 @@ class StatusLine:
             with self._lock, contextlib.suppress(OSError):
                 line = f"tpllm: {self._text} ..." + (f" {seconds} s" if seconds else "")
                 self._is_drawn = True
-                os.write(STDERR, ERASE + line[:os.get_terminal_size(STDERR).columns - 1].encode(errors="replace"))
+                os.write(STDERR, ERASE + line[:(os.get_terminal_size(STDERR).columns or NARROW) - 1].encode(errors="replace"))
             self._ended.wait(0.5)
 
     @contextlib.contextmanager

@@ -74,7 +74,7 @@ def test_a_job_needs_no_file_and_the_same_command_its_folder_or_its_file_goes_on
         assert exit_code(*again) == 0
     assert exit_code("run", job_file, make_llm=None) == 0
     out, err = capsys.readouterr()
-    assert err.count("complete: 5 rows in new (nothing was left to do)") == 2
+    assert err.count("complete: 5 rows in new (nothing was left to do)") == 3
     assert "nothing is left to do" in out
     assert exit_code("run", "new", "--max-tokens", "4") == 2
     assert "sampling.max_tokens was 3 and is now 4" in error_line(capsys)

@@ -62,8 +62,9 @@ def test_null_counts_as_not_given(make):
 @pytest.mark.parametrize("make", [completion, chat])
 def test_what_concerns_only_openais_service_changes_nothing(make):
     values = {"user": "u", "metadata": {"a": "b"}, "store": True, "service_tier": "flex", "parallel_tool_calls": False,
-              "safety_identifier": "s", "prompt_cache_key": "k", "prompt_cache_retention": "24h", "prompt_cache_options": {"mode": "implicit"},
-              "priority": 3, "request_id": "r", "cache_salt": "s", "stream_options": {"include_usage": True}, "prediction": {"type": "content", "content": "x"}}
+              "safety_identifier": "s", "prompt_cache_key": "k", "prompt_cache_retention": "24h",
+              "prompt_cache_options": {"mode": "implicit"}, "priority": 3, "request_id": "r",
+              "cache_salt": "s", "stream_options": {"include_usage": True}, "prediction": {"type": "content", "content": "x"}}
     assert set(values) == set(WITHOUT_EFFECT)
     assert make(**values) == make()
 

@@ -38,7 +38,8 @@ class Parser(argparse.ArgumentParser):
         namespace, rest = super().parse_known_args(words, namespace)
         if rest:
             self.error(f"unknown {'option' if rest[0].startswith('-') else 'argument'} {short(rest[0])}")
-        namespace.keys = keys
+        if self.takes_keys:
+            namespace.keys = keys
         return namespace, rest
 
     def error(self, message: str) -> NoReturn:

@@ -30,13 +30,14 @@ MERGE_TEXT = """Put the shards of a job together, into the folder that the job w
 Everything is checked first: that the shards are of one job, all there, complete and not running. The shards' folders stay as they are; their
 files get a second name where the file system has hard links, and are copied elsewhere. A merge that was interrupted is completed by the same
 command, and so is one that is complete already."""
-RETRY_TEXT = """Run the rows of a job again that failed, and no others (but those that an incomplete job has not run yet).
+RETRY_TEXT = """Run the failed rows of a job again. Rows that succeeded are kept and never computed again; rows that an incomplete job has not run
+yet are run too.
 
-The folder's manifest says what the job is. Rows that fail again, as one that is no JSON will, stay in the errors file; each other one takes its
-place in its part. A part stays as it is until the first of its rows is finished again, and rows that did not fail are never computed again. What is
-interrupted, at any moment, is completed by the same command, or by 'tpllm run'.
+The folder's manifest tells what the job is. A row that succeeds now moves from the errors file to its place in the part; a row that fails again stays
+in the errors file. A part's file stays where it is until the first of its rows is finished again. If the command is interrupted, at any moment, run it
+again.
 
-Of a job in shards, give the folder of a shard, or the whole job's once they are merged. The exit code is 1 where every row failed again."""
+If the job ran in shards, give the folder of one shard, or the whole job's folder after the merge. The exit code is 1 if every row failed again."""
 COLUMNS = ("", "rows", "failed", "in journals", "parts", "state")
 
 

@@ -34,8 +34,8 @@ def add_answer_options(parser: argparse.ArgumentParser, *, max_tokens: str) -> N
     parser.add_argument("--system", metavar="TEXT", help="the system prompt")
     parser.add_argument("--template-kwargs", metavar="JSON", help="more variables for the chat template, as in '{\"enable_thinking\": false}'")
     parser.add_argument("--quiet", action="store_true", help="do not print the speed on standard error")
-    add_sampling_options(parser, max_tokens=max_tokens, temperature="The temperature is 0 where neither gives --temperature, --top-p, --top-k, --min-p "
-                                                                    "or --seed.")
+    add_sampling_options(parser, max_tokens=max_tokens,
+                         temperature="The temperature is 0 where neither gives --temperature, --top-p, --top-k, --min-p or --seed.")
 
 
 def add_engine_options(group: argparse._ArgumentGroup) -> None:
@@ -48,7 +48,8 @@ def add_engine_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--revision", help="branch, tag or commit of a hub id")
 
 
-def add_sampling_options(parser: argparse.ArgumentParser, *, max_tokens: str, temperature: str = "", leaves_out: Container[str] = NOT_FOR_TEXT) -> None:
+def add_sampling_options(parser: argparse.ArgumentParser, *, max_tokens: str, temperature: str = "",
+                         leaves_out: Container[str] = NOT_FOR_TEXT) -> None:
     """Declare one option for each field of ``SamplingParams``.
 
     Args:

@@ -1,18 +1,17 @@
-"""Run a batch job: rows of prompts in, a folder of completions out. It goes on where it was
-when it is stopped, even by kill -9 or a loss of power, and the same command is given again.
+"""Run a batch job: rows of prompts in, a folder of completions out.
 
   tpllm run -i prompts.jsonl -o out -m MODEL --max-tokens 64
-  tpllm run -i table.csv -o out -m MODEL --prompt-template "Summarize: {text}" --limit 10
-  tpllm run JOB.yaml --max-tokens 32      a job file; options go before its keys
-  tpllm run out                           the job of an output folder goes on
+  tpllm run -i table.csv -o out -m MODEL --prompt-template "Summarize: {text}"
+  tpllm run JOB.yaml --max-tokens 32   a job file; options go before its keys
+  tpllm run out                        the job of an output folder goes on
 
-Try it without writing anything, or share it between machines:
-  tpllm run JOB.yaml --dry-run
-  tpllm run JOB.yaml --shard 0/4          the first of four; then: tpllm job merge OUTPUT
+  tpllm run JOB.yaml --dry-run         try it without writing anything
+  tpllm run JOB.yaml --shard 0/4       the first of four; then: tpllm job merge OUTPUT
 
-Any key of a job is an option, with a dot where it lies in another: --engine.page-size 32.
-Relative paths, also those in a job file, begin at the working directory. The exit code is
-1 where every row failed, or more than --max-failures.
+A job that is stopped, even by kill -9 or a loss of power, goes on where it was when the same command is given again.
+
+Any key of a job is an option, with a dot where it lies in another one, as in --engine.page-size 32. Relative paths, also those in a job file, begin
+at the working directory. The exit code is 1 where every row failed, or more than --max-failures.
 """
 import argparse
 import os

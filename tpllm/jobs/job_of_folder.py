@@ -1,4 +1,5 @@
 """The job that an output folder belongs to, as its manifest tells it, so that it can go on without its job file."""
+import os
 from typing import Any
 
 from tpllm.errors import JobError
@@ -24,9 +25,12 @@ def read_job_folder(output: str) -> dict[str, Any]:
         hint = f"it holds shards: give the folder of one, such as {shards[0]}" if shards else "give a job file, or the output folder of a job"
         raise JobError(f"{output} holds no job: there is no {MANIFEST} in it; {hint}")
     try:
-        settings, given = dict(manifest["job"]), manifest.get(PATHS, {}).get("input")
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        settings, paths = dict(manifest["job"]), dict(manifest.get(PATHS, {}))
+        given = paths.get("input")  # not there in a manifest of an early version, and then to be given
+        if given is not None and paths["working_directory"] != os.getcwd():
+            names = [given] if isinstance(given, str) else given
+            given = [name if "://" in name else os.path.join(paths["working_directory"], name) for name in names]
+    except (KeyError, TypeError, ValueError) as error:
         raise JobError(f"{folder / MANIFEST} is damaged: {error!r:.100}; restore it") from None
     is_shard = "shard" in settings and SHARD_NAME.fullmatch(folder.resolve().name)
-    return {**settings, "input": given[0] if isinstance(given, list) and len(given) == 1 else given,
-            "output": str(folder.resolve().parent) if is_shard else output}
+    return {**settings, "input": given, "output": str(folder.resolve().parent) if is_shard else output}

@@ -27,9 +27,8 @@ def job_section(job: JobConfig, summary: InputSummary) -> dict[str, Any]:
                 if field.name not in NOT_RECORDED and (value := getattr(job, field.name)) is not None}
     if job.shard is not None:
         settings["shard"] = str(job.own_shard)
-    inputs = [job.input] if isinstance(job.input, str) else job.input
-    places = [given if "://" in given else os.path.abspath(given) for given in inputs]
-    return as_json({"format": FORMAT_VERSION, "job": settings, PATHS: {"input": places}, "input": dataclasses.asdict(summary)})
+    paths = {"input": job.input, "working_directory": os.getcwd()}
+    return as_json({"format": FORMAT_VERSION, "job": settings, PATHS: paths, "input": dataclasses.asdict(summary)})
 
 
 def model_section(fingerprint: Mapping[str, Any], default_sampling: Mapping[str, Any], version: str) -> dict[str, Any]:

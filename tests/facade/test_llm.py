@@ -52,7 +52,7 @@ def test_streamed_text_joins_to_the_generated_text(llm):
 
 
 def test_a_progress_bar_is_shown_on_standard_error_when_asked_for(llm, capsys):
-    llm.generate(["import os\n", "x ="], GREEDY, show_progress=True)
+    llm.generate(["import os\n", "x ="], GREEDY, use_tqdm=True)
     assert "2/2" in capsys.readouterr().err
     llm.generate(["import os\n", "x ="], GREEDY)
     assert capsys.readouterr().err == ""

@@ -8,7 +8,7 @@ from tpllm.cli.help_text import attribute_texts
 from tpllm.engine.sampling_params import SamplingParams
 
 # One completion of plain text is printed: these have nowhere to go.
-NOT_FOR_TEXT = ("n", "logprobs", "prompt_logprobs")
+NOT_FOR_TEXT = ("n", "logprobs", "prompt_logprobs", "detokenize", "output_kind")
 FIELDS = {field.name: field for field in dataclasses.fields(SamplingParams) if field.name not in NOT_FOR_TEXT}
 METAVARS = {"logit_bias": "'{ID: BIAS, ...}'", "allowed_token_ids": "'[ID, ...]'", "stop_token_ids": "'[ID, ...]'"}
 

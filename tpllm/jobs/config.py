@@ -8,7 +8,7 @@ import pathlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from tpllm.engine.sampling_params import SamplingParams
+from tpllm.engine.sampling_params import MAX_LOGPROBS, SamplingParams
 from tpllm.engine.whole_numbers import whole, whole_sampling
 from tpllm.errors import JobError, SamplingError
 from tpllm.jobs.shard import WHOLE, Shard, parse_shard
@@ -85,7 +85,7 @@ class JobConfig:
         check_keys(self.sampling, SAMPLING_KEYS, prefix="sampling.")
         object.__setattr__(self, "sampling", whole_sampling(self.sampling))
         try:
-            SamplingParams(**self.sampling)
+            SamplingParams(**self.sampling).check_logprobs(self.engine.get("max_logprobs", MAX_LOGPROBS))
         except SamplingError as error:
             raise SamplingError(f"sampling: {error}") from None
 

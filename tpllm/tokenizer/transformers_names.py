@@ -1,6 +1,7 @@
 """What transformers' tokenizers can do, under its names, so that scripts for them go on."""
 from __future__ import annotations
 
+import numbers
 import operator
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -61,7 +62,7 @@ class TransformersNames:
 
     def convert_ids_to_tokens(self, ids: int | Iterable[int]) -> str | list[str | None] | None:
         """Tokens as the vocabulary writes them; None for an id outside of it."""
-        return self.piece(int(ids)) if hasattr(ids, "__index__") else [self.piece(int(token_id)) for token_id in ids]
+        return self.piece(int(ids)) if isinstance(ids, numbers.Integral) else [self.piece(int(token_id)) for token_id in ids]
 
     def convert_tokens_to_ids(self, tokens: str | Iterable[str]) -> int | list[int | None] | None:
         """Ids of tokens as the vocabulary writes them; that of the unknown token, or None, for others."""
@@ -93,7 +94,7 @@ def listed_ids(token_ids: Any) -> list[int]:
         PromptError: no whole numbers.
     """
     try:
-        return [operator.index(token_ids)] if hasattr(token_ids, "__index__") else [operator.index(token_id) for token_id in token_ids]
+        return [int(token_ids)] if isinstance(token_ids, numbers.Integral) else [operator.index(token_id) for token_id in token_ids]
     except TypeError:
         raise PromptError(f"the token ids are {short(token_ids)}; give whole numbers") from None
 

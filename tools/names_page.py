@@ -31,8 +31,8 @@ True True
 True True
 ```
 
-Each name works, under this name or another of ours; or it changes no result, and is taken with a line in the log; or it stands for something that is
-not there, and the error says what to use. An unknown argument is an error that names the nearest one; of other projects' names it tells the counterpart.
+Each name works, under this name or another of ours; or it changes no result, and is taken with a line in the log; or it stands for something that
+is not there, and the error says what to use. An unknown argument is an error that names the nearest one, and for the names below their counterpart.
 """
 METRICS = """
 `get_metrics()` gives `Counter`, `Gauge` and `Histogram` of `tpllm.metrics_reader` (vLLM's `vllm.v1.metrics.reader`), such as
@@ -43,8 +43,8 @@ TOKENIZER = """
 
 `llm.get_tokenizer()` has what most scripts use of transformers' tokenizers: `encode`, `decode`, `batch_decode`, `tokenizer(text)`,
 `apply_chat_template`, `convert_ids_to_tokens`, `convert_tokens_to_ids`, `bos_token_id`, `eos_token_id`, `pad_token_id` and their texts, and `len`.
-They behave as there, with these exceptions: there are no tensors and no padding, `vocab_size` counts added tokens, a text that begins with the BOS gets
-no second one, and special-token text in the messages of a chat stays text.
+They behave as there, with these exceptions: there are no tensors and no padding, `vocab_size` counts added tokens, a text that begins with the BOS
+gets no second one, and special-token text in the messages of a chat stays text.
 """
 
 

@@ -12,15 +12,14 @@ from jax.sharding import Mesh
 
 from sharding_rules import Rules, mesh_text
 from tpllm.completing import Completing
-from tpllm.engine.cache_size import least_cache_bytes
 from tpllm.engine.description import Description, describe, kernels_of
 from tpllm.engine.engine import Engine
+from tpllm.engine.metrics import Snapshot
 from tpllm.engine.options import EngineOptions, build_engine
 from tpllm.engine.runner import Runner
 from tpllm.engine.sampling_params import MAX_LOGPROBS, SamplingParams
-from tpllm.engine.shapes import EngineShapes
+from tpllm.engine.shapes import EngineShapes, least_cache_bytes
 from tpllm.engine.slots import TARGET
-from tpllm.engine.snapshot import Snapshot, take_snapshot
 from tpllm.environment.compile_cache import enable_compile_cache
 from tpllm.environment.software import describe_environment
 from tpllm.errors import ConfigError
@@ -171,7 +170,7 @@ class LLM(Completing):
         """What the engine is doing and has done; ``metrics().to_prometheus()`` is the text that Prometheus scrapes."""
         engine = self.engine
         with contextlib.nullcontext() if engine.is_in_turn else engine.turn():  # what is called within a step may look, too
-            return take_snapshot(engine)
+            return engine.metrics.snapshot(engine.scheduler)
 
     def get_metrics(self) -> list[Metric]:
         """The same under vLLM's names, such as ``vllm:generation_tokens``: a list of :mod:`tpllm.metrics_reader`'s."""
@@ -238,11 +237,12 @@ class LLM(Completing):
 
     def fingerprint(self) -> dict[str, Any]:
         """Everything a result depends on besides the request: model, software, hardware, mesh and shapes. JSON-able."""
-        runner = self.engine.runner
+        runner, shapes = self.engine.runner, dataclasses.asdict(self.shapes)
+        del shapes["max_logprobs"]  # it changes what is told of tokens, and no token
         device = self.config.partition.mesh.devices.flat[0]
         return {"model": self._model_fingerprint, "environment": describe_environment(device.platform, device.device_kind),
                 "mesh": mesh_text(self.config.partition.mesh), "rules": dict(self.config.partition.rules.entries),
-                "shapes": dataclasses.asdict(self.shapes), "dtype": str(self.params.dtype), "kv_cache_dtype": str(runner.cache_dtype),
+                "shapes": shapes, "dtype": str(self.params.dtype), "kv_cache_dtype": str(runner.cache_dtype),
                 "quantization": self._quantization, "kernels": kernels_of(self.params)}
 
     @property

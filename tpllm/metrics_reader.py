@@ -1,7 +1,7 @@
 """An engine's numbers under vLLM's names and as its types, for scripts that read those."""
 import dataclasses
 
-from tpllm.engine.snapshot import Snapshot
+from tpllm.engine.metrics import Snapshot
 
 
 @dataclasses.dataclass(frozen=True)

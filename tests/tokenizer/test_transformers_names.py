@@ -8,7 +8,8 @@ from tpllm.tokenizer import Tokenizer
 
 CHAT = [{"role": "user", "content": " hi "}, {"role": "assistant", "content": "def f(x):\n  "}]
 TEXTS = ["import os\n", "x = 1 <|im_end|>", "a<|bos|>y", ""]
-OPTIONS = [{}, {"add_generation_prompt": True}, {"continue_final_message": True}, {"chat_template": "{% for m in messages %}{{ m.content }}{% endfor %}"},
+OPTIONS = [{}, {"add_generation_prompt": True}, {"continue_final_message": True},
+           {"chat_template": "{% for m in messages %}{{ m.content }}{% endfor %}"},
            {"chat_template": "{{ messages[-1]['content'].strip() }}|{{ x }}", "x": 5, "continue_final_message": True}]
 
 

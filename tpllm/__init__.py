@@ -33,7 +33,7 @@ def __getattr__(name: str):
     if name not in _WHERE:
         from tpllm.names import missing
         from tpllm.names.vllm import TYPES
-        raise AttributeError(missing(name, of="tpllm", known=_WHERE, table=TYPES))
+        raise AttributeError(missing(name, of="module 'tpllm'", known=_WHERE, table=TYPES))
     return getattr(importlib.import_module(_WHERE[name]), name)
 
 

@@ -56,9 +56,9 @@ def test_a_function_that_takes_names_tells_of_them_in_its_signature():
 
 
 def test_a_missing_attribute_says_what_to_use():
-    assert missing("code", of="X", known=(), table=TABLE) == "X has no 'code'; leave it out"
-    assert missing("generat", of="X", known=["generate"], table=TABLE) == "X has no 'generat'; did you mean 'generate'?"
-    assert missing("zzz", of="X", known=["generate"], table=TABLE) == "X has no 'zzz'"
+    assert missing("code", of="X", known=(), table=TABLE) == "X has no attribute 'code'; leave it out"
+    assert missing("generat", of="X", known=["generate"], table=TABLE) == "X has no attribute 'generat'; did you mean 'generate'?"
+    assert missing("zzz", of="X", known=["generate"], table=TABLE) == "X has no attribute 'zzz'"
 
 
 def test_every_entry_of_the_tables_says_why_or_what_to_use():

@@ -37,6 +37,8 @@ class EngineOptions:
 
     def __post_init__(self):
         check_cache_size(self.kv_cache_tokens, self.memory_share, self.gpu_memory_utilization)
+        if not isinstance(self.max_logprobs, int) or self.max_logprobs < -1:
+            raise ConfigError(f"max_logprobs is {self.max_logprobs!r}; it must be a whole number, or -1 for the whole vocabulary")
         if self.preemption not in PREEMPTIONS:
             raise ConfigError(f"preemption is {self.preemption!r}; it must be one of {', '.join(PREEMPTIONS)}")
 

@@ -53,8 +53,6 @@ class EngineShapes:
             raise ConfigError(f"prefill_chunk_size is {self.prefill_chunk}; it must be a power of two of at least {MIN_BUCKET}")
         if self.page_size not in (16, 32, 64, 128):
             raise ConfigError(f"page_size is {self.page_size}; it must be 16, 32, 64 or 128 tokens")
-        if not isinstance(self.max_logprobs, int) or self.max_logprobs < 0:
-            raise ConfigError(f"max_logprobs is {self.max_logprobs!r}; it must be a whole number, or -1 for the whole vocabulary")
         if self.max_num_seqs > MAX_SEQS:
             raise ConfigError(f"max_num_seqs is {self.max_num_seqs}; it must be at most {MAX_SEQS}")
 
@@ -116,7 +114,8 @@ def choose_shapes(config: ModelConfig, *, max_model_len: int | None, max_num_seq
         max_num_seqs=-(-default_seqs // num_groups) * num_groups if max_num_seqs is None else max_num_seqs, max_model_len=max_model_len,
         prefill_chunk=default_chunk if prefill_chunk_size is None else prefill_chunk_size,
         page_size=DEFAULT_PAGE if page_size is None else page_size, is_batch_invariant=batch_invariant,
-        has_invariant_kernels=has_invariant_kernels, max_logprobs=config.vocab_size if max_logprobs == -1 else min(max_logprobs, config.vocab_size))
+        max_logprobs=config.vocab_size if max_logprobs == -1 else max_logprobs,
+        has_invariant_kernels=has_invariant_kernels)
 
 
 def check_cache_size(kv_cache_tokens: int | None, memory_share: float | None, gpu_memory_utilization: float | None = None) -> None:

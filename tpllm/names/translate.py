@@ -122,7 +122,7 @@ def missing(name: str, *, of: str, known: Collection[str], table: Table) -> str:
     """The message of an ``AttributeError``: ``of`` has no attribute ``name``, and what to use."""
     meaning = table.get(name)
     hint = meaning.use if isinstance(meaning, Refused) else _hint(name, known)
-    return f"{of} has no {name!r}; {hint}".rstrip("; ")
+    return f"{of} has no attribute {name!r}; {hint}".rstrip("; ")
 
 
 def whole(name: str, value: Any, *, least: int = 1) -> int:

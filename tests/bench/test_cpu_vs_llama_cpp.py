@@ -144,8 +144,8 @@ def test_instruction_sets_that_the_peer_leaves_unused_are_found(script, line, fl
 
 
 def test_a_peer_built_for_a_lesser_cpu_is_refused_unless_allowed(script, monkeypatch):
-    monkeypatch.setattr(script.peer, "system_line", lambda: LINE.format(0, 0))
-    monkeypatch.setattr(script.peer, "cpu_flags", lambda: {"avx2", "avx512f", "avx512_vnni"})
+    monkeypatch.setattr(script.llama_cpp_model, "system_line", lambda: LINE.format(0, 0))
+    monkeypatch.setattr(script.llama_cpp_model, "cpu_flags", lambda: {"avx2", "avx512f", "avx512_vnni"})
     with pytest.raises(ConfigError, match=r"this CPU has AVX512, AVX512_VNNI, which this build .*--allow-slow-peer"):
         script.main([*SMALL, "--output", "result.json"])
     script.check_build(is_slow_allowed=True)

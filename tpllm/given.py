@@ -7,7 +7,7 @@ from tpllm.engine.prompts import Messages, Prompt, Requests, is_token_ids
 from tpllm.engine.sampling_params import SamplingParams
 from tpllm.errors import ConfigError, PromptError, short
 
-ONE = (SamplingParams, int, type(None))  # what is given once for all prompts
+ONE = (SamplingParams, Mapping, int, type(None))  # what is given once for all prompts
 Params = SamplingParams | Iterable[SamplingParams] | None
 Request = tuple[Prompt, SamplingParams, int]
 

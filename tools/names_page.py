@@ -3,12 +3,14 @@
     python tools/names_page.py
 """
 import pathlib
+import re
 
 from tpllm.names import Only, Refused, Renamed, Same, Taken
 from tpllm.names.others import OTHERS
 from tpllm.names.vllm import ARGUMENTS, CALLS, METHODS, SAMPLING, TYPES
 
 PAGE = pathlib.Path(__file__).resolve().parents[1] / "docs" / "guide" / "names.md"
+BRACES = re.compile(r"(\{'.*\})")
 INTRO = """# Coming from vLLM, transformers, llama.cpp or mlx-lm
 
 <!-- written by tools/names_page.py from the tables in tpllm/names -->
@@ -79,7 +81,7 @@ def _refused(meaning: Only | Refused) -> str:
 
 
 def _table(left: str, right: str, rows: list[tuple[str, str]]) -> str:
-    lines = [f"| {left} | {right} |", "|---|---|", *(f"| `{name}` | {text} |".replace("{'", "`{'").replace("'}", "'}`") for name, text in rows)]
+    lines = [f"| {left} | {right} |", "|---|---|", *(f"| `{name}` | {BRACES.sub(r'`\1`', text)} |" for name, text in rows)]
     return "\n" + "\n".join(lines) + "\n"
 
 

@@ -81,7 +81,8 @@ def _refused(meaning: Only | Refused) -> str:
 
 
 def _table(left: str, right: str, rows: list[tuple[str, str]]) -> str:
-    lines = [f"| {left} | {right} |", "|---|---|", *(f"| `{name}` | {BRACES.sub(r'`\1`', text)} |" for name, text in rows)]
+    texts = [(name, BRACES.sub(r"`\1`", text)) for name, text in rows]
+    lines = [f"| {left} | {right} |", "|---|---|", *(f"| `{name}` | {text} |" for name, text in texts)]
     return "\n" + "\n".join(lines) + "\n"
 
 

@@ -45,6 +45,8 @@ def test_what_has_no_effect_is_said_in_one_line_of_the_log(caplog):
 class Example:
     @takes(TABLE, error=SamplingError)
     def __init__(self, *, ours: int | None = None):
+        if ours == 0:
+            raise ConfigError("ours is 0; it must be more")
         self.ours = ours
 
 
@@ -53,6 +55,10 @@ def test_a_function_that_takes_names_tells_of_them_in_its_signature():
     assert list(inspect.signature(Example).parameters) == ["ours", "theirs", "double"]
     with pytest.raises(SamplingError, match=r"Example is given 3 without a name; name every value, as in ours=\.\.\."):
         Example(3)
+    with pytest.raises(ConfigError, match=r"ours is 0; it must be more \(theirs is ours here\)"):
+        Example(theirs=0)
+    with pytest.raises(ConfigError, match=r"ours is 0; it must be more$"):
+        Example(ours=0, fast=True)
 
 
 def test_a_missing_attribute_says_what_to_use():

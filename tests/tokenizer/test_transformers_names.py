@@ -67,6 +67,7 @@ def test_another_template_leaves_the_tokenizer_as_it_is(tokenizer):
     before = tokenizer.render_chat(CHAT)
     other = tokenizer.with_template("{{ messages[0].content }}")
     assert (other.render_chat(CHAT), tokenizer.render_chat(CHAT)) == (" hi ", before)
+    assert other.chat_template == "{{ messages[0].content }}" != tokenizer.chat_template
 
 
 @pytest.mark.oracle
@@ -82,7 +83,7 @@ def test_transformers_gives_the_same(tokenizer):
         assert tokenizer.decode(4, **skips) == oracle.decode(4, **skips)
     for name in ("bos_token", "eos_token", "pad_token", "bos_token_id", "eos_token_id", "pad_token_id"):
         assert getattr(tokenizer, name) == getattr(oracle, name)
-    assert len(tokenizer) == len(oracle)
+    assert (len(tokenizer), tokenizer.chat_template) == (len(oracle), oracle.chat_template)
     ids = list(range(20))
     tokens = oracle.convert_ids_to_tokens(ids)
     assert (tokenizer.convert_ids_to_tokens(ids), tokenizer.convert_tokens_to_ids(tokens)) == (tokens, oracle.convert_tokens_to_ids(tokens))

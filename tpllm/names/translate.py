@@ -77,10 +77,15 @@ def takes(table: Table, *, error: type[TpllmError]) -> Callable[[Callable[..., A
         def call(self, *args: Any, **given: Any) -> Any:
             if args and is_keyword_only:
                 raise error(f"{type(self).__name__} is given {short(args[0])} without a name; name every value, as in {next(iter(parameters))}=...")
-            if not given.keys() <= parameters.keys():
-                defaults = {name: one.default for name, one in parameters.items()}
-                given = translated(given, known=defaults, table=table, error=error)
-            return function(self, *args, **given)
+            if given.keys() <= parameters.keys():
+                return function(self, *args, **given)
+            ours = translated(given, known={name: one.default for name, one in parameters.items()}, table=table, error=error)
+            try:
+                return function(self, *args, **ours)
+            except TpllmError as wrong:  # it knows our names only
+                renamed = [f"{name} is {table[name].ours} here" for name in given if isinstance(table.get(name), Renamed)]
+                wrong.args = (f"{wrong} ({', '.join(renamed)})",) if renamed else wrong.args
+                raise
         more = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=one.kind)
                 for name, one in table.items() if isinstance(one, Renamed) and name not in parameters]
         call.__signature__ = signature.replace(parameters=[*signature.parameters.values(), *more])

@@ -85,6 +85,11 @@ class Tokenizer(TransformersNames):
         return self.generation.eos_token_ids
 
     @property
+    def chat_template(self) -> str | None:
+        """The chat template, as Jinja text; None where there is none of the usual name."""
+        return self._folder.templates.get(DEFAULT_TEMPLATE)
+
+    @property
     def default_sampling(self) -> Mapping[str, Any]:
         """Sampling values that the model's files recommend, named as in ``SamplingParams``."""
         return self.generation.sampling

@@ -24,7 +24,7 @@ class Completing:
 
     @takes(CALLS, error=ConfigError)
     def generate(self, prompts: Prompt | Requests | None = None, sampling_params: Params = None, use_tqdm: bool | Callable[..., Any] | None = None, *,
-                 prompt_token_ids: Any = None, priority: int | Iterable[int] | None = None) -> RequestOutputs:
+                 prompt_token_ids: Any = None, priority: int | Iterable[int] | None = 0) -> RequestOutputs:
         """Complete prompts.
 
         Args:
@@ -42,7 +42,7 @@ class Completing:
             PromptError, SamplingError: a prompt or parameter that cannot be used; nothing is generated then.
         """
         engine, prompts = self.engine, list(prompts_of(prompts, prompt_token_ids))
-        given = [listed(values, len(prompts), name) for values, name in ((sampling_params, "sampling_params"), (priority or 0, "priorities"))]
+        given = [listed(values, len(prompts), name) for values, name in ((sampling_params, "sampling_params"), (priority, "priorities"))]
         requests = requests_of(prompts, *given, default=self.get_default_sampling_params())
         prepared = [engine.prepare(prompt, params, priority=one) for prompt, params, one in requests]
         with progress_bar(len(prompts), is_shown=use_tqdm) as advance:

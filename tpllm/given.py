@@ -47,7 +47,7 @@ def requests_of(prompts: Iterable[Any], sampling_params: Params, priority: int |
         is_pair = isinstance(prompt, tuple) and len(prompt) == 2 and not is_token_ids(prompt)
         prompt, own = prompt if is_pair else (prompt, None)
         params = params if own is None else own
-        yield prompt, default if params is None else params, one
+        yield prompt, default if params is None else params, 0 if one is None else one
 
 
 def listed(values: Any | Iterable[Any], count: int, name: str) -> list[Any]:

@@ -138,7 +138,7 @@ class LLM(Completing):
         """An engine over parameters that are already on their mesh, such as ``load_model`` or ``init_params`` gives.
 
         Without a tokenizer prompts must be token ids, and outputs have no text. The parameters stay the caller's: ``close()`` lets go of them
-        but does not delete them. ``engine`` takes the options from ``max_model_len`` to ``batch_invariant`` of the class.
+        but does not delete them. ``engine`` takes the options from ``max_model_len`` to ``max_logprobs`` of the class.
         """
         if config.partition.mesh is None:
             raise ConfigError("from_params needs a config that is fitted to a mesh; use fit_to_mesh(config, mesh, rules)")

@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 
 import tpllm
+from sharding_rules.partition import ONE_DEVICE
 from tpllm import LLM, SamplingParams
 from tpllm.checkpoint.source import DEMO_FOLDER
 from tpllm.errors import ConfigError, PromptError, SamplingError, TokenizerError, TpllmError
+from tpllm.loading import choose_cache_dtype, choose_dtype
 from tpllm.metrics_reader import Counter, Gauge, Histogram
 from tpllm.model_files import ModelFiles
 from tpllm.names import Renamed, Same
@@ -334,3 +336,22 @@ def test_a_type_that_is_not_there_says_what_to_use(name, words):
 def test_a_template_that_refuses_is_told_apart_from_a_bad_call(llm):
     with pytest.raises(TokenizerError, match="chat template of this call"):
         llm.chat(HI, GREEDY, chat_template="{{ raise_exception('no') }}")
+
+
+class TorchHalf:
+    """Prints itself as torch's dtype does."""
+
+    def __str__(self):
+        return "torch.float16"
+
+
+@pytest.mark.parametrize("given", ["half", "float16", "torch.float16", TorchHalf(), np.float16, np.dtype("float16"), jax.numpy.float16], ids=str)
+def test_a_dtype_may_be_torchs_or_numpys(given):
+    assert choose_dtype(given, {}, ONE_DEVICE) == np.float16
+    assert choose_cache_dtype(given, np.dtype("float32")) == np.float16
+
+
+def test_the_cache_knows_vllms_name_of_its_8_bits():
+    assert choose_cache_dtype("fp8_e4m3", np.dtype("float32")) == choose_cache_dtype("fp8", np.dtype("float32"))
+    with pytest.raises(ConfigError, match="kv_cache_dtype is 'fp8_e5m2'"):
+        choose_cache_dtype("fp8_e5m2", np.dtype("float32"))

@@ -1,4 +1,5 @@
 """How Sphinx makes the site of these pages: ``make docs`` writes it to build/docs."""
+import inspect
 import os
 import pathlib
 import sys
@@ -29,7 +30,7 @@ python_use_unqualified_type_names = True
 python_maximum_signature_line_length = 100
 
 # Names of other packages: the build reads no inventory over the network.
-nitpick_ignore_regex = [("py:.*", r"(jax|jaxlib|numpy|np|flax|tokenizers|collections|typing|pathlib)(\..*)?"),
+nitpick_ignore_regex = [("py:.*", r"(jax|jaxlib|numpy|np|flax|pandas|tokenizers|collections|typing|pathlib)(\..*)?"),
                         ("py:class", r"tpllm\.(tokenizer\.folder\.TokenizerFolder|weights\.(policy\.Policy|scheme\.Array)|engine\.engine\.Engine)"),
                         ("py:.*", r"y|LARGEST|byte_codes|fragment_codes|pallas_kernels\.tiling\.Tiles")]  # what the site does not show
 
@@ -41,4 +42,7 @@ def _parsable(app, what, name, obj, options, signature, return_annotation):
 
 def setup(app):
     """Sphinx calls this."""
+    from tpllm import LLM
+    for function in (LLM.__init__, LLM.generate, LLM.chat):  # without other projects' names, which have a page of their own
+        function.__signature__ = inspect.signature(function.__wrapped__)
     app.connect("autodoc-process-signature", _parsable)

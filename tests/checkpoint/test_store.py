@@ -65,7 +65,7 @@ def test_the_command_saves_a_model_that_gives_the_same_tokens(tmp_path, scheme, 
     tokens = []
     for model, quantization in ((str(tmp_path / "out"), None), ("demo", scheme)):
         with LLM(model, mesh="tp=2", quantization=quantization, **DEMO) as llm:
-            tokens.append([output.outputs[0].token_ids for output in llm.generate(["def ", "class A:"], greedy, show_progress=False)])
+            tokens.append([output.outputs[0].token_ids for output in llm.generate(["def ", "class A:"], greedy, use_tqdm=False)])
     assert tokens[0] == tokens[1]
     assert main(["inspect", str(tmp_path / "out"), "--mesh", "tp=2"]) == 0
     assert "orbax of" in capsys.readouterr().out

@@ -181,7 +181,7 @@ def test_stream_gives_the_same_tokens_as_generate(llm):
     ({"prompt_token_ids": b"ab"}, ["b'ab'", "list of token ids"]),
     ({"prompt_token_ids": np.ones((2, 1), int)}, ["list of token ids"]),
     ({"nothing": 5}, ["no tokenizer"]),
-    (7, ["7", "prompt_token_ids"]),
+    (7.5, ["7.5", "prompt_token_ids"]),
 ])
 def test_a_bad_prompt_is_refused_with_its_value_and_the_limit(llm, prompt, words):
     error = TokenizerError if "no tokenizer" in words else PromptError

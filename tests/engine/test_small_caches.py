@@ -22,7 +22,7 @@ TEXT = "def add(first, second):\n    \"\"\"The sum.\"\"\"\n    return first + se
 def prompt_logprobs(path, kv_cache_dtype, mesh="tp=1"):
     """Of a prompt of several chunks, which read what is in the cache; the fixture's path is only here to tell results apart."""
     llm = LLM("demo", mesh=mesh, dtype="float32", kv_cache_dtype=kv_cache_dtype, max_model_len=128, max_num_seqs=2, prefill_chunk_size=16)
-    [output] = llm.generate([TEXT], SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0), show_progress=False)
+    [output] = llm.generate([TEXT], SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0), use_tqdm=False)
     tokens = output.prompt_token_ids
     return np.array([entry[token].logprob for entry, token in zip(output.prompt_logprobs[1:], tokens[1:], strict=True)])
 

@@ -119,6 +119,17 @@ def test_a_job_cannot_give_up_that_its_rows_do_not_depend_on_their_batch(load):
         check_engine_options(load(JOB + "engine: {batch_invariant: false}\n"), lambda model, *, batch_invariant=True: None)
 
 
+def test_a_token_of_the_hubs_does_not_get_into_a_manifest(load):
+    with pytest.raises(JobError, match=r"unknown key 'engine\.hf_token'"):
+        check_engine_options(load(JOB + "engine: {hf_token: secret}\n"), lambda model, *, hf_token=None, seed=0: None)
+
+
+def test_more_log_probabilities_than_the_engine_reports_are_refused_with_the_file(load):
+    with pytest.raises(SamplingError, match=r"job.yaml: sampling: logprobs is -1; .* made with max_logprobs=-1"):
+        load(JOB + "sampling: {logprobs: -1}\n")
+    assert load(JOB + "sampling: {logprobs: -1}\nengine: {max_logprobs: -1}\n").sampling == {"logprobs": -1}
+
+
 def test_whole_floats_are_whole_numbers_wherever_one_is_asked_for(load):
     job = load(JOB + "seed: 1e3\nrows_per_part: 4.0\nsampling: {max_tokens: 3.0, top_k: 5e1, temperature: 1.0, stop_token_ids: [2.0], logit_bias: "
                "{5.0: 1.5}}\n", "--sampling.n", "2.0")

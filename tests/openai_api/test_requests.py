@@ -16,7 +16,7 @@ VALUES = {
     "n": 3, "temperature": 0.25, "top_p": 0.5, "top_k": 7, "min_p": 0.1, "presence_penalty": 1.5, "frequency_penalty": -1.5,
     "repetition_penalty": 1.25, "logit_bias": {"5": -100, "6": 1.5}, "allowed_token_ids": [1, 2], "bad_words": ["no"], "seed": 11, "stop": ["x", "y"],
     "include_stop_str_in_output": True, "stop_token_ids": [9], "ignore_eos": True, "max_tokens": 40, "min_tokens": 2, "prompt_logprobs": 1,
-    "skip_special_tokens": False,
+    "skip_special_tokens": False, "detokenize": False, "truncate_prompt_tokens": 5,
 }
 
 
@@ -29,7 +29,7 @@ def chat(**body):
 
 
 def test_every_sampling_parameter_has_a_value_here():
-    assert set(VALUES) == {field.name for field in dataclasses.fields(SamplingParams)} - {"logprobs"}
+    assert set(VALUES) == {field.name for field in dataclasses.fields(SamplingParams)} - {"logprobs", "output_kind"}
 
 
 @pytest.mark.parametrize("make", [completion, chat])

@@ -186,5 +186,5 @@ def test_the_engine_gives_the_greedy_tokens_of_the_dequantized_weights(files, ki
     params = SamplingParams(temperature=0, max_tokens=64, ignore_eos=True)
     prompts = ["def ", "import os\n", "class Foo:\n    "]
     found = [LLM(str(files("demo", kind)), mesh="tp=1", dtype="float32", quantization=quantization, max_model_len=128).generate(
-        prompts, params, show_progress=False) for quantization in (None, "none")]
+        prompts, params, use_tqdm=False) for quantization in (None, "none")]
     assert [output.outputs[0].token_ids for output in found[0]] == [output.outputs[0].token_ids for output in found[1]]

@@ -8,6 +8,7 @@ and no list of names forgets the next file. A file that was not there is none; o
 """
 import contextlib
 import contextvars
+import dataclasses
 import hashlib
 import os
 import re
@@ -30,15 +31,35 @@ _GGUF_PART = re.compile(r"-\d{5}-of-\d{5}\.gguf$")
 MAX_JSON_BYTES = 100_000_000
 _recording: contextvars.ContextVar["Reads | None"] = contextvars.ContextVar("recording", default=None)
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
+_HUB_HOST = re.compile(r"(https?://)?(hf\.co|huggingface\.co)/")  # as ollama and browsers write it before an id
+DEFAULT_KIND = "Q4_K_M"
+"""Of GGUF files, where a hub id names none: llama.cpp's and ollama's."""
 
 
-def find_folder(model: str | Path, revision: str | None) -> tuple[Path, str | None]:
+@dataclasses.dataclass(frozen=True)
+class Hub:
+    """How the hub is asked.
+
+    Attributes:
+        token: for models that are not open to everybody; None for the one that its client knows, True asks for one.
+        cache_dir: where files are kept; None for its client's own cache.
+    """
+
+    token: str | bool | None = None
+    cache_dir: str | Path | None = None
+
+
+OPEN_HUB = Hub()
+
+
+def find_folder(model: str | Path, revision: str | None, hub: Hub = OPEN_HUB) -> tuple[Path, str | None]:
     """The folder of a model, downloaded first where it must be.
 
     Args:
-        model: a folder, a GGUF file, a hub id ``owner/name`` (``owner/name:Q4_K_M`` of GGUF files), ``"demo"``,
+        model: a folder, a GGUF file, a hub id ``owner/name`` (``owner/name:Q4_K_M`` of GGUF files, ``hf.co/`` before it or not), ``"demo"``,
             ``"demo-draft"``, or a packaged model such as ``"smollm2"`` (a folder of that name is ``"./demo"``).
         revision: of a hub id: branch, tag or commit.
+        hub: how it is asked.
 
     Returns:
         (folder or GGUF file, the commit it was resolved to or None).
@@ -46,14 +67,17 @@ def find_folder(model: str | Path, revision: str | None) -> tuple[Path, str | No
     Raises:
         CheckpointError: no such folder, nothing cached and no network, or a kind of file that is not loaded.
     """
+    if isinstance(model, str) and not os.path.exists(model):
+        model = _HUB_HOST.sub("", model, count=1)
     path = Path(os.path.expanduser(model))
     name, _, kind = str(model).partition(":")
     if kind and _HUB_ID.fullmatch(name) and not os.path.exists(path):
-        return _download_gguf(name, kind, revision)
+        return _download_gguf(name, kind, revision, hub)
     is_named = isinstance(model, str) and (model in BUNDLED or model in PACKAGED)
     is_hub_id = isinstance(model, str) and not is_named and not os.path.exists(path) and _HUB_ID.fullmatch(model) is not None
     if is_hub_id and path.suffix not in (".gguf", ".safetensors", ".bin", ".pt", ".pth", ".ckpt"):
-        return _download(model, revision)
+        folder, commit = _download(model, revision, hub)
+        return (folder, commit) if (folder / "config.json").exists() else _download_gguf(model, DEFAULT_KIND, revision, hub)
     if revision is not None:
         raise CheckpointError(f"revision {revision!r} is given for {str(model)!r}, which is not a hub id; leave it out")
     if is_named:
@@ -81,11 +105,11 @@ def _names_in(folder: str | Path) -> list[str]:
     return []
 
 
-def _download(model: str, revision: str | None, patterns: tuple[str, ...] = HUB_FILES) -> tuple[Path, str]:
+def _download(model: str, revision: str | None, hub: Hub, patterns: tuple[str, ...] = HUB_FILES) -> tuple[Path, str]:
     """One commit of a hub repository, from the cache where it is complete or the hub is not reached."""
     from huggingface_hub import constants, snapshot_download  # imported here: it takes longer than all else at import
     try:
-        folder = Path(snapshot_download(model, revision=revision, allow_patterns=list(patterns),
+        folder = Path(snapshot_download(model, revision=revision, token=hub.token, cache_dir=hub.cache_dir, allow_patterns=list(patterns),
                                         ignore_patterns=[] if patterns is not HUB_FILES else list(NOT_HUB_FILES)))
     except Exception as error:  # the network, the disk, the hub and its client each raise their own kinds
         reason = " ".join(str(error).split()) or type(error).__name__
@@ -98,9 +122,9 @@ def _download(model: str, revision: str | None, patterns: tuple[str, ...] = HUB_
     return folder, folder.name
 
 
-def _download_gguf(model: str, kind: str, revision: str | None) -> tuple[Path, str]:
+def _download_gguf(model: str, kind: str, revision: str | None, hub: Hub) -> tuple[Path, str]:
     """The GGUF file of a kind such as ``Q4_K_M`` in a hub repository, the first part of a split one."""
-    folder, commit = _download(model, revision, patterns=(f"*{kind}*{GGUF}", f"*{kind.lower()}*{GGUF}"))
+    folder, commit = _download(model, revision, hub, patterns=tuple(f"*{one}*{GGUF}" for one in dict.fromkeys((kind, kind.lower(), kind.upper()))))
     found = _models_in(sorted(path for path in folder.rglob(f"*{GGUF}") if kind.lower() in path.name.lower()))
     if len(found) != 1:
         names = ", ".join(path.name for path in found) or "none"

@@ -75,7 +75,7 @@ def _as_chat(text: str, system: str | None, template_kwargs: dict[str, Any]) -> 
 
 
 def _answer_as_json(llm: Any, text: str, prompt: Any, params: SamplingParams, speed: Speed) -> Iterator[str]:
-    output = llm.generate(prompt, params, show_progress=False)[0]
+    output = llm.generate(prompt, params, use_tqdm=False)[0]
     completion, times, own = output.outputs[0], output.metrics, Speed()
     if completion.error is not None:
         raise TpllmError(completion.error)

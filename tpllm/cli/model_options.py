@@ -11,7 +11,7 @@ from tpllm.engine.sampling_params import SamplingParams
 from tpllm.errors import ConfigError, short
 
 # One completion of plain text is printed: these have nowhere to go.
-NOT_FOR_TEXT = ("n", "logprobs", "prompt_logprobs")
+NOT_FOR_TEXT = ("n", "logprobs", "prompt_logprobs", "detokenize", "output_kind")
 METAVARS = {"logit_bias": "'{ID: BIAS, ...}'", "allowed_token_ids": "'[ID, ...]'", "stop_token_ids": "'[ID, ...]'"}
 SHORT_FLAGS = {"max_tokens": "-n", "temperature": "--temp"}
 DRAWING = {"temperature", "top_p", "top_k", "min_p", "seed"}

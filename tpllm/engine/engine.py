@@ -50,7 +50,7 @@ class Engine:
 
     def __init__(self, runner: Runner, scheduler: Scheduler, tokenizer: Tokenizer | None, *, seed: int = 0):
         self.runner, self.scheduler, self.tokenizer, self.seed = runner, scheduler, tokenizer, seed
-        self._admission = Admission(runner.config, max_model_len=runner.shapes.max_model_len,
+        self._admission = Admission(runner.config, max_model_len=runner.shapes.max_model_len, max_logprobs=runner.shapes.max_logprobs,
                                     num_cache_tokens=runner.num_pages * runner.shapes.page_size, tokenizer=tokenizer)
         self.metrics = Metrics(runner.costs)
         self._in_flight: collections.deque[tuple[Dispatched, float]] = collections.deque()

@@ -80,7 +80,7 @@ class LocalExecutor:
         self._config, self._shapes, self._num_pages, self._num_stop_ids, self._cache_dtype = config, shapes, num_pages, num_stop_ids, cache_dtype
         self._saved: dict[int, Cache] = {}
         self._make_arrays()
-        self.programs = jit_programs(config, self.cache, self.state, max_steps=MAX_STEPS)
+        self.programs = jit_programs(config, self.cache, self.state, max_steps=MAX_STEPS, max_logprobs=shapes.max_logprobs)
 
     def run(self, calls: Iterable[ProgramCall]) -> Output | None:
         """See :meth:`.Executor.run`."""

@@ -63,7 +63,8 @@ class Snapshot:
     Attributes:
         num_running, num_waiting: completions in slots, and before them.
         num_pages, num_pages_used, num_pages_known: of the KV cache, all data groups together: all, held by rows, and of known content.
-        prefix_hit_rate: share of the tokens of contexts that were shared and not computed.
+        num_context_tokens, num_reused_tokens: of contexts that got a slot: all, and those that were shared and not computed.
+        prefix_hit_rate: the share of the latter.
         num_preemptions: rows that lost their pages.
         num_requests: that were queued.
         num_ended: completions by how they ended.
@@ -82,6 +83,8 @@ class Snapshot:
     num_pages: int
     num_pages_used: int
     num_pages_known: int
+    num_context_tokens: int
+    num_reused_tokens: int
     prefix_hit_rate: float
     num_preemptions: int
     num_requests: int
@@ -210,6 +213,7 @@ class Metrics:
         return Snapshot(
             num_running=len(scheduler.running), num_waiting=len(scheduler.waiting), num_pages=sum(pool.num_pages for pool in scheduler.pools),
             num_pages_used=sum(pool.num_held for pool in scheduler.pools), num_pages_known=sum(pool.num_known for pool in scheduler.pools),
+            num_context_tokens=scheduler.num_context_tokens, num_reused_tokens=scheduler.num_reused_tokens,
             prefix_hit_rate=scheduler.num_reused_tokens / max(scheduler.num_context_tokens, 1), num_preemptions=scheduler.num_preemptions,
             num_requests=self.num_requests, num_ended=dict(self.num_ended), num_generated_tokens=self.num_generated_tokens,
             num_prefilled_tokens=self.num_prefilled_tokens, num_programs=self.num_programs, num_decode_steps=self.num_decode_steps,

@@ -1,4 +1,6 @@
 """The forms a prompt may have, their token ids, and what is asked of a request before it is queued."""
+import dataclasses
+import numbers
 import operator
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -10,31 +12,37 @@ from tpllm.model.config import ModelConfig
 from tpllm.model.logit_adjustments import MAX_BAD_WORD_TOKENS, MAX_BAD_WORDS
 from tpllm.tokenizer import Tokenizer
 
-Prompt = str | Mapping[str, Any]
+Prompt = str | Mapping[str, Any] | Sequence[int]
 Messages = list[dict[str, Any]]
 Requests = Iterable[Prompt | tuple[Prompt, SamplingParams]]
 MAX_PRIORITY = 2**31
-CHAT_OPTIONS = ("template_kwargs", "tools", "add_generation_prompt", "parse_special")
+CHAT_OPTIONS = ("template_kwargs", "tools", "add_generation_prompt", "continue_final_message", "chat_template", "parse_special")
+
+
+def is_token_ids(value: Any) -> bool:
+    """Whether something is the token ids of one prompt: a list, an array or the like that begins with a whole number."""
+    return not isinstance(value, str | bytes | Mapping) and hasattr(value, "__len__") and len(value) > 0 and isinstance(
+        next(iter(value)), numbers.Integral)
 
 
 def encode_prompt(prompt: Prompt, tokenizer: Tokenizer | None) -> dict[str, Any]:
     """A prompt's text, where it has one, and its token ids.
 
     Args:
-        prompt: text, ``{"prompt": text}``, ``{"prompt_token_ids": [...]}`` or ``{"messages": [...]}``; beside messages there may be
-            ``template_kwargs``, ``tools`` and ``add_generation_prompt``, as :meth:`tpllm.tokenizer.Tokenizer.encode_chat` takes them. Special-token
+        prompt: text, token ids, ``{"prompt": text}``, ``{"prompt_token_ids": [...]}`` or ``{"messages": [...]}``; beside messages there may be
+            what :meth:`tpllm.tokenizer.Tokenizer.encode_chat` takes, such as ``template_kwargs`` and ``tools``. Special-token
             text in a text is read as special tokens, as in transformers, vLLM and llama.cpp, and in messages it is text; ``parse_special`` beside
             either says otherwise.
         tokenizer: None serves token ids only.
 
     Returns:
-        ``{"prompt": text or None, "prompt_token_ids": [...]}``, itself a valid prompt.
+        ``{"prompt": text or None, "prompt_token_ids": [...]}``, itself a valid prompt; of messages the text is what the template makes of them.
 
     Raises:
         PromptError: another form, or no text.
         TokenizerError: text without a tokenizer, or a chat that the template refuses.
     """
-    prompt = {"prompt": prompt} if isinstance(prompt, str) else prompt
+    prompt = {"prompt": prompt} if isinstance(prompt, str) else {"prompt_token_ids": prompt} if is_token_ids(prompt) else prompt
     if not isinstance(prompt, Mapping):
         raise PromptError(f"a prompt is {prompt!r}; give text, {{'prompt': ...}}, {{'prompt_token_ids': [...]}} or {{'messages': [...]}}")
     parse_special = prompt.get("parse_special")
@@ -46,13 +54,15 @@ def encode_prompt(prompt: Prompt, tokenizer: Tokenizer | None) -> dict[str, Any]
         raise TokenizerError("this model has no tokenizer; give the prompt as {'prompt_token_ids': [...]}")
     if "messages" in prompt:
         options = {name: prompt[name] for name in CHAT_OPTIONS if prompt.get(name) is not None}
-        return {"prompt": None, "prompt_token_ids": tokenizer.encode_chat(prompt["messages"], **options)}
+        text, token_ids = tokenizer.chat_prompt(prompt["messages"], **options)
+        return {"prompt": text, "prompt_token_ids": token_ids}
     text = prompt.get("prompt")
+    if "role" in prompt:
+        raise PromptError(f"a prompt is {short(prompt)}, a message of a chat; give the messages to chat(...), or as {{'messages': [...]}}")
     if not isinstance(text, str):
         raise PromptError(f"a prompt is {short(text)}; it must be text")
     if not text:
         raise PromptError("the prompt is empty; give at least one character")
-    parse_special = not tokenizer.splits_special if parse_special is None else parse_special
     return {"prompt": text, "prompt_token_ids": tokenizer.encode(text, parse_special=parse_special)}
 
 
@@ -72,12 +82,14 @@ class Admission:
     Args:
         config: the model.
         max_model_len: tokens a row may have.
+        max_logprobs: most log probabilities of a token that are reported.
         num_cache_tokens: tokens that the KV cache has room for, of one data group.
         tokenizer: None where there is none.
     """
 
-    def __init__(self, config: ModelConfig, *, max_model_len: int, num_cache_tokens: int, tokenizer: Tokenizer | None):
+    def __init__(self, config: ModelConfig, *, max_model_len: int, max_logprobs: int, num_cache_tokens: int, tokenizer: Tokenizer | None):
         self._config, self._max_model_len, self._num_cache_tokens, self._tokenizer = config, max_model_len, num_cache_tokens, tokenizer
+        self._max_logprobs = max_logprobs
 
     @property
     def max_len(self) -> int:
@@ -85,7 +97,7 @@ class Admission:
         return min(self._max_model_len, self._num_cache_tokens)
 
     def prepare(self, encoded: Mapping[str, Any], params: SamplingParams, priority: int = 0) -> Prepared:
-        """Check a request whose prompt is ``encoded``, as :func:`.encode_prompt` gives it.
+        """Check a request whose prompt is ``encoded``, as :func:`.encode_prompt` gives it, and copy its parameters: the caller may change theirs.
 
         Raises:
             PromptError: an empty prompt, one that leaves no room in the context or the cache, or an id outside the vocabulary.
@@ -96,13 +108,27 @@ class Admission:
             raise SamplingError(f"the sampling parameters are {params!r}; give SamplingParams(...)")
         if not isinstance(priority, int) or isinstance(priority, bool) or abs(priority) > MAX_PRIORITY:
             raise SamplingError(f"the priority is {priority!r}; it must be a whole number from -{MAX_PRIORITY} to {MAX_PRIORITY}, lower ones first")
+        params = self._own(params)
         token_ids = encoded["prompt_token_ids"]
+        if params.truncate_prompt_tokens is not None:
+            room = params.truncate_prompt_tokens
+            token_ids = token_ids[-(max(self.max_len - (params.max_tokens or 1), 1) if room == -1 else room):]
         self.check_prompt(token_ids)
         if params.stop and self._tokenizer is None:
             raise SamplingError(f"stop is {params.stop!r}, but this model has no tokenizer to make text; use stop_token_ids")
         _check_vocabulary(params, self._config.vocab_size)
         bad_words = find_bad_words(params.bad_words, self._tokenizer, vocab_size=self._config.vocab_size)
         return Prepared(encoded.get("prompt"), token_ids, params, priority, bad_words)
+
+    def _own(self, params: SamplingParams) -> SamplingParams:
+        """A copy of parameters, checked again, with numbers for -1."""
+        vocab_size = self._config.vocab_size
+        params = dataclasses.replace(params)
+        params.check_logprobs(-1 if self._max_logprobs >= vocab_size else self._max_logprobs)
+        for name in ("logprobs", "prompt_logprobs"):
+            if (count := getattr(params, name)) is not None:
+                setattr(params, name, vocab_size if count == -1 else min(count, vocab_size))
+        return params
 
     def check_prompt(self, token_ids: list[int]) -> None:
         """Raise ``PromptError`` for an empty prompt, one that leaves no room in the context or the cache, or an id outside the vocabulary."""
@@ -112,7 +138,7 @@ class Admission:
         if len(token_ids) >= limit:
             longer = f", or raise max_model_len (the model's own context is {context})" if limit < context else ""
             raise PromptError(f"the prompt has {len(token_ids)} tokens, but the context holds {limit} and at least one must be generated; "
-                              f"shorten it to {limit - 1}{longer}")
+                              f"shorten it to {limit - 1}, or set truncate_prompt_tokens{longer}")
         if len(token_ids) >= self._num_cache_tokens:
             raise PromptError(f"the prompt has {len(token_ids)} tokens, but the whole KV cache holds {self._num_cache_tokens} and at least one "
                               f"must be generated; shorten it to {self._num_cache_tokens - 1}, or raise kv_cache_tokens or memory_share")

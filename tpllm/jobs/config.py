@@ -7,7 +7,7 @@ import pathlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from tpllm.engine.sampling_params import SamplingParams
+from tpllm.engine.sampling_params import MAX_LOGPROBS, SamplingParams
 from tpllm.engine.whole_numbers import whole, whole_sampling
 from tpllm.errors import JobError, SamplingError, did_you_mean
 from tpllm.jobs.prompt_template import fields_of
@@ -94,7 +94,7 @@ class JobConfig:
         check_keys(self.sampling, SAMPLING_KEYS, prefix="sampling.")
         object.__setattr__(self, "sampling", whole_sampling(self.sampling))
         try:
-            SamplingParams(**self.sampling)
+            SamplingParams(**self.sampling).check_logprobs(self.engine.get("max_logprobs", MAX_LOGPROBS))
         except SamplingError as error:
             raise SamplingError(f"sampling: {error}") from None
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from tpllm.engine.prompts import Prompt
-from tpllm.engine.sampling_params import SamplingParams
+from tpllm.engine.sampling_params import MAX_LOGPROBS, SamplingParams
 from tpllm.engine.whole_numbers import SAMPLING_KINDS, as_kind
 from tpllm.errors import SamplingError, did_you_mean
 from tpllm.openai_api.api_error import ApiError, shortened
@@ -20,7 +20,7 @@ ENDPOINTS = (COMPLETIONS, CHAT)
 DEFAULTS: dict[str, dict[str, Any]] = {COMPLETIONS: {"max_tokens": 16}, CHAT: {}}
 """OpenAI's own, where they differ from :class:`SamplingParams`."""
 
-SAMPLING = tuple(field.name for field in dataclasses.fields(SamplingParams) if field.name != "logprobs")
+SAMPLING = tuple(field.name for field in dataclasses.fields(SamplingParams) if field.name not in ("logprobs", "output_kind"))
 WITHOUT_EFFECT = ("cache_salt", "metadata", "parallel_tool_calls", "prediction", "priority", "prompt_cache_key", "prompt_cache_options",
                   "prompt_cache_retention", "request_id", "safety_identifier", "service_tier", "store", "stream_options", "user")
 """What cannot matter to an answer: what concerns only the service that gives it, and how fast it comes."""
@@ -151,7 +151,7 @@ def _num_chat_logprobs(given: Mapping[str, Any]) -> int | None:
     if not shown and top is not None:
         raise ApiError(f"top_logprobs is {shortened(top)} without logprobs; add \"logprobs\": true", param="top_logprobs", code="invalid_value")
     try:
-        return SamplingParams(logprobs=0 if top is None else top).logprobs if shown else None
+        return _checked(SamplingParams(logprobs=0 if top is None else top)).logprobs if shown else None
     except SamplingError as error:
         raise ApiError(f"top_{error}", param="top_logprobs", code="invalid_value") from None
 
@@ -165,16 +165,22 @@ def _max_completion_tokens(given: Mapping[str, Any]) -> Any:
 
 def _params(defaults: Mapping[str, Any], given: Mapping[str, Any]) -> SamplingParams:
     try:
-        return SamplingParams(**{**defaults, **given})
+        return _checked(SamplingParams(**{**defaults, **given}))
     except SamplingError as error:
         raise ApiError(str(error), param=_blamed(given), code="invalid_value") from None
+
+
+def _checked(params: SamplingParams) -> SamplingParams:
+    """OpenAI's limit of log probabilities is the default of an engine's."""
+    params.check_logprobs(MAX_LOGPROBS)
+    return params
 
 
 def _blamed(given: Mapping[str, Any]) -> str | None:
     """The one parameter that is wrong by itself."""
     for key, value in given.items():
         try:
-            SamplingParams(**{key: value})
+            _checked(SamplingParams(**{key: value}))
         except SamplingError:
             return key
     return None

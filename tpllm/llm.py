@@ -4,6 +4,7 @@ import dataclasses
 import gc
 import itertools
 import sys
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -94,6 +95,7 @@ class LLM:
                  prefill_chunk_size: int | None = None, page_size: int | None = None, kv_cache_tokens: int | None = None,
                  memory_share: float | None = None, enable_prefix_caching: bool = True, preemption: str = "auto", batch_invariant: bool = True,
                  seed: int = 0, revision: str | None = None, skip_tokenizer_init: bool = False):
+        started = time.perf_counter()
         options = EngineOptions(max_model_len=max_model_len, max_num_seqs=max_num_seqs, prefill_chunk_size=prefill_chunk_size, page_size=page_size,
                                 kv_cache_tokens=kv_cache_tokens, memory_share=memory_share, enable_prefix_caching=enable_prefix_caching,
                                 preemption=preemption, batch_invariant=batch_invariant)
@@ -104,7 +106,7 @@ class LLM:
         params = load_weights(opened, cache_bytes_per_device=least_cache_bytes(opened.config, shapes, cache_dtype, kv_cache_tokens=kv_cache_tokens))
         try:
             self._start(opened.config, params, opened.tokenizer, options=options, shapes=shapes, cache_dtype=cache_dtype, seed=seed,
-                        model=str(model), family=opened.checkpoint.family.name, generation=opened.generation)
+                        model=str(model), family=opened.checkpoint.family.name, generation=opened.generation, started=started)
         except BaseException:  # a notebook keeps its traceback, and that keeps this frame
             for leaf in jax.tree.leaves(params):
                 leaf.delete()
@@ -131,13 +133,14 @@ class LLM:
         return llm
 
     def _start(self, config: ModelConfig, params: DecoderParams, tokenizer: Tokenizer | None, *, options: EngineOptions, shapes: EngineShapes,
-               cache_dtype, seed: int, model: str | None = None, family: str | None = None, generation: GenerationDefaults | None = None) -> None:
+               cache_dtype, seed: int, model: str | None = None, family: str | None = None, generation: GenerationDefaults | None = None,
+               started: float | None = None) -> None:
         self.config, self.shapes, self.seed, self._tokenizer = config, shapes, seed, tokenizer
         self._generation = generation or (tokenizer.generation if tokenizer else GenerationDefaults())
         engine = build_engine(config, params, tokenizer, options=options, shapes=shapes, cache_dtype=cache_dtype, seed=seed,
                               eos_ids=self._generation.eos_token_ids)
         self._description = describe(config, params, shapes=shapes, num_pages=engine.runner.num_pages, cache_dtype=cache_dtype, model=model,
-                                     family=family)
+                                     family=family, load_s=None if started is None else time.perf_counter() - started)
         self._engine = engine
 
     def generate(self, prompts: Prompt | Requests, sampling_params: SamplingParams | Iterable[SamplingParams] | None = None, *,

@@ -152,7 +152,7 @@ def run_in_terminal(command: str) -> list[str]:
     Raises:
         subprocess.CalledProcessError: it fails.
     """
-    screen = pyte.HistoryScreen(COLUMNS, 100)
+    screen = pyte.Screen(COLUMNS, 100)
     stream, (leader, follower) = pyte.ByteStream(screen), pty.openpty()
     fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", 100, COLUMNS, 0, 0))
     path = f"{pathlib.Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
@@ -173,14 +173,18 @@ def run_in_terminal(command: str) -> list[str]:
 PICTURES = {function.__name__: function for function in (chart, engine, answer)}
 
 
+def draw(name: str) -> str:
+    """The SVG of a picture."""
+    matplotlib.use("Agg")
+    with matplotlib.rc_context(STYLE):
+        return PICTURES[name]()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("pictures", nargs="*", choices=[*PICTURES, []], help="which; by default all")
-    matplotlib.use("Agg")
-    FOLDER.mkdir(exist_ok=True)
+    parser.add_argument("pictures", nargs="*", choices=[*PICTURES, []], metavar="PICTURE", help="which; by default all")
     for name in parser.parse_args().pictures or PICTURES:
-        with matplotlib.rc_context(STYLE):
-            (FOLDER / f"{name}.svg").write_text(PICTURES[name]())
+        (FOLDER / f"{name}.svg").write_text(draw(name))
         print(FOLDER.relative_to(ROOT) / f"{name}.svg")
 
 

@@ -77,8 +77,8 @@ class Partition:
         names = {name for name in self.axis_sizes if name not in manual}
         if num_parts(tuple(names), self.axis_sizes) == 1:
             return function
-        where = {"axis_names": names} if manual else {"mesh": self.mesh}  # the context's mesh is the only one that nests
-        return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, check_vma=False, **where)
+        mesh_options = {"axis_names": names} if manual else {"mesh": self.mesh}  # the context's mesh is the only one that nests
+        return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, check_vma=False, **mesh_options)
 
     def shard_index(self, logical: str) -> jax.Array | int:
         """Inside :meth:`shard_map`: which of the parts of a logical axis this device holds."""

@@ -10,11 +10,11 @@ import uuid
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
+from tpllm.engine.metrics import Snapshot
 from tpllm.engine.outputs import RequestOutput, failed_output
 from tpllm.engine.prompts import Prompt
 from tpllm.engine.request import Request
 from tpllm.engine.sampling_params import SamplingParams
-from tpllm.engine.snapshot import Snapshot
 from tpllm.errors import ConfigError, TpllmError
 from tpllm.llm import LLM
 from tpllm.tokenizer import Tokenizer

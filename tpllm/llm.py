@@ -12,19 +12,18 @@ import jax
 from jax.sharding import Mesh
 
 from sharding_rules import Rules, mesh_text
-from tpllm.engine.cache_size import least_cache_bytes
 from tpllm.engine.calls import OnError, complete, stream
 from tpllm.engine.description import Description, describe, kernels_of
 from tpllm.engine.engine import Engine
+from tpllm.engine.metrics import Snapshot
 from tpllm.engine.options import EngineOptions, build_engine
 from tpllm.engine.outputs import CompletionDelta, RequestOutput
 from tpllm.engine.prompts import Messages, Prompt, Requests
 from tpllm.engine.request import Request
 from tpllm.engine.runner import Runner
 from tpllm.engine.sampling_params import SamplingParams
-from tpllm.engine.shapes import EngineShapes
+from tpllm.engine.shapes import EngineShapes, least_cache_bytes
 from tpllm.engine.slots import TARGET
-from tpllm.engine.snapshot import Snapshot, take_snapshot
 from tpllm.environment.compile_cache import enable_compile_cache
 from tpllm.environment.software import describe_environment
 from tpllm.errors import ConfigError
@@ -214,9 +213,9 @@ class LLM:
             add_generation_prompt: end the prompt with the header of the answer; False goes on with the last message.
             show_progress: as for :meth:`generate`.
         """
-        many = messages if messages and isinstance(messages[0], list) else [messages]
+        chats = messages if messages and isinstance(messages[0], list) else [messages]
         options = {"template_kwargs": template_kwargs, "tools": tools, "add_generation_prompt": add_generation_prompt}
-        prompts = [{"messages": one, **options} for one in many]
+        prompts = [{"messages": chat, **options} for chat in chats]
         return self.generate(prompts, sampling_params, show_progress=show_progress)
 
     def warm_up(self, *, has_prompt_logprobs: bool = False) -> None:
@@ -225,9 +224,9 @@ class LLM:
 
     def metrics(self) -> Snapshot:
         """What the engine is doing and has done; ``metrics().to_prometheus()`` is the text that Prometheus scrapes."""
-        engine = self.engine
+        engine, model = self.engine, self._description
         with contextlib.nullcontext() if engine.is_in_turn else engine.turn():  # what is called within a step may look, too
-            return take_snapshot(engine)
+            return engine.metrics.snapshot(engine.scheduler, kernels=model.kernels, quantization=model.quantization, load_s=model.load_s)
 
     def reset_prefix_cache(self) -> None:
         """Forget the keys and values of earlier prompts; rows that run keep theirs."""

@@ -109,14 +109,15 @@ def has_scales(cache_dtype) -> bool:
     return jnp.dtype(cache_dtype) in native_attention.SCALED_DTYPES
 
 
-def _append_and_attend(q, new_kv, cache, positions, *, rope, table, device, **how):
+def _append_and_attend(q, new_kv, cache, positions, *, rope, table, device, **attention_options):
     keys_and_values, scales, steps = (rope_reference(new_kv[0], *rope), new_kv[1]), cache[2:], ()
     if scales:
         keys_and_values, steps = zip(*(quantize_entries(x, cache[0].dtype) for x in keys_and_values), strict=True)
     keys_and_values = _kv_append(cache[:2], keys_and_values, positions, device=device, table=table)
     scales = tuple(kv_append_reference(old[..., None], entries[..., None], positions, table).reshape(old.shape)
                    for old, entries in zip(scales, steps, strict=True))
-    out = _paged_attention(rope_reference(q, *rope), *keys_and_values, positions, scales=scales or None, table=table, device=device, **how)
+    out = _paged_attention(rope_reference(q, *rope), *keys_and_values, positions, scales=scales or None, table=table, device=device,
+                           **attention_options)
     return out, *keys_and_values, *scales
 
 

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.oracle
 
 @pytest.fixture(scope="module")
 def script():
-    return load_script("cpu_vs_llama_cpp", llama_cpp="llama-cpp-python", gguf="gguf")
+    return load_script("benchmarks.cpu.vs_llama_cpp", llama_cpp="llama-cpp-python", gguf="gguf")
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +38,7 @@ def files(script, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def model(script, files):
-    model = script.peer.PeerModel(files["F16"])
+    model = script.llama_cpp_model.PeerModel(files["F16"])
     yield model
     model.close()
 
@@ -56,7 +56,7 @@ def test_llama_cpp_opens_a_file_of_the_sizes_and_types_asked_for(script, files, 
     import gguf
     import llama_cpp
 
-    config, model = SHAPES["tiny"], script.peer.PeerModel(files[name])
+    config, model = SHAPES["tiny"], script.llama_cpp_model.PeerModel(files[name])
     sizes = [getattr(llama_cpp, f"llama_model_n_{what}")(model.handle) for what in ("layer", "embd", "head", "head_kv", "params")]
     model.close()
     table, layer = 512 * 128, 128 * (128 + 64 + 64 + 128) + 3 * 128 * 256 + 2 * 128
@@ -96,7 +96,7 @@ def test_the_peers_sequences_give_together_what_each_gives_alone(script, model, 
     prompts_BT = np.random.default_rng(3).integers(0, 512, (8, 20), np.int32)
     tokens = {}
     for num_seqs in (8, 1):
-        context = script.peer.PeerContext(model, num_seqs=num_seqs, context_len=27, num_threads=2, has_flash_attention=is_fused)
+        context = script.llama_cpp_model.PeerContext(model, num_seqs=num_seqs, context_len=27, num_threads=2, has_flash_attention=is_fused)
         runs = [context.run(rows_BT, 7) for rows_BT in np.split(prompts_BT, 8 // num_seqs)]
         tokens[num_seqs] = [row for run in runs for row in run.tokens]
         context.close()
@@ -113,7 +113,7 @@ def test_the_peers_run_is_one_prefill_and_one_call_a_step_from_an_empty_cache(sc
         calls.append(([batch.pos[index] for index in range(batch.n_tokens)], [batch.logits[index] for index in range(batch.n_tokens)]))
         return decode(handle, batch)
     monkeypatch.setattr(script.llama_cpp, "llama_decode", noted)
-    context = script.peer.PeerContext(model, num_seqs=2, context_len=6, num_threads=1, has_flash_attention=True)
+    context = script.llama_cpp_model.PeerContext(model, num_seqs=2, context_len=6, num_threads=1, has_flash_attention=True)
     first, second = (context.run(np.array([[5, 6, 7], [8, 9, 10]], np.int32), 2) for _ in range(2))
     context.close()
     assert calls == 2 * [([0, 1, 2, 0, 1, 2], [0, 0, 1, 0, 0, 1]), ([3, 3], [1, 1]), ([4, 4], [1, 1])]
@@ -121,12 +121,12 @@ def test_the_peers_run_is_one_prefill_and_one_call_a_step_from_an_empty_cache(sc
 
 
 def test_more_than_a_context_holds_and_files_that_are_none_are_refused(script, model, tmp_path):
-    context = script.peer.PeerContext(model, num_seqs=1, context_len=16, num_threads=1, has_flash_attention=True)
+    context = script.llama_cpp_model.PeerContext(model, num_seqs=1, context_len=16, num_threads=1, has_flash_attention=True)
     with pytest.raises(ValueError, match="1 rows of 17 tokens are more than a context of 1 x 16 holds"):
         context.run(np.ones((1, 14), np.int32), 3)
     context.close()
     with pytest.raises(ValueError, match=r"llama\.cpp cannot open"):
-        script.peer.PeerModel(tmp_path / "nothing.gguf")
+        script.llama_cpp_model.PeerModel(tmp_path / "nothing.gguf")
     with pytest.raises(ConfigError, match=r"could not write .* as Q4_0 \(error"):
         script.gguf_file.quantize(tmp_path / "nothing.gguf", tmp_path / "other.gguf", "Q4_0")
 
@@ -140,19 +140,19 @@ def test_more_than_a_context_holds_and_files_that_are_none_are_refused(script, m
     ("CPU : NEON = 1 | ", set(), []),
 ])
 def test_instruction_sets_that_the_peer_leaves_unused_are_found(script, line, flags, missing):
-    assert script.peer.missing_features(line, flags) == missing
+    assert script.llama_cpp_model.missing_features(line, flags) == missing
 
 
 def test_a_peer_built_for_a_lesser_cpu_is_refused_unless_allowed(script, monkeypatch):
-    monkeypatch.setattr(script.peer, "system_line", lambda: LINE.format(0, 0))
-    monkeypatch.setattr(script.peer, "cpu_flags", lambda: {"avx2", "avx512f", "avx512_vnni"})
+    monkeypatch.setattr(script.llama_cpp_model, "system_line", lambda: LINE.format(0, 0))
+    monkeypatch.setattr(script.llama_cpp_model, "cpu_flags", lambda: {"avx2", "avx512f", "avx512_vnni"})
     with pytest.raises(ConfigError, match=r"this CPU has AVX512, AVX512_VNNI, which this build .*--allow-slow-peer"):
         script.main([*SMALL, "--output", "result.json"])
     script.check_build(is_slow_allowed=True)
 
 
 def test_this_cpus_flags_are_words(script):
-    assert all(re.fullmatch(r"\w+", flag) for flag in script.peer.cpu_flags())
+    assert all(re.fullmatch(r"\w+", flag) for flag in script.llama_cpp_model.cpu_flags())
 
 
 def test_the_file_holds_the_setup_the_machine_and_every_pair(script, tmp_path, small_buffer, capsys):
@@ -170,7 +170,7 @@ def test_the_file_holds_the_setup_the_machine_and_every_pair(script, tmp_path, s
         assert {"prefill_s", "peer_prefill_s", "tokens_per_s", "peer_tokens_per_s", "tokens_ratio"} <= set(cell["medians"])
         assert {"load_average_before", "load_average_after", "counts", *cell["medians"]} <= set(cell["pairs"][0])
         assert len(cell["pairs"][0]["bandwidth_samples_bytes_per_s"]) == 2 * bandwidth.NUM_PASSES
-        assert {len(speeds) for speeds in cell["peer_attention_trials"].values()} == {script.peer.NUM_TRIALS}
+        assert {len(speeds) for speeds in cell["peer_attention_trials"].values()} == {script.llama_cpp_model.NUM_TRIALS}
         assert cell["peer_attention"] in ("fused", "products")
         assert ("share_of_median_bandwidth" in cell) == name.startswith("decode")
     assert entry["cells"]["decode-3-at-16"]["medians"]["tokens_per_s"] == 3 * 4 / 1.0
@@ -228,7 +228,7 @@ def test_a_reference_that_is_no_speed_of_a_cell_is_refused(script, capsys):
 def test_a_temporary_folder_without_room_is_refused(script, monkeypatch, tmp_path):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 0, 10**9))
     with pytest.raises(ConfigError, match=r"the files need 3.4 GB, .* has 1.0 free; name another folder with TMPDIR"):
-        sys.modules["llama_cpp_peer.kinds"].check_disk(SHAPES["tinyllama-1.1b"], ["bf16", "int8"], str(tmp_path))
+        sys.modules["benchmarks.cpu.peers.kinds"].check_disk(SHAPES["tinyllama-1.1b"], ["bf16", "int8"], str(tmp_path))
 
 
 def test_a_result_that_could_not_be_written_is_refused_first(script, tmp_path):

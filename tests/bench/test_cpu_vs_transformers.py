@@ -14,7 +14,7 @@ pytestmark = pytest.mark.oracle
 
 @pytest.fixture(scope="module")
 def script():
-    return load_script("cpu_vs_transformers", torch="torch", transformers="transformers")
+    return load_script("benchmarks.cpu.vs_transformers", torch="torch", transformers="transformers")
 
 
 @pytest.fixture(scope="module")

@@ -17,21 +17,21 @@ pytestmark = pytest.mark.oracle
 
 @pytest.fixture(scope="module")
 def script():
-    return load_script("mixed_vs_peers", llama_cpp="llama-cpp-python", gguf="gguf", torch="torch", transformers="transformers")
+    return load_script("benchmarks.cpu.mixed_vs_peers", llama_cpp="llama-cpp-python", gguf="gguf", torch="torch", transformers="transformers")
 
 
 @pytest.fixture(scope="module")
 def parallel(script):
     """The module with llama.cpp's loop."""
     import sys
-    return sys.modules["mixed_peers.parallel"]
+    return sys.modules["benchmarks.cpu.peers.llama_cpp_parallel"]
 
 
 @pytest.fixture(scope="module")
 def model(script, tmp_path_factory):
     path = tmp_path_factory.mktemp("gguf") / "F16.gguf"
     script.gguf_file.write_f16(path, SHAPES["tiny"])
-    model = script.peer.PeerModel(path)
+    model = script.llama_cpp_model.PeerModel(path)
     yield model
     model.close()
 
@@ -119,7 +119,8 @@ def test_a_request_longer_than_a_sequence_is_refused(parallel, model):
 
 def test_transformers_requests_get_together_what_generate_gives_each_alone(script, parallel, one_thread):
     import torch
-    from mixed_peers.generate_batch import run_batch
+
+    from benchmarks.cpu.peers.transformers_batch import run_batch
     model, asked = script.make_peer(SHAPES["tiny"], dtype="float32", context=64), requests(parallel, 7)
     seconds, tokens = run_batch(model, asked, num_seqs=3, context_len=64)
     alone = [model.generate(torch.tensor([request.prompt_token_ids]), do_sample=False, max_new_tokens=request.output_len)[0].tolist()

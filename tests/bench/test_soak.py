@@ -12,7 +12,7 @@ SHORT = ["--shape", "tiny", "--minutes", "0.1", "--warm-up-minutes", "0.05", "--
 
 @pytest.fixture(scope="module")
 def script():
-    return load_script("soak")
+    return load_script("benchmarks.cpu.soak")
 
 
 def test_every_kind_of_request_comes_and_nothing_compiles(script, tmp_path):

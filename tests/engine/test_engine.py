@@ -228,7 +228,7 @@ def test_after_warm_up_nothing_compiles(monkeypatch):
 
 
 def test_the_compile_guard_raises_on_a_compile_after_warm_up(monkeypatch):
-    from tpllm.engine.compile_guard import CompileGuard, UnexpectedCompileError
+    from tpllm.engine.executor import CompileGuard, UnexpectedCompileError
 
     monkeypatch.setenv("TPLLM_COMPILE_GUARD", "raise")
     guard = CompileGuard()

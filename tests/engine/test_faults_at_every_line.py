@@ -15,7 +15,7 @@ from tpllm.engine.turns import SIGNALS
 from tpllm.model.config import ALL_LAYERS
 
 WORK = [importlib.import_module(f"tpllm.{name}") for name in (
-    "engine.batch", "engine.calls", "engine.compile_guard", "engine.engine", "engine.executor", "engine.metrics", "engine.outputs", "engine.pace",
+    "engine.batch", "engine.calls", "engine.engine", "engine.executor", "engine.metrics", "engine.outputs", "engine.pace",
     "engine.pages", "engine.plan", "engine.request", "engine.rows", "engine.runner", "engine.scheduler",
     "engine.stop_strings", "tokenizer.detokenizer")]
 WAYS = [importlib.import_module(f"tpllm.{name}") for name in (

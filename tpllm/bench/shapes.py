@@ -12,8 +12,8 @@ from sharding_rules import DATA_TENSOR
 from tpllm.checkpoint import check_memory, needed_bytes
 from tpllm.checkpoint.matrices import make_matrix
 from tpllm.checkpoint.placement import place
-from tpllm.engine.cache_size import least_cache_bytes
 from tpllm.engine.options import EngineOptions
+from tpllm.engine.shapes import least_cache_bytes
 from tpllm.environment.compile_cache import enable_compile_cache
 from tpllm.errors import ConfigError
 from tpllm.llm import LLM

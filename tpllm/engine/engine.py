@@ -9,14 +9,13 @@ from typing import Any, TypeVar
 
 import jax
 
-from tpllm.engine.admission import Admission
 from tpllm.engine.batch import places_of
 from tpllm.engine.metrics import Metrics
 from tpllm.engine.outputs import Logprob
 from tpllm.engine.pace import Pace
 from tpllm.engine.plan import StepPlan
 from tpllm.engine.programs import FULL, NO_CHOICE, NO_TOKEN, NOT_FINITE, RUNNING, StepOutput
-from tpllm.engine.prompts import Prompt, encode_prompt
+from tpllm.engine.prompts import Admission, Prompt, encode_prompt
 from tpllm.engine.request import Prepared, Request, Sequence, new_request
 from tpllm.engine.runner import Dispatched, Runner
 from tpllm.engine.sampling_params import SamplingParams
@@ -46,7 +45,7 @@ class Engine:
         runner: the device side.
         scheduler: of the runner's sizes.
         tokenizer: makes text of tokens; None gives outputs without text.
-        seed: chooses the seed of requests that bring none.
+        seed: the seed from which requests without one of their own get theirs.
     """
 
     def __init__(self, runner: Runner, scheduler: Scheduler, tokenizer: Tokenizer | None, *, seed: int = 0):
@@ -76,7 +75,7 @@ class Engine:
             return self._step(is_watched)
 
     def wait(self, news: Callable[[], list[Found]], *, is_watched: bool = False) -> list[Found]:
-        """What ``news`` finds in this thread's turn: at once, where another thread's step has brought it, else after a step."""
+        """What ``news`` finds in this thread's turn: at once, if another thread's step has already brought it, else after a step."""
         with self.turn():
             found = news()
             if not found:
@@ -140,7 +139,7 @@ class Engine:
             self.scheduler.reset_prefix_cache()
 
     def recover(self) -> None:
-        """Make anew what a failed call left in doubt, as every other call does first: what was unfinished has ended with an error."""
+        """Make anew what a failed call left in doubt, as every other call does first; unfinished requests end with an error."""
         with self.turn():
             pass
 
@@ -168,7 +167,7 @@ class Engine:
     # --- turns, and what becomes of state in doubt ------------------------------------------------------------------------------------
     @contextlib.contextmanager
     def turn(self) -> Iterator[None]:
-        """The engine for this thread alone, in a state that is known."""
+        """A turn: this thread alone uses the engine, whose state is known."""
         with self._turns.take():
             if self._is_closed:
                 raise ConfigError("this LLM is closed; make a new one")
@@ -178,7 +177,7 @@ class Engine:
 
     @contextlib.contextmanager
     def _change(self) -> Iterator[None]:
-        """What is done as a whole or, where it fails, leaves everything in doubt."""
+        """A change of host or device state. If it fails half way, the whole state is in doubt, and the next turn makes it anew."""
         self._doubt = "interrupted"
         try:
             yield
@@ -241,7 +240,7 @@ class Engine:
         return list({id(owner.sequence.request): owner.sequence.request for owner in owners}.values())
 
     def _push_tokens(self, sequence: Sequence, output: StepOutput, column: int) -> dict[str, Any] | None:
-        """Hand one row's tokens to its sequence; how it ends with the last of them, or None where it goes on."""
+        """Give one row's tokens to its sequence. Returns how the sequence ends with the last of them, or None if it goes on."""
         params = sequence.request.params
         for step, token in enumerate(output.token[:, column].tolist()):
             if token == NO_TOKEN or sequence.is_finished:
@@ -261,7 +260,7 @@ class Engine:
         return None
 
     def _commit_prompt_scores(self, plan: StepPlan, scores: TokenScores) -> None:
-        """Keep the scores of prompt tokens; those of a piece that is computed again are there already."""
+        """Keep the scores of prompt tokens; a piece that is computed again has its scores already."""
         for piece, group, where in places_of(plan, num_slots=len(self.scheduler.slots), num_groups=self.runner.num_groups):
             output, wanted = piece.sequence.request.output, piece.sequence.request.params.prompt_logprobs
             if wanted is None or piece.sequence.completion.index:
@@ -274,7 +273,7 @@ class Engine:
 
     @contextlib.contextmanager
     def _alone(self, sequence: Sequence) -> Iterator[None]:
-        """What fails in here, such as making text of tokens, ends this row with an error and no other."""
+        """An error in here, such as in making text of tokens, ends this row and no other."""
         try:
             yield
         except Exception as error:
@@ -283,7 +282,7 @@ class Engine:
             log.exception("request %s failed", sequence.request.output.request_id)
 
     def _logprobs(self, token: int, scores: TokenScores, at: tuple[int, ...], *, count: int | None) -> dict[int, Logprob] | None:
-        """The token itself and the ``count`` likeliest ones, of the scores at one place."""
+        """The log probabilities of the token itself and of the ``count`` likeliest tokens, from the scores at one place."""
         if count is None:
             return None
         found = {token: (float(scores.logprob[at]), int(scores.rank[at]))}

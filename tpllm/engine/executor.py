@@ -1,5 +1,8 @@
-"""Who runs the engine's programs: it is handed names, static arguments and numpy arrays, so that it may be this process or several in step."""
+"""Runs the engine's programs. An executor gets names, static arguments and numpy arrays, so that it may be this process, or several in step."""
 import dataclasses
+import logging
+import os
+import threading
 from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
 
@@ -9,23 +12,27 @@ import jax.numpy as jnp
 from tpllm.engine.programs import StepOutput, jit_programs
 from tpllm.engine.shapes import EngineShapes
 from tpllm.engine.slots import TARGET, Cache, SlotState
+from tpllm.environment.memory import return_freed_memory
 from tpllm.model.config import ModelConfig
 from tpllm.model.kv_cache import init_cache
 from tpllm.model.params import DecoderParams
 from tpllm.model.per_row import empty_rows, shardings_of
 from tpllm.model.sampling import STOP_IDS, TokenScores
 
+log = logging.getLogger("tpllm")
+
 MAX_STEPS = 32  # decode steps of one program, at most
+_COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 
 
 @dataclasses.dataclass(frozen=True)
-class Call:
+class ProgramCall:
     """One program to be run, or pages to be kept.
 
     Attributes:
-        name: of a method of the executor: ``start``, ``step``, ``decode``, ``copy_page``, ``save``, ``restore`` or ``drop``.
-        arguments: numpy arrays, trees of them, and for the last three the key that a row's pages are known by.
-        static: what chooses among compiled programs.
+        name: the name of a method of the executor: ``start``, ``step``, ``decode``, ``copy_page``, ``save``, ``restore`` or ``drop``.
+        arguments: numpy arrays or trees of them; the last three also get the key of a row's saved pages.
+        static: the arguments that choose among compiled programs.
     """
 
     name: str
@@ -39,33 +46,33 @@ Output = tuple[StepOutput, TokenScores | None]
 class Executor(Protocol):
     """Holds models, cache and slots, and runs programs on them in the order in which they are given."""
 
-    def run(self, calls: Iterable[Call]) -> Output | None:
-        """Start the programs and return at once; what the last ``step`` or ``decode`` gives, on its way, and the scores of a prompt."""
+    def run(self, calls: Iterable[ProgramCall]) -> Output | None:
+        """Start the programs and return at once. Returns what the last ``step`` or ``decode`` gives, as arrays to come, with a prompt's scores."""
 
     def renew(self) -> None:
-        """Make cache and slots anew, empty, where a program that failed has taken them with it; forget what was saved."""
+        """Make cache and slots anew, empty, if a failed program has taken them with it; forget what was saved."""
 
     def wait(self) -> None:
         """Wait until all that was started is done."""
 
     def close(self) -> None:
-        """Give all memory back at once."""
+        """Free all memory at once."""
 
 
 class LocalExecutor:
-    """Runs the programs on the devices of this process. Nothing in it waits for a result, but for pages that are saved to the host.
+    """Runs the programs on the devices of this process. It waits for no result, except for pages that are saved to the host.
 
     Args:
         config: the model, fitted to its mesh.
         params: its parameters.
         shapes: sizes of the programs.
-        num_pages: of the KV cache, of all data groups together.
-        num_stop_ids: most stop ids of a row.
-        cache_dtype: of keys and values.
+        num_pages: pages of the KV cache, all data groups together.
+        num_stop_ids: the most stop ids of a row.
+        cache_dtype: the dtype of keys and values.
 
     Attributes:
-        params: of each model, by its name.
-        cache, state: the rows' contexts and slots. Programs take them and give them back.
+        params: the parameters of each model, by its name.
+        cache, state: the rows' contexts and slots. They are donated to programs, which give them back.
     """
 
     def __init__(self, config: ModelConfig, params: DecoderParams, *, shapes: EngineShapes, num_pages: int, num_stop_ids: int, cache_dtype: Any):
@@ -75,7 +82,7 @@ class LocalExecutor:
         self._make_arrays()
         self.programs = jit_programs(config, self.cache, self.state, max_steps=MAX_STEPS)
 
-    def run(self, calls: Iterable[Call]) -> Output | None:
+    def run(self, calls: Iterable[ProgramCall]) -> Output | None:
         """See :meth:`.Executor.run`."""
         output = None
         for call in calls:
@@ -83,35 +90,35 @@ class LocalExecutor:
         return output
 
     def start(self, *arguments: Any) -> None:
-        """Of :func:`.programs.start`: slot and row."""
+        """Run :func:`.programs.start` on a slot and a row."""
         per_row, self.state = self.programs.start(self.cache.per_row, self.state, *arguments)
         self.cache = self.cache.replace(per_row=per_row)
 
     def step(self, *arguments: Any, **static: Any) -> Output:
-        """Of :func:`.programs.step`: chunk, steps and tables."""
+        """Run :func:`.programs.step` on a chunk, steps and tables."""
         self.cache, self.state, *output = self.programs.step(self.params, self.cache, self.state, *arguments, **static)
         return tuple(output)
 
     def decode(self, *arguments: Any, **static: Any) -> Output:
-        """Of :func:`.programs.decode`: steps and tables."""
+        """Run :func:`.programs.decode` on steps and tables."""
         self.cache, self.state, output = self.programs.decode(self.params, self.cache, self.state, *arguments, **static)
         return output, None
 
     def copy_page(self, *arguments: Any) -> None:
-        """Of :func:`.programs.copy_page`: from where, and to where."""
+        """Run :func:`.programs.copy_page` on the numbers of two pages: from, and to."""
         self.cache = self.cache.replace(pages=self.programs.copy_page(self.cache.pages, *arguments))
 
     def save(self, key: int, *arguments: Any) -> None:
-        """Keep what :func:`.programs.read_row` gives of a slot and its pages, on the host."""
+        """Copy a slot's row and its pages to the host by :func:`.programs.read_row`, and keep them under ``key``."""
         self._saved[key] = jax.device_get(self.programs.read_row(self.cache, *arguments))
 
     def restore(self, key: int, *arguments: Any) -> None:
-        """Give what was kept to a slot and its pages, by :func:`.programs.write_row`, and keep it no longer."""
+        """Copy what was kept back to a slot and its pages by :func:`.programs.write_row`, and forget it."""
         self.cache = self.programs.write_row(self.cache, *arguments, self._saved[key])
         del self._saved[key]
 
     def drop(self, key: int) -> None:
-        """Keep it no longer."""
+        """Forget what was kept under ``key``."""
         del self._saved[key]
 
     def renew(self) -> None:
@@ -128,7 +135,7 @@ class LocalExecutor:
         jax.block_until_ready((self.cache, self.state))
 
     def close(self) -> None:
-        """See :meth:`.Executor.close`; the parameters are the caller's no longer either, unless they were taken out of :attr:`params`."""
+        """See :meth:`.Executor.close`. The parameters are freed too, unless they were taken out of :attr:`params` before."""
         _delete((self.cache, self.state, self.params))
         self.cache = self.state = None
         self.params, self._saved = {}, {}
@@ -153,3 +160,43 @@ def _delete(arrays: Any) -> None:
     for leaf in jax.tree.leaves(arrays):
         if isinstance(leaf, jax.Array) and not leaf.is_deleted():
             leaf.delete()
+
+
+class UnexpectedCompileError(RuntimeError):
+    """A program was compiled after warm-up."""
+
+
+class CompileGuard:
+    """A context manager around dispatches; once :meth:`arm` was called, a compile inside it raises or is logged.
+
+    It raises where the environment variable ``TPLLM_COMPILE_GUARD`` is ``raise``, as in this project's tests.
+    """
+
+    def __init__(self):
+        self.is_armed = False
+        self.num_compiles = 0
+        self._before = self._thread = 0
+
+    def arm(self) -> None:
+        """From now on every compile is unexpected."""
+        self.is_armed = True
+
+    def __enter__(self) -> "CompileGuard":
+        jax.monitoring.register_event_duration_secs_listener(self._count)
+        self._before, self._thread = self.num_compiles, threading.get_ident()
+        return self
+
+    def __exit__(self, *_) -> None:
+        jax.monitoring.unregister_event_duration_listener(self._count)
+        compiled = self.num_compiles - self._before
+        if compiled:
+            return_freed_memory()
+        if not self.is_armed or not compiled:
+            return
+        message = f"{compiled} program(s) compiled after warm-up"
+        if os.environ.get("TPLLM_COMPILE_GUARD") == "raise":
+            raise UnexpectedCompileError(message)
+        log.warning("%s; the requests at hand wait for it", message)
+
+    def _count(self, event: str, _duration: float, **_) -> None:
+        self.num_compiles += event == _COMPILE_EVENT and threading.get_ident() == self._thread  # another thread's is none of ours

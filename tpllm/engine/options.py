@@ -3,11 +3,10 @@ import dataclasses
 import logging
 from typing import Literal
 
-from tpllm.engine.cache_size import check_cache_size, choose_num_pages
 from tpllm.engine.engine import Engine
 from tpllm.engine.runner import Runner
 from tpllm.engine.scheduler import Scheduler
-from tpllm.engine.shapes import EngineShapes, choose_shapes
+from tpllm.engine.shapes import EngineShapes, check_cache_size, choose_num_pages, choose_shapes
 from tpllm.errors import ConfigError, short
 from tpllm.model.config import ModelConfig
 from tpllm.model.params import DecoderParams

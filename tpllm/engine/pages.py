@@ -70,7 +70,7 @@ class PagePool:
         self.num_references[page] += 1
 
     def release(self, pages: Iterable[int]) -> None:
-        """Let go of pages of a row, given in order; its last ones become idle first, so that they are the first to be taken."""
+        """Release a row's pages, given in order; its last ones become idle first, so that they are the first to be taken."""
         for page in reversed(list(pages)):
             self.num_references[page] -= 1
             if self.num_references[page] == 0:
@@ -84,7 +84,7 @@ class PagePool:
         return self.num_references[page] > 1
 
     def learn(self, page: int, key: Hashable) -> None:
-        """Know a held page's content by its key, unless another page or key stands for it already."""
+        """Note the key of a held page's content, unless the key has a page or the page a key already."""
         if key not in self._page_of and page not in self._key_of:
             self._page_of[key], self._key_of[page] = page, key
 
@@ -93,13 +93,13 @@ class PagePool:
         return self._page_of.get(key)
 
     def forget(self, pages: Iterable[int]) -> None:
-        """Know the content of some held pages no more."""
+        """Forget what some held pages contain."""
         for page in pages:
             if page in self._key_of:
                 self._forget(page)
 
     def forget_all(self) -> None:
-        """Know no content any more; what rows hold they keep."""
+        """Forget what every page contains; rows keep the pages that they hold."""
         self._free.extend(self._idle)
         self._idle.clear()
         self._key_of.clear()
@@ -125,7 +125,7 @@ class PrefixCache:
         self._granularity, self._depends_on_prompt_len = granularity, depends_on_prompt_len
 
     def find(self, sequence: Sequence) -> list[int]:
-        """The pages that hold the beginning of a row's context, short of its last token: that one gives the next."""
+        """The known pages of the beginning of a row's context. Its last token is never among them: it is computed to draw the next one."""
         if not self.is_enabled or sequence.wants_prompt_logprobs:
             return []
         found: list[int] = []
@@ -137,7 +137,7 @@ class PrefixCache:
         return found[:self._num_shared_pages(len(found) * self.page_size)]
 
     def remember(self, sequence: Sequence, num_tokens: int) -> None:
-        """Make a row's pages known whose content its first ``num_tokens`` tokens are."""
+        """Learn the pages that hold the first ``num_tokens`` tokens of a row."""
         if not self.is_enabled or num_tokens < (sequence.num_pages_known + 1) * self.page_size:
             return
         num_full = self._num_shared_pages(num_tokens)
@@ -147,7 +147,7 @@ class PrefixCache:
         sequence.num_pages_known = max(num_full, sequence.num_pages_known)
 
     def _num_shared_pages(self, num_tokens: int) -> int:
-        """Pages of the multiples of the granularity that so many tokens make."""
+        """How many pages of so many tokens may be shared: those of whole multiples of the granularity."""
         return num_tokens // self._granularity * self._granularity // self.page_size
 
     def _keys(self, sequence: Sequence, count: int) -> Iterator[bytes]:

@@ -1,4 +1,4 @@
-"""A plan of the scheduler: one device program, and what has to be done before it."""
+"""A plan of the scheduler: one device program, and what is done before it."""
 import dataclasses
 
 import numpy as np
@@ -11,8 +11,8 @@ class Owner:
     """A row that a program gives tokens to, in which slot, and how often it had lost its slot by then.
 
     Attributes:
-        num_steps: that the program may run for it; unless it ends, it gets at least as many tokens.
-        most: tokens that it gets at most.
+        num_steps: how many steps the program may run for it; unless it ends, it gets at least as many tokens.
+        most: the most tokens that it can get.
     """
 
     slot: int
@@ -23,7 +23,7 @@ class Owner:
 
     @property
     def is_current(self) -> bool:
-        """Whether the row still wants what the program gives."""
+        """Whether the row still takes the program's tokens: it has not ended and has not lost its slot since."""
         return not self.sequence.is_finished and self.sequence.num_preemptions == self.num_preemptions
 
 
@@ -32,9 +32,9 @@ class Move:
     """Pages of a row that are copied to the host, or back from it.
 
     Attributes:
-        key: what the copy is known by.
-        sequence, slot: the row, and the slot that it leaves or comes to.
-        pages: in order.
+        key: the key of the copy.
+        sequence, slot: the row, and the slot that it leaves or gets.
+        pages: its pages, in order.
     """
 
     key: int
@@ -55,15 +55,15 @@ class Piece:
 
 @dataclasses.dataclass(frozen=True)
 class StepPlan:
-    """One program, and what has to be done before it.
+    """One program, and what is done before it.
 
     Attributes:
-        pieces: of contexts. None: the program is decode steps for all its owners.
+        pieces: pieces of contexts to be computed. Without any, the program runs decode steps for all its owners.
         owners: the rows that get tokens: those whose context the pieces complete, and those that decode.
-        bucket: padded tokens of each data group.
-        started: rows that come to their slot with this program, to compute their contexts.
-        saves, restores: to the host, and back: then the row goes on in its slot.
-        copies: (data group, from, to), pages to be copied.
+        bucket: the padded number of tokens of each data group.
+        started: rows that get their slot with this program, to compute their contexts.
+        saves, restores: pages to be copied to the host, and back from it; a restored row goes on in its slot.
+        copies: (data group, from, to) of pages to be copied.
     """
 
     pieces: tuple[Piece, ...]
@@ -80,7 +80,7 @@ class StepPlan:
         return not (self.owners or self.pieces or self.started or self.saves or self.restores or self.copies)
 
     def steps(self, num_slots: int) -> np.ndarray:
-        """int32 [B], how many steps the program may give each slot; 0 for those that it gives nothing."""
+        """int32 [B], how many steps the program may run for each slot; 0 for those that it leaves alone."""
         steps_B = np.zeros(num_slots, np.int32)
         for owner in self.owners:
             steps_B[owner.slot] = owner.num_steps
@@ -88,7 +88,7 @@ class StepPlan:
 
 
 class PlanBuilder:
-    """A plan being made."""
+    """Collects the parts of a plan."""
 
     def __init__(self):
         self.pieces: list[Piece] = []
@@ -99,7 +99,7 @@ class PlanBuilder:
         self.copies: list[tuple[int, int, int]] = []
 
     def give_tokens(self, sequence: Sequence, num_steps: int = 1, tokens_per_step: int = 1) -> None:
-        """Let the program give a row one token a step, or up to ``tokens_per_step``."""
+        """Let the program run ``num_steps`` for a row, each of which gives it 1 to ``tokens_per_step`` tokens."""
         owner = Owner(sequence.slot, sequence, sequence.num_preemptions, num_steps, most=num_steps * tokens_per_step)
         sequence.promise(owner.num_steps, owner.most)
         self.owners.append(owner)
@@ -109,7 +109,7 @@ class PlanBuilder:
         return any(piece.sequence is sequence for piece in self.pieces)
 
     def has(self, sequence: Sequence) -> bool:
-        """Whether a row has a part in the program, or in what comes before it."""
+        """Whether the program, or what is done before it, concerns a row."""
         return (self.computes(sequence) or any(owner.sequence is sequence for owner in self.owners)
                 or any(move.sequence is sequence for move in self.restores))
 

@@ -119,8 +119,8 @@ def decode(params: Params, cache: Cache, state: SlotState, steps_B: jax.Array, t
         now, is_drawn_B = rows.replace(**changing), is_drawn(step, changing)
         hidden_B1D, cache = _forward(params, now.token[:, None], jnp.where(is_drawn_B, now.position, -1)[:, None], cache, config, page_tables,
                                      rows.prompt_len)
-        now, one = _draw(params, hidden_B1D[:, 0], now, is_drawn_B, config)
-        return step + 1, cache, _changing(now), jax.tree.map(lambda all_steps, this: all_steps.at[step].set(this), out, one)
+        now, drawn = _draw(params, hidden_B1D[:, 0], now, is_drawn_B, config)
+        return step + 1, cache, _changing(now), jax.tree.map(lambda all_steps, this: all_steps.at[step].set(this), out, drawn)
 
     num_steps, cache, changing, out = jax.lax.while_loop(lambda carry: jnp.any(is_drawn(carry[0], carry[2])), run_one,
                                                          (jnp.int32(0), cache, _changing(rows), _empty_output(max_steps, num_rows)))
@@ -138,8 +138,8 @@ def start(per_row: dict[str, jax.Array], state: SlotState, slot: jax.Array, row:
     """
     per_row = jax.tree.map(lambda slots: slots.at[slot].set(0), per_row)
 
-    def put(one, slots):
-        return slots if one is None else slots.at[slot].set(one[0])
+    def put(new, slots):
+        return slots if new is None else slots.at[slot].set(new[0])
     return per_row, jax.tree.map(put, row, state, is_leaf=lambda part: part is None)
 
 

@@ -34,12 +34,12 @@ class Request:
     Attributes:
         output: what the user gets; its completions grow as tokens arrive.
         params: how it is sampled.
-        seed: of its randomness, in [0, 2^64).
+        seed: the seed of its random numbers, in [0, 2^64).
         bad_words: token sequences that may not appear.
         priority: lower ones come first.
         number: how many requests came before it.
         sequences: one for each completion.
-        num_changes: tokens that came and completions that ended; who has seen so many knows whether there is more to see.
+        num_changes: how many tokens came and completions ended. A reader that remembers the number knows whether there is more to read.
     """
 
     output: RequestOutput
@@ -62,20 +62,22 @@ class Sequence:
     """One completion on its way through the engine.
 
     Attributes:
-        request: whose completion it is.
+        request: the request that it belongs to.
         completion: what the user gets.
-        detokenizer: makes its text; None where the model has no tokenizer.
+        detokenizer: makes text of its tokens; None where the model has no tokenizer.
         stops: the strings that end it.
-        max_new_tokens: at most this many, the context's end included.
-        slot: where it lives on the device, or None.
-        pages: of the KV cache, in order of position; only while it has a slot.
-        page_keys: what the first full pages of its context are known by; see ``pages``.
-        num_pages_known: how many of its pages the prefix cache was told of.
-        prefill_len: tokens whose keys and values a prefill makes: the context when it last got its slot.
-        num_computed: positions whose keys and values dispatched programs write, at most.
-        least_promised, most_promised: tokens that programs give it which were dispatched and not read yet: at least, unless it ends, and at most.
-        num_preemptions: how often it lost its slot. What programs give that were dispatched before the last time is not wanted: it comes again.
-        saved: what its pages are known by that were kept when it lost its slot; None where there are none.
+        max_new_tokens: the most tokens that it may generate: what the parameters and the rest of the context allow.
+        slot: its place on the device, or None.
+        pages: its pages of the KV cache, in order of position; it has some only while it has a slot.
+        page_keys: the keys of the first full pages of its context in the prefix cache; see ``engine/pages.py``.
+        num_pages_known: how many of its pages the prefix cache knows.
+        prefill_len: how many tokens a prefill computes: the length of the context when it last got its slot.
+        num_computed: how many positions the dispatched programs write at most.
+        least_promised, most_promised: how many tokens the programs that were dispatched and not read yet give it, at least (unless it ends) and at
+            most.
+        num_preemptions: how often it lost its slot. Tokens of programs that were dispatched before the last time are ignored: they are computed
+            again.
+        saved: the key of its pages that were saved to the host when it lost its slot; None where there are none.
         last_token_time: when it got its last token, in seconds of ``time.monotonic``.
     """
 
@@ -113,7 +115,7 @@ class Sequence:
 
     @property
     def wants_prompt_logprobs(self) -> bool:
-        """Whether its prefill scores every prompt token: that of the request's first completion does, the first time."""
+        """Whether its prefill scores every prompt token: only the first prefill of the request's first completion does."""
         return self.request.params.prompt_logprobs is not None and not self.completion.index and not self.completion.token_ids
 
     @property
@@ -133,43 +135,42 @@ class Sequence:
 
     @property
     def least_tokens(self) -> int:
-        """Tokens that it has when the programs under way are done, unless it ends: at least."""
+        """The least number of tokens that it has when the programs under way are done, unless it ends."""
         return min(len(self.completion.token_ids) + self.least_promised, self.max_new_tokens)
 
     @property
     def most_tokens(self) -> int:
-        """The like, at most."""
+        """The most tokens that it can have when the programs under way are done."""
         return min(len(self.completion.token_ids) + self.most_promised, self.max_new_tokens)
 
     @property
     def num_left(self) -> int:
-        """Tokens that it may still take of programs that are not dispatched yet."""
+        """How many tokens it may still get from programs that are not dispatched yet."""
         return self.max_new_tokens - self.least_tokens
 
     def positions_of(self, num_tokens: int) -> tuple[int, int]:
-        """The lowest position that the program writes which gives it its next tokens, and one past the highest: so many, or as many as it may
-        still take."""
+        """The positions that the next program writes if it gives at most ``num_tokens`` tokens: the lowest, and one past the highest."""
         return self.prompt_len + self.least_tokens - 1, self.prompt_len + min(self.most_tokens + num_tokens, self.max_new_tokens) - 1
 
     @property
     def num_sure_tokens(self) -> int:
-        """How many more tokens it takes at least, as far as its parameters say."""
+        """How many more tokens it takes at least, whatever the tokens are."""
         params = self.request.params
         ends_early = params.stop or params.stop_token_ids or not params.ignore_eos
         return (min(params.min_tokens, self.max_new_tokens) if ends_early else self.max_new_tokens) - self.most_tokens
 
     def promise(self, least: int, most: int) -> None:
-        """Take note of a program that is to give it so many tokens; or, where they are negative, of one whose tokens have come."""
+        """Count a dispatched program that will give it ``least`` to ``most`` tokens; negative numbers count one that was read."""
         self.least_promised += least
         self.most_promised += most
 
     @property
     def order(self) -> tuple[int, int, int]:
-        """Who comes first: priority, arrival, index among ``n``."""
+        """The key that rows are ordered by: priority, arrival, index among ``n``."""
         return self.request.priority, self.request.number, self.completion.index
 
     def push(self, token: int, logprob: float, top: dict[int, Logprob] | None) -> float:
-        """Take one drawn token; the seconds since the one before it, or since the request came."""
+        """Take one drawn token. Returns the seconds since the token before it, or since the request came."""
         now, metrics = time.monotonic(), self.request.output.metrics
         if metrics.first_token_time is None:
             metrics.first_token_time = now
@@ -182,11 +183,11 @@ class Sequence:
         return seconds
 
     def show(self, token: int) -> str | None:
-        """Add one token to the text; the stop string that this completes, if any, and the text is cut there."""
+        """Add one token to the text. Returns the stop string that it completes, if any; the text is cut there."""
         return self._add_text(self.detokenizer.push([token])) if self.detokenizer is not None else None
 
     def finish(self, reason: str, *, stop_reason: int | str | None = None, error: str | None = None) -> None:
-        """End the completion with what its last tokens still give of text, and the request with its last completion."""
+        """End the completion: add the text that its last tokens still hold, and end the request with its last completion."""
         if self.detokenizer is not None and not isinstance(stop_reason, str):
             stop = self._add_text(self.detokenizer.finish())
             if stop is not None and reason == "length":
@@ -194,7 +195,7 @@ class Sequence:
         self.end(reason, stop_reason=stop_reason, error=error)
 
     def end(self, reason: str, *, stop_reason: int | str | None = None, error: str | None = None) -> None:
-        """The like, with the text as it is: this cannot fail."""
+        """End the completion with the text as it is. This cannot fail."""
         self.completion.finish_reason, self.completion.stop_reason, self.completion.error = reason, stop_reason, error
         self.request.num_changes += 1
         output = self.request.output
@@ -203,7 +204,7 @@ class Sequence:
 
     @property
     def num_certain_chars(self) -> int:
-        """Characters of the text that stay, whatever comes."""
+        """How many characters of the text can no longer change."""
         return len(self.completion.text) if self.is_finished else self.stops.num_certain(self.completion.text)
 
     def _add_text(self, new: str) -> str | None:
@@ -220,7 +221,7 @@ class Sequence:
 
 
 def new_request(request_id: str, prepared: Prepared, *, seed: int, max_len: int, tokenizer: Tokenizer | None, number: int = 0) -> Request:
-    """A request with its sequences, ready to be scheduled; a row holds at most ``max_len`` tokens."""
+    """Make a request with its sequences, ready to be scheduled; a row holds at most ``max_len`` tokens."""
     params, prompt_token_ids = prepared.params, list(prepared.prompt_token_ids)
     output = RequestOutput(request_id=request_id, prompt=prepared.prompt, prompt_token_ids=prompt_token_ids, outputs=[],
                            metrics=RequestMetrics(arrival_time=time.monotonic()))

@@ -20,17 +20,17 @@ class Rows:
 
     Args:
         shapes: the engine's sizes.
-        num_pages: of each data group.
-        num_groups: data groups the slots are cut into, in order; each has pages of its own.
-        caches_prefixes: whether rows share the pages of what their contexts have in common.
+        num_pages: pages of each data group.
+        num_groups: data groups that the slots are cut into, in order; each has pages of its own.
+        caches_prefixes: whether rows share the pages of a common beginning of their contexts.
         depends_on_prompt_len: whether keys and values depend on the length of the prompt.
         swaps: whether a row that loses its pages gets their content back from the host, and does not compute it again.
-        tokens_per_step: most tokens that a decode step gives a row; each gives it at least one.
+        tokens_per_step: the most tokens that a decode step gives a row; it gives at least one.
 
     Attributes:
         tables: int32 [B, L] for each group of layers, the pages of each slot's row; -1 where there is none.
         num_preemptions: how often a row lost its pages.
-        num_context_tokens, num_reused_tokens: of the rows that began: all, and those whose pages they shared.
+        num_context_tokens, num_reused_tokens: tokens in the contexts of the rows that began, and how many of them lay in shared pages.
     """
 
     def __init__(self, shapes: EngineShapes, *, num_pages: int, num_groups: int = 1, caches_prefixes: bool = True,
@@ -42,7 +42,7 @@ class Rows:
         self.reset()
 
     def reset(self) -> None:
-        """Know no row, and of no page what it holds; only the counts stay."""
+        """Forget all rows and what pages hold; only the counts stay."""
         shapes = self.shapes
         self.slots: list[Sequence | None] = [None] * shapes.max_num_seqs
         self.waiting: list[Sequence] = []
@@ -57,7 +57,7 @@ class Rows:
         bisect.insort(self.waiting, sequence, key=lambda row: row.order)
 
     def commit(self, owner: Owner) -> None:
-        """Take note that a program's tokens have come to a row, as many as they are; its full pages can be shared."""
+        """Settle a program's promise to a row once its tokens have come, however many; full pages of the row can be shared from here on."""
         owner.sequence.promise(-owner.num_steps, -owner.most)
         self._share_full_pages(owner.sequence)
 
@@ -66,7 +66,7 @@ class Rows:
             self.prefixes[self._group(sequence)].remember(sequence, min(sequence.num_computed, sequence.context_len - 1))
 
     def release(self, sequence: Sequence) -> None:
-        """Free slot and pages of a sequence that has ended, or take it out of the queue. What one leaves that failed is not shared."""
+        """Free slot and pages of a sequence that has ended, or take it out of the queue. Pages of one that failed are not shared."""
         if sequence.slot is not None:
             if sequence.completion.finish_reason == "error":
                 self.pools[self._group(sequence)].forget(sequence.pages)
@@ -88,12 +88,12 @@ class Rows:
 
     @property
     def running(self) -> list[Sequence]:
-        """The rows in slots, first those that come first."""
+        """The rows in slots, in their order."""
         return sorted((sequence for sequence in self.slots if sequence is not None), key=lambda row: row.order)
 
     # --- a row's way: into its slot, on, out of it -----------------------------------------------------------------------------------
     def _admit(self) -> None:
-        """Give free slots to the rows that come first."""
+        """Give free slots to the rows that wait, in their order."""
         for slot, holder in enumerate(self.slots):
             if holder is None and self.waiting:
                 sequence = self.waiting.pop(0)
@@ -105,7 +105,7 @@ class Rows:
                 self._restore(sequence)
 
     def _begin(self, sequence: Sequence) -> bool:
-        """Whether a row has pages for its context; one without takes them, those of a known beginning first."""
+        """Give a row pages for its context, if it has none: shared ones for a known beginning, then new ones. Returns whether it has them."""
         if sequence.pages:
             return True
         if sequence.saved is not None:
@@ -128,7 +128,7 @@ class Rows:
         return True
 
     def _find_shared(self, sequence: Sequence) -> tuple[list[int] | None, int]:
-        """(pages, tokens in them) that a row shares from the start; None where it is worth waiting for the first of its ``n``."""
+        """(pages, tokens in them) that a row shares from the start; None where it should wait for the first of its ``n`` to be computed."""
         size, first = self.shapes.page_size, sequence.request.sequences[0]
         if sequence is not first and first.slot is not None and self._group(first) == self._group(sequence) and not first.is_finished:
             if first.is_prefilling or self._builder.computes(first):
@@ -140,7 +140,7 @@ class Rows:
         return pages, len(pages) * size
 
     def _restore(self, sequence: Sequence) -> None:
-        """Give a row that was saved its pages again; it goes on decoding."""
+        """Give a row that was saved pages again, and plan to copy their content back; it goes on decoding."""
         stop = sequence.positions_of(self.tokens_per_step)[1]  # with places for a step, so that it goes on
         if self._reserve(sequence, 0, stop, spare=self._num_earlier(sequence)):
             sequence.num_computed = sequence.prefill_len
@@ -157,7 +157,7 @@ class Rows:
         return count
 
     def _prefilled_len(self, sequence: Sequence) -> int:
-        """How much of a context a prefill gives the bits that any other prefill would give it."""
+        """How many tokens of a context get the same bits in any prefill."""
         return sequence.prefill_len if self.shapes.has_invariant_kernels else sequence.prompt_len
 
     def _go_on(self, sequence: Sequence, num_steps: int) -> None:
@@ -179,7 +179,7 @@ class Rows:
         self.add(sequence)
 
     def _move(self, sequence: Sequence, key: int) -> Move:
-        """Of the pages of the tokens that are in the cache: all but the last."""
+        """A move of the pages that hold the tokens in the cache: all tokens but the last."""
         num_pages = -(-(sequence.context_len - 1) // self.shapes.page_size)
         return Move(key, sequence, sequence.slot, tuple(sequence.pages[:num_pages]))
 
@@ -192,8 +192,8 @@ class Rows:
 
     # --- pages ------------------------------------------------------------------------------------------------------------------------
     def _reserve(self, sequence: Sequence, start: int, stop: int, *, spare: int = 0) -> bool:
-        """Own pages for positions ``start`` to ``stop``, which are to be written, and leave ``spare`` ones; rows that come later lose theirs
-        for it."""
+        """Make sure that a row alone holds the pages of positions ``start`` to ``stop``, which will be written, and that ``spare`` pages are left;
+        rows later in the order lose theirs for it. Returns whether there were enough."""
         pool, size = self.pools[self._group(sequence)], self.shapes.page_size
         first, num_missing = start // size, max(0, -(-stop // size) - len(sequence.pages))
         is_shared = first < len(sequence.pages) and pool.is_shared(sequence.pages[first])
@@ -220,7 +220,7 @@ class Rows:
         return all(pool.num_available >= count for pool, count in zip(self.pools, needed, strict=True))
 
     def _num_earlier(self, sequence: Sequence) -> int:
-        """Rows with pages that come before a row: each may soon need another page, which the row must not take to lose it again."""
+        """How many rows with pages come before a row: each may soon need one more page, and the row should not take it only to lose it again."""
         return sum(bool(row.pages) and row.order < sequence.order and self._group(row) == self._group(sequence) for row in self.running)
 
     def _last_holder(self, group: int) -> Sequence | None:

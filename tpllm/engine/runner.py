@@ -1,4 +1,4 @@
-"""Plans as calls of programs."""
+"""Makes calls of device programs out of plans."""
 import dataclasses
 import itertools
 from collections.abc import Iterator, Mapping
@@ -9,8 +9,7 @@ import numpy as np
 
 from sharding_rules.axes import BATCH
 from tpllm.engine.batch import pack_chunk, row_of
-from tpllm.engine.compile_guard import CompileGuard
-from tpllm.engine.executor import Call, Executor, LocalExecutor
+from tpllm.engine.executor import CompileGuard, Executor, LocalExecutor, ProgramCall
 from tpllm.engine.plan import Move, StepPlan
 from tpllm.engine.programs import StepOutput
 from tpllm.engine.roofline import find_costs
@@ -29,7 +28,7 @@ NO_ROW = Row(SamplingParams(), prompt=[0])  # to compile with
 
 @dataclasses.dataclass(frozen=True)
 class Dispatched:
-    """A program on its way, and what it is for."""
+    """A program that was dispatched, its plan, and its results, which may not be there yet."""
 
     plan: StepPlan
     output: StepOutput | None = None
@@ -43,13 +42,13 @@ class Runner:
         config: the model, fitted to its mesh.
         params: its parameters.
         shapes: sizes of the programs.
-        num_pages: of the KV cache, of each data group.
+        num_pages: pages of the KV cache of each data group.
         eos_ids: the model's end-of-sequence ids.
-        cache_dtype: of keys and values.
+        cache_dtype: the dtype of keys and values.
 
     Attributes:
-        executor: what runs them.
-        costs: of the programs, by the model's sizes.
+        executor: runs the calls.
+        costs: what the programs read and compute, by the model's sizes.
     """
 
     def __init__(self, config: ModelConfig, params: DecoderParams, *, shapes: EngineShapes, num_pages: int, eos_ids: frozenset[int], cache_dtype):
@@ -73,10 +72,10 @@ class Runner:
             return Dispatched(plan, *self.executor.run(self._calls(plan, tables)) or ())
 
     def drop(self, key: int) -> None:
-        """Keep what was saved of a row no longer."""
-        self.executor.run([Call("drop", (key,))])
+        """Forget what was saved of a row."""
+        self.executor.run([ProgramCall("drop", (key,))])
 
-    def _calls(self, plan: StepPlan, tables: Mapping[str, np.ndarray]) -> Iterator[Call]:
+    def _calls(self, plan: StepPlan, tables: Mapping[str, np.ndarray]) -> Iterator[ProgramCall]:
         """A plan's calls, in the order in which they have to run."""
         for move in plan.saves:
             yield self._move_call("save", move)
@@ -84,7 +83,7 @@ class Runner:
             yield self._move_call("restore", move)
             yield self._start_call(move.slot, row_of(move.sequence, self.eos_ids, is_alive=True))
         for group, *pages in plan.copies:
-            yield Call("copy_page", tuple(np.int32(group * self.num_pages + page) for page in pages))
+            yield ProgramCall("copy_page", tuple(np.int32(group * self.num_pages + page) for page in pages))
         for sequence in plan.started:
             yield self._start_call(sequence.slot, row_of(sequence, self.eos_ids))
         if plan.pieces:
@@ -92,25 +91,25 @@ class Runner:
         elif plan.owners:
             yield self._decode_call(plan, tables, num_rows=self._num_rows(1 + max(owner.slot for owner in plan.owners)))
 
-    def _step_call(self, plan: StepPlan, tables: Mapping[str, np.ndarray], *, scores_prompt: bool) -> Call:
+    def _step_call(self, plan: StepPlan, tables: Mapping[str, np.ndarray], *, scores_prompt: bool) -> ProgramCall:
         chunk = pack_chunk(plan, num_slots=self.shapes.max_num_seqs, num_groups=self.num_groups, is_ragged=self.shapes.has_invariant_kernels)
-        return Call("step", (chunk, *self._rows(plan, tables)), {"scores_prompt": scores_prompt})
+        return ProgramCall("step", (chunk, *self._rows(plan, tables)), {"scores_prompt": scores_prompt})
 
-    def _decode_call(self, plan: StepPlan, tables: Mapping[str, np.ndarray], *, num_rows: int) -> Call:
-        return Call("decode", self._rows(plan, tables), {"num_rows": num_rows})
+    def _decode_call(self, plan: StepPlan, tables: Mapping[str, np.ndarray], *, num_rows: int) -> ProgramCall:
+        return ProgramCall("decode", self._rows(plan, tables), {"num_rows": num_rows})
 
     def _rows(self, plan: StepPlan, tables: Mapping[str, np.ndarray]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         """How many steps each row may take, and its pages: copies, for the next plan changes the tables while this one's program runs."""
         return plan.steps(self.shapes.max_num_seqs), {group: table.copy() for group, table in tables.items()}
 
-    def _start_call(self, slot: int, row: Row) -> Call:
-        return Call("start", (np.int32(slot), pack_slot(row, vocab=self.config.padded_vocab_size, **{STOP_IDS: self.num_stop_ids})))
+    def _start_call(self, slot: int, row: Row) -> ProgramCall:
+        return ProgramCall("start", (np.int32(slot), pack_slot(row, vocab=self.config.padded_vocab_size, **{STOP_IDS: self.num_stop_ids})))
 
-    def _move_call(self, name: str, move: Move) -> Call:
+    def _move_call(self, name: str, move: Move) -> ProgramCall:
         """A row's pages are numbered among those of all groups, and padded with -1."""
         pages_L, group = np.full(self.shapes.pages_per_row, -1, np.int32), move.slot * self.num_groups // self.shapes.max_num_seqs
         pages_L[:len(move.pages)] = np.array(move.pages, np.int32) + group * self.num_pages
-        return Call(name, (move.key, np.int32(move.slot), pages_L))
+        return ProgramCall(name, (move.key, np.int32(move.slot), pages_L))
 
     def _num_rows(self, num_busy: int) -> int:
         """The slots to compute so that the first ``num_busy`` are among them."""
@@ -130,7 +129,7 @@ class Runner:
         self.executor.wait()
         self.guard.arm()
 
-    def _warm_ups(self, has_prompt_logprobs: bool) -> Iterator[list[Call]]:
+    def _warm_ups(self, has_prompt_logprobs: bool) -> Iterator[list[ProgramCall]]:
         shapes = self.shapes
         tables = {ALL_LAYERS: np.full((shapes.max_num_seqs, shapes.pages_per_row), -1, np.int32)}
         for row in (NO_ROW, dataclasses.replace(NO_ROW, params=ADJUSTING)):  # in a slot beyond the last one, which JAX does not write
@@ -140,7 +139,7 @@ class Runner:
         for num_rows in shapes.row_buckets:
             yield [self._decode_call(StepPlan(pieces=(), owners=()), tables, num_rows=num_rows)]
         nothing: Any = Move(-1, None, 0, ())
-        yield [self._move_call("save", nothing), self._move_call("restore", nothing), Call("copy_page", (np.int32(0), np.int32(0)))]
+        yield [self._move_call("save", nothing), self._move_call("restore", nothing), ProgramCall("copy_page", (np.int32(0), np.int32(0)))]
 
     def renew(self) -> None:
         """Make cache and slots anew where a program that failed has taken them with it: they are donated to each one."""

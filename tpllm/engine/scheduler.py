@@ -1,11 +1,11 @@
-"""What runs next, of the rows in their slots."""
+"""The choice of what runs next for the rows in their slots."""
 from tpllm.engine.plan import PlanBuilder, StepPlan
 from tpllm.engine.request import Sequence
 from tpllm.engine.rows import Rows
 from tpllm.engine.shapes import EngineShapes
 
-MAX_PREFILLS_IN_A_ROW = 4  # chunks before rows that are already decoding get a step, where one program does not serve both
-MIN_WASTE = 32  # padded tokens of a chunk that are not worth a second pass over the weights
+MAX_PREFILLS_IN_A_ROW = 4  # chunks that run before decoding rows get a step, where one program cannot do both
+MIN_WASTE = 32  # padding of a chunk, in tokens, up to which a second pass over the weights would cost more
 
 
 class Scheduler(Rows):
@@ -20,8 +20,8 @@ class Scheduler(Rows):
         """The next program, or None where nothing can run before results are read.
 
         Args:
-            max_steps: decode steps to run in one go while no row waits for them to end.
-            token_budget: most tokens of a program that prefills while other rows decode; None for the largest chunk.
+            max_steps: the most decode steps of one program while no row waits for a slot.
+            token_budget: the most tokens of a program that prefills while other rows decode; None for the largest chunk.
         """
         self._builder = PlanBuilder()
         self._admit()
@@ -91,7 +91,7 @@ class Scheduler(Rows):
         return self._builder.plan()
 
     def _piece_size(self, sequence: Sequence, used: int, size: int, *, is_last: bool) -> int:
-        """How many tokens of a row's context go into a program that has ``used`` of at most ``size``."""
+        """How many tokens of a row's context go into a program of at most ``size`` tokens that already has ``used``."""
         rest = sequence.prefill_len - sequence.num_computed
         if used + rest > size or not is_last:
             return min(rest, size - used)

@@ -1,10 +1,14 @@
-"""The static sizes of the engine's device programs."""
+"""The static sizes of an engine's device programs, and of its KV cache."""
 import dataclasses
 import logging
 
+from rich.filesize import decimal
+
 from sharding_rules.axes import BATCH
-from tpllm.errors import ConfigError
+from tpllm.environment.memory import device_free_bytes, host_free_bytes
+from tpllm.errors import ConfigError, MemoryNeedError
 from tpllm.model.config import ModelConfig
+from tpllm.model.kv_cache import cache_bytes_per_device
 
 log = logging.getLogger("tpllm")
 
@@ -14,6 +18,7 @@ MAX_SEQS = 1024
 DEFAULT_CONTEXT = 4096
 DEFAULT_SEQS, DEFAULT_SEQS_CPU = 32, 8
 DEFAULT_CHUNK, DEFAULT_CHUNK_CPU = 512, 128
+MEMORY_SHARE, MEMORY_SHARE_CPU = 0.9, 0.5  # the share of the memory left by the weights; other programs use a CPU's memory too
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,10 +26,10 @@ class EngineShapes:
     """The static sizes of the device programs.
 
     Attributes:
-        max_num_seqs: slots; decode always computes this many rows, or fewer where results may depend on it.
-        max_model_len: tokens a row can hold, prompt and completion together.
-        prefill_chunk: most prompt tokens in one program, a power of two of at least 16.
-        page_size: tokens of a page of the KV cache.
+        max_num_seqs: the number of slots. Decode always computes this many rows, or fewer where results may depend on the number.
+        max_model_len: the most tokens of a row, prompt and completion together.
+        prefill_chunk: the most prompt tokens of one program: a power of two, at least 16.
+        page_size: tokens in a page of the KV cache.
         is_batch_invariant: whether results may not depend on how many slots are busy.
         has_invariant_kernels: whether products give a row the same bits at any number of rows. Where they do not, a batch-invariant decode
             always runs at ``max_num_seqs`` rows.
@@ -50,7 +55,7 @@ class EngineShapes:
 
     @property
     def buckets(self) -> tuple[int, ...]:
-        """Padded chunk lengths: powers of two up to ``prefill_chunk``."""
+        """The lengths that chunks are padded to: powers of two up to ``prefill_chunk``."""
         return tuple(2**i for i in range(MIN_BUCKET.bit_length() - 1, self.prefill_chunk.bit_length()))
 
     def bucket_for(self, num_tokens: int) -> int:
@@ -63,12 +68,12 @@ class EngineShapes:
 
     @property
     def pages_per_row(self) -> int:
-        """Pages of a row of ``max_model_len`` tokens."""
+        """The number of pages that a row of ``max_model_len`` tokens takes."""
         return -(-self.max_model_len // self.page_size)
 
     @property
     def shared_multiple(self) -> int:
-        """Rows share multiples of so many tokens: pages, or whole chunks where a token's bits depend on how many were computed with it."""
+        """Rows share multiples of this many tokens: pages, or whole chunks where a token's bits depend on how many were computed with it."""
         is_free = self.has_invariant_kernels or not self.is_batch_invariant
         return self.page_size if is_free else max(self.page_size, self.prefill_chunk)
 
@@ -106,3 +111,79 @@ def choose_shapes(config: ModelConfig, *, max_model_len: int | None, max_num_seq
         prefill_chunk=default_chunk if prefill_chunk_size is None else prefill_chunk_size,
         page_size=DEFAULT_PAGE if page_size is None else page_size, is_batch_invariant=batch_invariant,
         has_invariant_kernels=has_invariant_kernels)
+
+
+def check_cache_size(kv_cache_tokens: int | None, memory_share: float | None) -> None:
+    """Raise ``ConfigError`` for sizes that no cache can have."""
+    if kv_cache_tokens is not None and (not isinstance(kv_cache_tokens, int) or isinstance(kv_cache_tokens, bool) or kv_cache_tokens < 1):
+        raise ConfigError(f"kv_cache_tokens is {kv_cache_tokens!r}; it must be a whole number of at least 1, or None for as many as fit")
+    if memory_share is not None and not 0 < memory_share <= 1:
+        raise ConfigError(f"memory_share is {memory_share!r}; it must be above 0 and at most 1")
+    if kv_cache_tokens is not None and memory_share is not None:
+        raise ConfigError(f"kv_cache_tokens is {kv_cache_tokens} and memory_share {memory_share}; give one of them")
+
+
+def page_bytes(config: ModelConfig, shapes: EngineShapes, dtype) -> int:
+    """Bytes on each device of one page of each data group, in all layers."""
+    return cache_bytes_per_device(config, config.partition.size(BATCH), shapes.page_size, dtype)
+
+
+def least_cache_bytes(config: ModelConfig, shapes: EngineShapes, dtype, *, kv_cache_tokens: int | None = None) -> int:
+    """Bytes on each device of the smallest cache that will do: one page, or what was asked for."""
+    num_pages = 1 if kv_cache_tokens is None else -(-kv_cache_tokens // (shapes.page_size * config.partition.size(BATCH)))
+    return num_pages * page_bytes(config, shapes, dtype)
+
+
+def choose_num_pages(config: ModelConfig, shapes: EngineShapes, dtype, *, kv_cache_tokens: int | None = None,
+                     memory_share: float | None = None) -> int:
+    """The number of pages of each data group, once the weights are loaded.
+
+    Args:
+        config: the model, fitted to its mesh.
+        shapes: the engine's sizes.
+        dtype: the dtype of keys and values.
+        kv_cache_tokens: tokens of all groups together; rounded up to whole pages.
+        memory_share: the share of the free memory of the device that has the least; None for 0.9. On a CPU, and where a device does not say how
+            much is free, the cache is no larger than ``max_num_seqs`` rows of ``max_model_len`` can use, and None is at most half of the free memory.
+
+    Raises:
+        ConfigError: there is no room for a single page; the text says how much memory was found, and what to lower.
+        MemoryNeedError: ``kv_cache_tokens`` that do not fit.
+    """
+    check_cache_size(kv_cache_tokens, memory_share)
+    num_groups, one_page, free = config.partition.size(BATCH), page_bytes(config, shapes, dtype), _free_bytes(config)
+    if kv_cache_tokens is not None:
+        num_pages = -(-kv_cache_tokens // (shapes.page_size * num_groups))
+        if free is not None and num_pages * one_page > free:
+            raise MemoryNeedError(f"kv_cache_tokens is {kv_cache_tokens}, which takes {decimal(num_pages * one_page)} on each device, "
+                                  f"{decimal(free)} are free there; use at most {free // one_page * shapes.page_size * num_groups}")
+    else:
+        is_cpu = config.partition.platform == "cpu"
+        share = (MEMORY_SHARE_CPU if is_cpu else MEMORY_SHARE) if memory_share is None else memory_share
+        wanted = shapes.max_num_seqs // num_groups * shapes.pages_per_row
+        num_pages = wanted if free is None else int(free * share) // one_page
+        if is_cpu:
+            num_pages = min(num_pages, wanted)
+    if num_pages < 1:
+        raise ConfigError(f"no page of the KV cache fits: one takes {decimal(one_page)} on each device ({shapes.page_size} tokens), "
+                          f"{decimal(free)} are free there, of which memory_share allows {decimal(int(free * share))}; lower the size of the model "
+                          "or page_size, take a smaller dtype or kv_cache_dtype, raise memory_share, or use a mesh of more devices")
+    _report(shapes, num_pages, num_groups=num_groups, num_bytes=num_pages * one_page)
+    return num_pages
+
+
+def _report(shapes: EngineShapes, num_pages: int, *, num_groups: int, num_bytes: int) -> None:
+    num_tokens = num_pages * shapes.page_size
+    log.info("KV cache: %d pages of %d tokens, %s on each device; room for %d tokens, or %.1f rows of %d", num_pages * num_groups, shapes.page_size,
+             decimal(num_bytes), num_tokens * num_groups, num_groups * num_pages / shapes.pages_per_row, shapes.max_model_len)
+    if num_pages < shapes.pages_per_row:
+        log.warning("the KV cache has room for %d tokens, less than max_model_len %d: no row gets longer; raise kv_cache_tokens or memory_share, or "
+                    "lower max_model_len", num_tokens, shapes.max_model_len)
+
+
+def _free_bytes(config: ModelConfig) -> int | None:
+    devices = config.partition.mesh.local_devices
+    if config.partition.platform == "cpu":
+        return host_free_bytes() // len(devices)  # virtual devices share it
+    free = [device_free_bytes(device) for device in devices]
+    return None if None in free else min(free)

@@ -1,4 +1,4 @@
-"""Who uses an engine: one thread at a time, in the order in which they ask for it, and no signal in the middle of it."""
+"""Turns: one thread at a time uses an engine, threads take turns in the order in which they ask, and no signal interrupts a turn."""
 import _signal  # what ``signal`` wraps: the enums that it makes cost ten times as much as the rest of a turn
 import bisect
 import contextlib
@@ -10,8 +10,8 @@ from typing import Any
 
 SIGNALS = tuple(int(getattr(signal, name)) for name in ("SIGINT", "SIGTERM", "SIGALRM", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2")
                 if hasattr(signal, name))
-"""Those whose handlers may raise; profilers' are not among them."""
-MAX_ALIKE = 2  # of one signal that are told apart: a second Ctrl-C may mean more than the first, the thousandth tick of a timer does not
+"""Signals whose handlers may raise; those of profilers are not among them."""
+MAX_ALIKE = 2  # how many of one signal are kept: a second Ctrl-C may mean more than the first, the thousandth tick of a timer does not
 LOOK_S = 0.1  # how often a thread in line looks whether a signal has come
 
 

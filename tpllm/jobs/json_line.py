@@ -15,7 +15,7 @@ def is_deeper(value: object, depth: int) -> bool:
     """Whether there are more than ``depth`` lists and objects in each other. What reads such a value calls itself for each level."""
     level = [value]
     for _ in range(depth + 1):
-        level = [item for one in level if isinstance(one, dict | list) for item in (one.values() if isinstance(one, dict) else one)]
+        level = [item for inner in level if isinstance(inner, dict | list) for item in (inner.values() if isinstance(inner, dict) else inner)]
         if not level:
             return False
     return True

@@ -1,6 +1,6 @@
 """The decoder as a pure function of its parameters, tokens and cache."""
 from collections.abc import Mapping
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -116,14 +116,14 @@ def unembed(params: DecoderParams, hidden_D: jax.Array, config: ModelConfig) -> 
     return logits_V
 
 
-def _block(stream: Stream, layer: LayerParams, config: ModelConfig, *, rope_BTR: tuple[jax.Array, jax.Array],
-           **where) -> tuple[Stream, tuple | None]:
+def _block(stream: Stream, layer: LayerParams, config: ModelConfig, *, positions_BT: jax.Array,
+           **attention_options: Any) -> tuple[Stream, tuple | None]:
     """Attention and MLP."""
     normed_BTD, x_BTD = _add_and_norm(stream.x, stream.delta, (layer.attn_norm, layer.attn_norm_bias), config)
-    attn_BTD, cache_kv = attention(normed_BTD, layer.attn, config, rope_BTR, **where)
+    attn_BTD, cache_kv = attention(normed_BTD, layer.attn, config, positions_BT=positions_BT, **attention_options)
     normed_BTD, x_BTD = _add_and_norm(x_BTD, _delta(attn_BTD, layer.attn_post_norm, config), (layer.mlp_norm, layer.mlp_norm_bias), config)
     is_sparse = isinstance(layer.mlp, MoeParams)
-    mlp_BTD = moe(normed_BTD, layer.mlp, config, positions_BT=where["positions_BT"]) if is_sparse else mlp(normed_BTD, layer.mlp, config)
+    mlp_BTD = moe(normed_BTD, layer.mlp, config, positions_BT=positions_BT) if is_sparse else mlp(normed_BTD, layer.mlp, config)
     return Stream(x_BTD, _delta(mlp_BTD, layer.mlp_post_norm, config)), cache_kv
 
 

@@ -227,14 +227,14 @@ def abstract_params(config: ModelConfig, dtype: Any, storage: Storage | None = N
         dtype: of every parameter, or of those that ``storage`` keeps as plain arrays.
         storage: how matrices are kept; None for plain arrays.
     """
-    def one(shape, dtype, axes, name):
+    def array_of(shape, dtype, axes, name):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=config.partition.sharding(axes, shape=shape, name=name))
 
     def abstract(name, spec):
         layout = storage and storage.layout(spec.shape, spec.axes, config.partition, name=name)
         if layout is None:
-            return one(spec.shape, dtype, spec.axes, name)
-        return layout.build({array: one(shape, array_dtype, axes, name) for array, (shape, array_dtype, axes) in layout.arrays().items()})
+            return array_of(spec.shape, dtype, spec.axes, name)
+        return layout.build({array: array_of(shape, array_dtype, axes, name) for array, (shape, array_dtype, axes) in layout.arrays().items()})
     return map_specs(abstract, param_specs(config))
 
 

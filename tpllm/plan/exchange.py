@@ -61,7 +61,7 @@ def exchanges_of(program: ProgramFacts, mesh_devices: Sequence[jax.Device], all_
         num_bytes = sum(array.num_bytes for array in instructions[0].results)
         seconds = exchange_seconds(op, num_bytes, [mesh_devices[index] for index in sorted(group)], all_devices)
         exchanges.append(Exchange(op, results, len(group), len(instructions), num_bytes, seconds))
-    return sorted(exchanges, key=lambda one: -one.num_bytes * one.count)
+    return sorted(exchanges, key=lambda exchange: -exchange.num_bytes * exchange.count)
 
 
 def exchange_seconds(op: str, num_bytes: float, group: Sequence[jax.Device], all_devices: Sequence[jax.Device]) -> float | None:

@@ -107,7 +107,7 @@ def _step_bytes_of_a_row(setup: Setup) -> float:
     first = {name: getattr(config, name)[:SAMPLE_LAYERS] for name in ("layer_windows", "layer_ropes", "sparse_layers")}
     setup = dataclasses.replace(setup, config=dataclasses.replace(config, num_layers=min(SAMPLE_LAYERS, config.num_layers), **first))
     once, twice = (_with_rows(setup, times * setup.shapes.max_num_seqs) for times in (1, 2))
-    fewer, more = compile_all([_lower(one, "decode") for one in (once, twice)])
+    fewer, more = compile_all([_lower(sample, "decode") for sample in (once, twice)])
     return max(0.0, (more.temporary_bytes - fewer.temporary_bytes) / (setup.shapes.max_num_seqs / config.partition.size(BATCH)))
 
 

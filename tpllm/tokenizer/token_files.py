@@ -115,7 +115,7 @@ def _merge(values: dict[str, Any], mapped: Mapping[str, Any], where: pathlib.Pat
             value = _token(value, f"{where}: {name}", is_special=True)
         elif name == EXTRAS and isinstance(value, list):
             before = values.get(EXTRAS) if isinstance(values.get(EXTRAS), list) else []
-            tokens = [_token(one, f"{where}: {name}", is_special=True) if isinstance(one, Mapping) else one for one in value]
+            tokens = [_token(token, f"{where}: {name}", is_special=True) if isinstance(token, Mapping) else token for token in value]
             value = [*before, *(token for token in tokens if token not in before)]
         values[name] = value
 

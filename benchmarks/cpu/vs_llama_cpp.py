@@ -1,6 +1,6 @@
 """tpllm beside llama.cpp on this machine's CPU: decode and prefill with 16-bit, 8-bit and 4-bit weights, and the memory each takes.
 
-  python benchmarks/cpu_vs_llama_cpp.py --shape tinyllama-1.1b
+  python -m benchmarks.cpu.vs_llama_cpp --shape tinyllama-1.1b
 
 Both models have the same sizes, random weights, and one thread a core (or TPLLM_NUM_THREADS). llama.cpp opens files that this script writes into a
 temporary folder (TMPDIR says where; 3.5 GB for tinyllama-1.1b) and removes; all matrices of a file have one type, but those of Q4_K_M and Q5_K_M,
@@ -42,14 +42,14 @@ from typing import Any
 import jax
 import llama_cpp
 import numpy as np
-from llama_cpp_peer import gguf_file, peer
-from llama_cpp_peer.cells import PAUSE_S, Cell, num_threads
-from llama_cpp_peer.kinds import ALL_TYPES, FILE_TYPES, PEER_TYPES, check_build, compare_kinds
-from llama_cpp_peer.memory import measure_memory
-from llama_cpp_peer.ours import open_ours, our_turns
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.cpu.peers import gguf_file, llama_cpp_model
+from benchmarks.cpu.peers.cells import PAUSE_S, Cell, num_threads
+from benchmarks.cpu.peers.kinds import ALL_TYPES, FILE_TYPES, PEER_TYPES, check_build, compare_kinds
+from benchmarks.cpu.peers.memory import measure_memory
+from benchmarks.cpu.peers.ours import open_ours, our_turns
 from tpllm import LLM
 from tpllm.bench.bandwidth import Bandwidth, host_bandwidth
 from tpllm.bench.command import at_least, check_writable
@@ -62,7 +62,7 @@ from tpllm.environment.threads import limit_threads
 from tpllm.errors import ConfigError
 from tpllm.model.config import ModelConfig
 
-RESULTS = pathlib.Path(__file__).parent / "results"
+RESULTS = pathlib.Path(__file__).parents[1] / "results"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -77,9 +77,9 @@ def main(argv: list[str] | None = None) -> int:
     check_build(is_slow_allowed=args.allow_slow_peer)
     jax.config.update("jax_platforms", "cpu")
     limit_threads()
-    machine = {**describe_machine(jax.devices()[0]), "llama_cpp_python": llama_cpp.__version__, "llama_cpp_system": peer.system_line()}
+    machine = {**describe_machine(jax.devices()[0]), "llama_cpp_python": llama_cpp.__version__, "llama_cpp_system": llama_cpp_model.system_line()}
     setup = {**{name: value for name, value in vars(args).items() if name != "output"}, "num_threads": num_threads(), "peer_kv_cache": "f16",
-             "peer_micro_batch": peer.MICRO_BATCH, "num_trials": peer.NUM_TRIALS, "pause_s": PAUSE_S}
+             "peer_micro_batch": llama_cpp_model.MICRO_BATCH, "num_trials": llama_cpp_model.NUM_TRIALS, "pause_s": PAUSE_S}
     report = {"benchmark": "CPU vs llama.cpp", "machine": machine, "setup": setup, "kinds": {}}
     return compare_kinds(report, path, config, functools.partial(compare_kind, cells=cells, args=args), print_kind)
 
@@ -156,7 +156,7 @@ def compare_kind(kind: str, f16: pathlib.Path, cells: list[Cell], args: argparse
     ours = {"path": str(path)} if is_file else {"shape": args.shape, "quantization": None if kind == "bf16" else f"*={kind}"}
     references = {cell: speed for named, cell, speed in args.peer_at_least if named == kind}
     with (contextlib.closing(open_ours(**ours, context_len=cells[0].context_len, num_seqs=1)) as first,
-          contextlib.closing(peer.PeerModel(path)) as model):
+          contextlib.closing(llama_cpp_model.PeerModel(path)) as model):
         entries = {cell.name: compare_cell(cell, first, model, args, references.get(cell.name)) for cell in cells}
     memory = None if args.no_memory else measure_memory(path, ours, prompt_len=max(args.prompts), num_steps=args.decode_steps)
     entry = {"peer_type": peer_type, "peer_file_bytes": path.stat().st_size, "cells": entries, "memory": memory}
@@ -165,7 +165,7 @@ def compare_kind(kind: str, f16: pathlib.Path, cells: list[Cell], args: argparse
     return entry
 
 
-def compare_cell(cell: Cell, first: LLM, model: peer.PeerModel, args: argparse.Namespace, reference: float | None) -> dict[str, Any]:
+def compare_cell(cell: Cell, first: LLM, model: llama_cpp_model.PeerModel, args: argparse.Namespace, reference: float | None) -> dict[str, Any]:
     """One cell's sizes, its pairs and their medians, and the memory's bandwidth meanwhile.
 
     Args:
@@ -179,13 +179,13 @@ def compare_cell(cell: Cell, first: LLM, model: peer.PeerModel, args: argparse.N
     with contextlib.ExitStack() as stack:
         llm = stack.enter_context(contextlib.closing(
             LLM.from_params(first.config, first.params, max_model_len=cell.context_len, max_num_seqs=cell.num_rows)))
-        context, trials = peer.choose_attention(cell, model, rng)
+        context, trials = llama_cpp_model.choose_attention(cell, model, rng)
         stack.callback(context.close)
-        pairs = measure_pairs(our_turns(cell, llm, rng), lambda: peer.time_peer(cell, context, model.vocab_size, rng), num_pairs=args.rounds,
-                              max_repeats=args.max_repeats, measure_bandwidth=lambda: host_bandwidth(host_free_bytes()))
+        pairs = measure_pairs(our_turns(cell, llm, rng), lambda: llama_cpp_model.time_peer(cell, context, model.vocab_size, rng),
+                              num_pairs=args.rounds, max_repeats=args.max_repeats, measure_bandwidth=lambda: host_bandwidth(host_free_bytes()))
     summary, bandwidth = summarize(pairs, num_pairs=args.rounds), sum((pair.bandwidth for pair in pairs), Bandwidth(()))
     medians = summary["medians"]
-    entry = {**dataclasses.asdict(cell), "peer_attention_trials": trials, "peer_attention": peer.best_attention(trials),
+    entry = {**dataclasses.asdict(cell), "peer_attention_trials": trials, "peer_attention": llama_cpp_model.best_attention(trials),
              "bandwidth": bandwidth_entry(bandwidth, "host memory, one thread a core; samples before and after each pair"), **summary}
     if cell.num_steps:
         entry["share_of_median_bandwidth"] = medians["decode_bytes_per_s"] / bandwidth.median

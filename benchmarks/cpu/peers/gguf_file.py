@@ -11,7 +11,7 @@ import gguf
 import llama_cpp
 import numpy as np
 
-from llama_cpp_peer.peer import show_only_errors
+from benchmarks.cpu.peers.llama_cpp_model import show_only_errors
 from tpllm.errors import ConfigError
 from tpllm.model.config import ModelConfig
 

@@ -1,7 +1,7 @@
 """Many minutes of requests that come, share, lose their pages, fail and are aborted: resident memory must not grow, and nothing may compile.
 
-  python benchmarks/soak.py
-  python benchmarks/soak.py --shape tiny --minutes 1 --warm-up-minutes 0.2   # a trial
+  python -m benchmarks.cpu.soak
+  python -m benchmarks.cpu.soak --shape tiny --minutes 1 --warm-up-minutes 0.2   # a trial
 
 Three requests for each slot are there at any time, of mixed lengths and priorities; every second prompt begins as others do, some ask for two
 samples, log probabilities, a seed or penalties, some are aborted on their way, and one in 64 is refused. The pool of pages holds a quarter of
@@ -34,7 +34,7 @@ from tpllm.engine.request import Request
 from tpllm.engine.shapes import DEFAULT_SEQS_CPU
 from tpllm.errors import TpllmError
 
-RESULTS = pathlib.Path(__file__).parent / "results"
+RESULTS = pathlib.Path(__file__).parents[1] / "results"
 MAX_CONTEXT = 1024  # of which prefixes take an eighth, prompts up to three, and outputs up to four
 ABORTED, REFUSED = 1 / 100, 1 / 64  # of the steps, and of the requests
 MIB = 2**20

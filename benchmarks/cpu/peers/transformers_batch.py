@@ -9,10 +9,10 @@ import time
 from collections.abc import Iterator, Sequence
 
 import torch
-from llama_cpp_peer.cells import PAUSE_S
 from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedModel
 
-from mixed_peers.parallel import BATCH, PeerRequest
+from benchmarks.cpu.peers.cells import PAUSE_S
+from benchmarks.cpu.peers.llama_cpp_parallel import BATCH, PeerRequest
 
 PAGE = 256  # its default
 NO_END = -1  # how it is told that no token ends a row

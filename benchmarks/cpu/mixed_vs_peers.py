@@ -1,8 +1,8 @@
 """A workload of mixed lengths on this machine's CPU: tpllm's continuous batching beside its own static batching, llama.cpp's parallel decoding and
 transformers' continuous batching.
 
-  python benchmarks/mixed_vs_peers.py
-  python benchmarks/mixed_vs_peers.py --shape tiny --num-requests 12 --prompt-lens 4 64 --output-lens 2 64 --rounds 1 --max-repeats 0   # a trial
+  python -m benchmarks.cpu.mixed_vs_peers
+  python -m benchmarks.cpu.mixed_vs_peers --shape tiny --num-requests 12 --prompt-lens 4 64 --output-lens 2 64 --rounds 1 --max-repeats 0   # a trial
 
 All requests are there from the start and are admitted in their order to --max-num-seqs sequences; each gets exactly its tokens, greedily. Models
 have the same sizes, random weights, and one thread a core (or TPLLM_NUM_THREADS).
@@ -35,16 +35,16 @@ import jax
 import llama_cpp
 import torch
 import transformers
-from cpu_vs_transformers import make_peer
-from llama_cpp_peer import gguf_file, peer
-from llama_cpp_peer.cells import PAUSE_S, num_threads
-from llama_cpp_peer.kinds import PEER_TYPES, check_build, compare_kinds
-from llama_cpp_peer.ours import open_ours
-from mixed_peers.generate_batch import time_batch
-from mixed_peers.parallel import BATCH, PeerRequest, choose_context, time_parallel
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.cpu.peers import gguf_file, llama_cpp_model
+from benchmarks.cpu.peers.cells import PAUSE_S, num_threads
+from benchmarks.cpu.peers.kinds import PEER_TYPES, check_build, compare_kinds
+from benchmarks.cpu.peers.llama_cpp_parallel import BATCH, PeerRequest, choose_context, time_parallel
+from benchmarks.cpu.peers.ours import open_ours
+from benchmarks.cpu.peers.transformers_batch import time_batch
+from benchmarks.cpu.vs_transformers import make_peer
 from tpllm import LLM
 from tpllm.bench.bandwidth import Bandwidth, host_bandwidth
 from tpllm.bench.batching import BatchRun, measure_costs
@@ -61,7 +61,7 @@ from tpllm.environment.memory import host_free_bytes
 from tpllm.environment.threads import limit_threads
 from tpllm.errors import ConfigError
 
-RESULTS = pathlib.Path(__file__).parent / "results"
+RESULTS = pathlib.Path(__file__).parents[1] / "results"
 PEERS = ("llama_cpp", "transformers")
 OF_PAIRS = "output_tokens_per_s"
 
@@ -80,7 +80,7 @@ def main(argv: list[str] | None = None) -> int:
     limit_threads()
     torch.set_num_threads(num_threads())
     items = make_workload(config.vocab_size, lengths)
-    machine = {**describe_machine(jax.devices()[0]), "llama_cpp_python": llama_cpp.__version__, "llama_cpp_system": peer.system_line(),
+    machine = {**describe_machine(jax.devices()[0]), "llama_cpp_python": llama_cpp.__version__, "llama_cpp_system": llama_cpp_model.system_line(),
                "torch": torch.__version__, "transformers": transformers.__version__}
     setup = {**{name: value for name, value in vars(args).items() if name != "output"}, "num_threads": num_threads(), "peer_kv_cache": "f16",
              "peer_batch": BATCH, "pause_s": PAUSE_S, "num_prompt_tokens": sum(len(item.prompt_token_ids) for item in items),
@@ -142,10 +142,10 @@ def _open_peers(kind: str, f16: pathlib.Path, llm: LLM, items: list[Item], args:
             gguf_file.quantize(f16, path, PEER_TYPES[kind])
             stack.callback(path.unlink)
         gguf_file.check_types(path, find_shape(args.shape), PEER_TYPES[kind])
-        model = stack.enter_context(contextlib.closing(peer.PeerModel(path)))
+        model = stack.enter_context(contextlib.closing(llama_cpp_model.PeerModel(path)))
         context, trials = choose_context(model, trial, num_threads=num_threads(), **sizes)
         stack.callback(context.close)
-        entry["llama_cpp"] = {"type": PEER_TYPES[kind], "trials_tokens_per_s": trials, "chosen": peer.best_attention(trials)}
+        entry["llama_cpp"] = {"type": PEER_TYPES[kind], "trials_tokens_per_s": trials, "chosen": llama_cpp_model.best_attention(trials)}
         peers["llama_cpp"] = lambda: time_parallel(context, requests)
     if "transformers" in args.peers and kind == "bf16":
         peer_model = make_peer(llm.config, dtype="bfloat16", context=sizes["context_len"])

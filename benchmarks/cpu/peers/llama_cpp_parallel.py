@@ -1,7 +1,7 @@
 """llama.cpp's parallel decoding: many requests over a few sequences, by continuous batching through its batch API.
 
 Each call of ``llama_decode`` has the next token of every sequence that decodes, and prompt tokens of those that were admitted, up to a batch. As in
-``llama_cpp_peer.peer``, nothing of JAX or tpllm is imported here.
+``benchmarks.cpu.peers.llama_cpp_model``, nothing of JAX or tpllm is imported here.
 """
 import collections
 import ctypes
@@ -11,8 +11,9 @@ from collections.abc import Sequence
 
 import llama_cpp
 import numpy as np
-from llama_cpp_peer.cells import PAUSE_S
-from llama_cpp_peer.peer import ATTENTIONS, CACHE_BLOCK, NUM_TRIALS, PeerModel, best_attention
+
+from benchmarks.cpu.peers.cells import PAUSE_S
+from benchmarks.cpu.peers.llama_cpp_model import ATTENTIONS, CACHE_BLOCK, NUM_TRIALS, PeerModel, best_attention
 
 BATCH = 512  # most tokens of one call, all computed at once
 CACHES = {"unified": True, "split": False}  # one buffer of keys and values for all sequences, or one for each

@@ -1,6 +1,6 @@
 """tpllm beside transformers on this machine's CPU: latency of one row, and throughput of batches of prompts of mixed length.
 
-  python benchmarks/cpu_vs_transformers.py --shape tinyllama-1.1b
+  python -m benchmarks.cpu.vs_transformers --shape tinyllama-1.1b
 
 Both models have the same sizes, random weights, one dtype and as many threads as there are cores. They live in one process and take turns:
 ours, theirs, ours, theirs; a pair in which transformers runs at under 90 % of its own best is repeated (--max-repeats). Load averages and the
@@ -43,7 +43,7 @@ from tpllm.bench.traffic import decode_traffic
 from tpllm.environment.memory import host_free_bytes
 from tpllm.model.config import ModelConfig
 
-RESULTS = pathlib.Path(__file__).parent / "results"
+RESULTS = pathlib.Path(__file__).parents[1] / "results"
 DTYPES = ("float32", "bfloat16", "float16")
 
 

@@ -37,8 +37,8 @@ def measure_memory(path: pathlib.Path, opened: dict[str, str | None], *, prompt_
 
 
 def _run_child(side: str, options: dict[str, Any], **environment: str) -> dict[str, int]:
-    words = [sys.executable, "-m", "llama_cpp_peer.memory", side, json.dumps(options)]
-    done = subprocess.run(words, check=True, stdout=subprocess.PIPE, text=True, cwd=pathlib.Path(__file__).parents[1],
+    words = [sys.executable, "-m", "benchmarks.cpu.peers.memory", side, json.dumps(options)]
+    done = subprocess.run(words, check=True, stdout=subprocess.PIPE, text=True, cwd=pathlib.Path(__file__).parents[3],
                           env={**os.environ, "JAX_PLATFORMS": "cpu", **environment})
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -50,7 +50,7 @@ def use_ours(opened: dict[str, str | None], *, prompt_len: int, num_steps: int) 
     import tpllm
 
     import_bytes = _status_bytes("VmRSS")
-    from llama_cpp_peer.ours import open_ours
+    from benchmarks.cpu.peers.ours import open_ours
 
     llm = open_ours(**opened, context_len=prompt_len + num_steps + 1, num_seqs=1)
     greedy = tpllm.SamplingParams(temperature=0, max_tokens=num_steps + 1, ignore_eos=True)
@@ -62,8 +62,8 @@ def use_peer(path: str, *, prompt_len: int, num_steps: int) -> dict[str, int]:
     """The same of llama.cpp and a GGUF file."""
     import numpy as np
 
-    from llama_cpp_peer.cells import num_threads
-    from llama_cpp_peer.peer import PeerContext, PeerModel
+    from benchmarks.cpu.peers.cells import num_threads
+    from benchmarks.cpu.peers.llama_cpp_model import PeerContext, PeerModel
 
     import_bytes = _status_bytes("VmRSS")
     context = PeerContext(PeerModel(pathlib.Path(path)), num_seqs=1, context_len=prompt_len + num_steps + 1, num_threads=num_threads(),

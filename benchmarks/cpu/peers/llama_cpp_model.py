@@ -11,7 +11,7 @@ import time
 import llama_cpp
 import numpy as np
 
-from llama_cpp_peer.cells import PAUSE_S, Cell, num_threads
+from benchmarks.cpu.peers.cells import PAUSE_S, Cell, num_threads
 
 MIN_BATCH = 2048  # llama.cpp's own default of the most tokens in one call
 MICRO_BATCH = 512  # and of those computed at once

@@ -7,7 +7,8 @@ import tempfile
 from collections.abc import Callable
 from typing import Any
 
-from llama_cpp_peer import gguf_file, peer
+from benchmarks.cpu.peers import gguf_file
+from benchmarks.cpu.peers import llama_cpp_model as peer
 from tpllm.errors import ConfigError
 from tpllm.model.config import ModelConfig
 

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import jax.numpy as jnp
 import numpy as np
 
-from llama_cpp_peer.cells import PAUSE_S, Cell
+from benchmarks.cpu.peers.cells import PAUSE_S, Cell
 from sharding_rules import DATA_TENSOR, make_mesh
 from tpllm import LLM, SamplingParams
 from tpllm.bench.shapes import llm_of_shape

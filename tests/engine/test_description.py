@@ -115,6 +115,9 @@ def test_kernels_schemes_and_the_time_it_took_are_those_of_the_model():
         assert rows["quantization"] == "int4, int8"
         assert rows["kernels"] == llm.fingerprint()["kernels"]
         assert re.fullmatch(r"\d+\.\d s", rows["load time"])
+        metrics = llm.metrics()
+        assert (metrics.kernels, metrics.quantization, f"{metrics.load_s:.1f} s") == (rows["kernels"], rows["quantization"], rows["load time"])
+        assert "tpllm_load_s" in metrics.to_prometheus()
 
 
 def test_parameters_that_were_given_were_not_loaded_and_floats_have_no_scheme():

@@ -142,7 +142,8 @@ class _Collector:
         for reason, count in values.num_ended.items():
             ended.add_metric([reason], count)
         yield ended
-        yield InfoMetricFamily("tpllm_model", "what the model runs on", value={"kernels": values.kernels, "quantization": values.quantization or "none"})
+        facts = {"kernels": values.kernels, "quantization": values.quantization or "none"}
+        yield InfoMetricFamily("tpllm_model", "what the model runs on", value=facts)
         for name, text in (("ttft", "seconds to the first token"), ("inter_token", "seconds between tokens")):
             histogram = getattr(values, name)
             yield HistogramMetricFamily(f"tpllm_{name}_seconds", text, buckets=histogram.cumulative(), sum_value=histogram.total)

@@ -50,7 +50,7 @@ NOTEBOOK = ROOT / "notebooks" / "04_engine.ipynb"
 LAST_CELL = "draw_key(top, (\"prefill\", \"decode\", \"idle\"))"
 """How the notebook's cell ends that makes the figure."""
 
-ANSWER = ("tpllm generate --model demo --prompt 'class Stack:' --temperature 0 --max-tokens 48",)
+ANSWER = ("tpllm fetch smollm2", 'tpllm generate smollm2 -p "What is the capital of France?" --temp 0')
 COLUMNS = 88
 STYLE = {"svg.fonttype": "none", "svg.hashsalt": "tpllm", "font.family": "sans-serif", "font.sans-serif": ["DejaVu Sans", "Verdana", "Arial"]}
 

@@ -75,7 +75,9 @@ class Snapshot:
         bytes_per_s, flops_per_s: what programs read and computed, by their costs, while they were under way.
         memory_roofline_share, compute_roofline_share: of the devices' most; None where that is not known.
         ttft, inter_token: seconds, from arrival to a request's first token; between tokens.
-        kernels, quantization, load_s: what the model runs on, as in :class:`~tpllm.engine.description.Description`.
+        kernels: what computes: ``"xla"``, the native kernels and their instruction set, as in ``"native avx2"``, or ``"pallas"``.
+        quantization: the schemes that weights are kept in, as in ``"int4, int8"``; None where all are floats.
+        load_s: seconds from the model's name to an engine over it; None where parameters were given.
     """
 
     num_running: int

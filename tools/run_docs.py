@@ -28,6 +28,7 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import io
+import itertools
 import multiprocessing
 import os
 import pathlib
@@ -81,7 +82,7 @@ class Page:
 
     def run(self) -> Report:
         """Run its blocks in order."""
-        for block, below in zip(self.blocks, [*self.blocks[1:], None], strict=True):
+        for block, below in itertools.zip_longest(self.blocks, self.blocks[1:]):
             for verb, path, body in block.comments:
                 if verb == "file":
                     pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)

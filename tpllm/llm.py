@@ -4,6 +4,7 @@ import dataclasses
 import gc
 import secrets
 import sys
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -110,6 +111,7 @@ class LLM(Completing):
                  revision: str | None = None, tokenizer: str | None = None, tokenizer_revision: str | None = None, skip_tokenizer_init: bool = False,
                  chat_template: str | None = None, hf_overrides: Mapping[str, Any] | None = None, hf_token: str | bool | None = None,
                  download_dir: str | None = None, generation_config: str = "auto", override_generation_config: Mapping[str, Any] | None = None):
+        started = time.perf_counter()
         options = EngineOptions(max_model_len=max_model_len, max_num_seqs=max_num_seqs, prefill_chunk_size=prefill_chunk_size, page_size=page_size,
                                 kv_cache_tokens=kv_cache_tokens, memory_share=memory_share, gpu_memory_utilization=gpu_memory_utilization,
                                 enable_prefix_caching=enable_prefix_caching is not False, preemption=preemption, batch_invariant=batch_invariant,
@@ -124,7 +126,7 @@ class LLM(Completing):
         params = load_weights(opened, cache_bytes_per_device=least_cache_bytes(opened.config, shapes, cache_dtype, kv_cache_tokens=kv_cache_tokens))
         try:
             self._start(opened.config, params, opened.tokenizer, options=options, shapes=shapes, cache_dtype=cache_dtype, seed=seed,
-                        model=str(model), family=opened.checkpoint.family.name, generation=opened.generation)
+                        model=str(model), family=opened.checkpoint.family.name, generation=opened.generation, started=started)
         except BaseException:  # a notebook keeps its traceback, and that keeps this frame
             for leaf in jax.tree.leaves(params):
                 leaf.delete()
@@ -152,14 +154,15 @@ class LLM(Completing):
         return llm
 
     def _start(self, config: ModelConfig, params: DecoderParams, tokenizer: Tokenizer | None, *, options: EngineOptions, shapes: EngineShapes,
-               cache_dtype, seed: int, model: str | None = None, family: str | None = None, generation: GenerationDefaults | None = None) -> None:
+               cache_dtype, seed: int, model: str | None = None, family: str | None = None, generation: GenerationDefaults | None = None,
+               started: float | None = None) -> None:
         seed = secrets.randbits(63) if seed is None else seed
         self.config, self.shapes, self.seed, self._tokenizer = config, shapes, seed, tokenizer
         self._generation = generation or (tokenizer.generation if tokenizer else GenerationDefaults())
         engine = build_engine(config, params, tokenizer, options=options, shapes=shapes, cache_dtype=cache_dtype, seed=seed,
                               eos_ids=self._generation.eos_token_ids)
         self._description = describe(config, params, shapes=shapes, num_pages=engine.runner.num_pages, cache_dtype=cache_dtype, model=model,
-                                     family=family)
+                                     family=family, load_s=None if started is None else time.perf_counter() - started)
         self._engine = engine
 
     def warm_up(self, *, has_prompt_logprobs: bool = False) -> None:
@@ -168,9 +171,9 @@ class LLM(Completing):
 
     def metrics(self) -> Snapshot:
         """What the engine is doing and has done; ``metrics().to_prometheus()`` is the text that Prometheus scrapes."""
-        engine = self.engine
+        engine, model = self.engine, self._description
         with contextlib.nullcontext() if engine.is_in_turn else engine.turn():  # what is called within a step may look, too
-            return engine.metrics.snapshot(engine.scheduler)
+            return engine.metrics.snapshot(engine.scheduler, kernels=model.kernels, quantization=model.quantization, load_s=model.load_s)
 
     def get_metrics(self) -> list[Metric]:
         """The same under vLLM's names, such as ``vllm:generation_tokens``: a list of :mod:`tpllm.metrics_reader`'s."""

@@ -199,6 +199,8 @@ def test_metrics_count_what_was_done_and_prometheus_reads_them():
     assert buckets == sorted(buckets)
     assert buckets[-1] == 66
     assert metrics.to_dict()["ttft"]["num_values"] == 6
+    assert families["tpllm_model_info"].samples[0].labels == {"kernels": llm.fingerprint()["kernels"], "quantization": "none"}
+    assert "tpllm_load_s" not in families  # its parameters were given
 
 
 def test_rows_of_a_lower_priority_come_first():

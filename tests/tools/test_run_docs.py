@@ -46,6 +46,11 @@ def test_shell_and_python_blocks_run_in_order_in_one_folder(run, tmp_path):
     assert (tmp_path / "file").read_text() == "one\ntwo"
 
 
+def test_a_page_without_blocks_has_nothing_to_run(run):
+    report = run("Words only.")
+    assert (report.num_run, report.problems, report.differences) == (0, [], [])
+
+
 @pytest.mark.parametrize(("block", "message"), [
     ("```sh\necho said; exit 3\n```", "page.md:1: it ended with code 3: echo said; exit 3\nsaid"),
     ("```sh\nfalse | true\n```", "it ended with code 1"),

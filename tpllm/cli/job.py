@@ -34,7 +34,7 @@ RETRY_TEXT = """Run the failed rows of a job again. Rows that succeeded are kept
 yet are run too.
 
 The folder's manifest tells what the job is. A row that succeeds now moves from the errors file to its place in the part; a row that fails again stays
-in the errors file. A part's file stays where it is until the first of its rows is finished again. If the command is interrupted, at any moment, run it
+in the errors file. A part's file stays where it is until its first row is done again. If the command is interrupted, at any moment, run it
 again.
 
 If the job ran in shards, give the folder of one shard, or the whole job's folder after the merge. The exit code is 1 if every row failed again."""

@@ -1,5 +1,7 @@
 """The tool that runs the blocks of the pages: what it runs, what it compares, and that it leaves nothing out in silence."""
+import itertools
 import os
+import pathlib
 import subprocess
 import textwrap
 import time
@@ -51,6 +53,12 @@ def test_no_stamp_of_the_lent_environment_is_older_than_another(tmp_path, monkey
     prefix.mkdir()
     for name in (".installed", ".native", ".test", "bin"):
         (prefix / name).touch()
+    touch, seconds = pathlib.Path.touch, itertools.count(1)
+
+    def touch_later(path):
+        touch(path)
+        os.utime(path, (second := next(seconds), second))
+    monkeypatch.setattr("pathlib.Path.touch", touch_later)
     monkeypatch.setattr("sys.prefix", str(prefix))
     monkeypatch.setenv("PATH", os.environ["PATH"])
     monkeypatch.setenv("PIP_TARGET", "")

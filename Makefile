@@ -129,7 +129,7 @@ test-flags:
 	@$(QUICK); echo "$$XLA_FLAGS"
 
 clean:
-	rm -rf $(VENV) $(NEWEST_VENV) .venv-aot-0.10 .venv-aot-0.11 build out tpllm/native/*.so tpllm/native/*.so.sha256 \
+	rm -rf $(VENV) $(NEWEST_VENV) .venv-aot-0.10 .venv-aot-0.11 build out docs/notebooks tpllm/native/*.so tpllm/native/*.so.sha256 \
 		*.egg-info .pytest_cache .ruff_cache .import_linter_cache .hypothesis
 
 $(VENV)/.installed: pyproject.toml

@@ -8,7 +8,7 @@ Each function with the name of a picture draws it and gives its SVG:
 
     chart    tokens/s beside llama.cpp, from the result files that CELLS names
     engine   slots over programs, by the cells of notebooks/04_engine.ipynb
-    answer   what ANSWER prints on a terminal
+    answer   what ANSWER, run by this environment's tpllm, prints on a terminal; the first time it downloads 93 MB from a package index
 
 tests/tools/test_pictures.py holds that the committed pictures show what these sources say.
 """

@@ -1,11 +1,10 @@
 """Chat templates: Jinja as Hugging Face writes it, in a sandbox."""
 import functools
-import logging
 from collections.abc import Mapping
 
 import jinja2
 
-from tpllm.errors import MAX_SHOWN, TokenizerError
+from tpllm.errors import MAX_SHOWN, TokenizerError, log
 from tpllm.tokenizer.folder import DEFAULT_TEMPLATE
 from tpllm.tokenizer.messages import joined_parts
 from tpllm.tokenizer.template_compiler import compile_template, parse_template
@@ -14,8 +13,6 @@ from tpllm.tokenizer.tool_arguments import ArgumentForms, find_forms
 from tpllm.tokenizer.traced_text import TracedText
 
 TOOL_TEMPLATE = "tool_use"
-
-log = logging.getLogger("tpllm")
 
 
 class ChatTemplate:

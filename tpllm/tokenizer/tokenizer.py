@@ -4,12 +4,10 @@ BOS stands once at the start of an encoded prompt if tokenizer.json's post-proce
 what a chat template renders is encoded as it is, because templates write their own BOS. Special-token text that is encoded, or that stands in the
 strings of a chat, is text like any other unless ``parse_special`` is set.
 """
-from __future__ import annotations
-
 import functools
 import pathlib
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Self
 
 import tokenizers
 
@@ -66,7 +64,7 @@ class Tokenizer:
             self.make_decoder_stages()
 
     @classmethod
-    def from_folder(cls, path: pathlib.Path) -> Tokenizer:
+    def from_folder(cls, path: pathlib.Path) -> Self:
         """The tokenizer of a Hugging Face folder.
 
         Raises:
@@ -147,7 +145,7 @@ class Tokenizer:
 
     def piece(self, token_id: int) -> str | None:
         """A token as the vocabulary writes it, None for an id outside of it."""
-        return self._backend.piece(token_id) if 0 <= token_id < self.vocab_size else None
+        return self._backend.rust.id_to_token(token_id) if 0 <= token_id < self.vocab_size else None
 
     def token_text(self, token_id: int) -> str:
         """A token's text as within a sentence, its leading space kept; U+FFFD for a part of a character."""
@@ -164,7 +162,7 @@ class Tokenizer:
         """Id of a named special token; config.json is asked only where no file names the tokenizer's tokens."""
         names = self._folder.tokens.texts()
         if name in names:
-            return self._backend.token_id(names[name])
+            return self._backend.rust.token_to_id(names[name])
         ids = [] if self._folder.settings or names else self._folder.configured_ids(f"{name}_id")
         return ids[0] if ids else None
 

@@ -17,8 +17,9 @@ from tpllm.native import library
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_compilation_cache_dir", os.environ["TPLLM_CACHE_DIR"])
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)  # writing a smaller program down takes longer than it saves
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+jax.config.update("jax_traceback_in_locations_limit", 0)  # of each operation that is lowered
 
 MAPPINGS = pathlib.Path("/proc/self/maps")
 MODULES_A_COLLECTION = 10

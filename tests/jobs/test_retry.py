@@ -195,7 +195,7 @@ def test_the_command_retries_what_failed_and_its_exit_code_is_1_where_all_failed
     assert (code, said.splitlines()[-1]) == (0, "tpllm: complete: 11 rows in out (5 retried); 2 failed: see out/part-*.errors.jsonl")
     code, said = command("job", "retry", "out")
     assert code == 1
-    assert said.splitlines()[-1].startswith("tpllm: error: every row that was retried failed; the last: row 7 (")
+    assert said.splitlines()[-1].startswith("tpllm: every row that was retried failed; the last: row 7 (")
     pathlib.Path("rows.jsonl").rename("moved.jsonl")
     assert command("job", "retry", "out")[0] == 2
     code, said = command("job", "retry", "out", "-i", "moved.jsonl", "--max-failures", "0")
@@ -207,7 +207,7 @@ def test_a_job_of_which_every_row_failed_ends_with_1_and_the_reason_and_one_of_n
     pathlib.Path("rows.jsonl").write_text('{"text": "a"}\n{"text": "b"}\n')
     code, said = command(*RUN)
     assert code == 1
-    assert "error: every row failed; the last: row 1 (rows.jsonl line 2): the row has 'text' and no prompt" in said
+    assert "tpllm: every row failed; the last: row 1 (rows.jsonl line 2): the row has 'text' and no prompt" in said
     assert command(*RUN)[0] == 1
     pathlib.Path("rows.jsonl").write_text("")
     assert command(*RUN, "-o", "empty")[0] == 0
@@ -224,4 +224,4 @@ def test_more_failures_than_allowed_end_the_job_with_1_and_what_is_finished_is_k
     assert command(*RUN, "--rows-per-part", "2", "--max-failures", "2")[0] == 0
     assert len(all_rows(pathlib.Path("out"))) == 9
     code, said = command(*RUN, "--rows-per-part", "2", "--max-failures", "0", make_llm=None)
-    assert (code, said.splitlines()[-1]) == (1, "tpllm: error: 2 rows failed, which is more than max_failures 0")
+    assert (code, said.splitlines()[-1]) == (1, "tpllm: 2 rows failed, which is more than max_failures 0")

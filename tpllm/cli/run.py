@@ -84,7 +84,7 @@ def run_and_report(job: "JobConfig", make_llm: Callable[..., Any] | None, *, ret
         return 128 + result.signal
     last = f"; the last: {result.last_failure[:NUM_REASON_CHARACTERS]}" if result.last_failure else ""
     if result.has_too_many_failures and not result.is_complete:
-        _say(f"error: stopped, because {result.num_errors} rows failed, which is more than max_failures {job.max_failures}{last}; "
+        _say(f"stopped, because {result.num_errors} rows failed, which is more than max_failures {job.max_failures}{last}; "
              f"{result.num_done} of {result.num_rows} rows are finished and kept: give a larger --max-failures to go on")
         return EXIT_ROWS_FAILED
     new = f"{result.num_new} {'retried' if retries_failed else 'new'}" if result.num_new else "nothing was left to do"
@@ -93,9 +93,9 @@ def run_and_report(job: "JobConfig", make_llm: Callable[..., Any] | None, *, ret
     if job.shard is not None:
         _say(f"shard {job.own_shard} is complete; when all are: tpllm job merge {job.output}")
     if result.has_too_many_failures:
-        _say(f"error: {result.num_errors} rows failed, which is more than max_failures {job.max_failures}{last}")
+        _say(f"{result.num_errors} rows failed, which is more than max_failures {job.max_failures}{last}")
     elif result.has_only_failures or (retries_failed and result.num_new == result.num_new_errors > 0):
-        _say(f"error: every row {'that was retried ' if not result.has_only_failures else ''}failed{last}")
+        _say(f"every row {'that was retried ' if not result.has_only_failures else ''}failed{last}")
     else:
         return 0
     return EXIT_ROWS_FAILED

@@ -174,6 +174,22 @@ def test_a_copy_of_a_retried_folder_behind_a_url_follows_it_and_an_older_working
         assert contents(tmp_path / "far") == contents(pathlib.Path(again.work_dir)) == contents(pathlib.Path(job.work_dir))
 
 
+@pytest.mark.parametrize(("change", "message"), [
+    (lambda manifest: manifest.pop("paths"), r"out: input is missing; add 'input: ...' or give --input"),
+    (lambda manifest: manifest["paths"].pop("working_directory"), r"manifest.json is damaged: KeyError\('working_directory'\)"),
+    (lambda manifest: manifest.pop("job"), r"manifest.json is damaged: KeyError\('job'\); restore it"),
+    (lambda manifest: manifest["job"].update(modle="x"), r"manifest.json: unknown key 'modle'; did you mean 'model'\?"),
+    (lambda manifest: manifest["job"].update(shard="0/2"), r"out is the folder of shard 0/2 under the name out; call it shard-00000-of-00002"),
+])
+def test_a_folder_whose_manifest_does_not_tell_the_job_is_refused_with_what_is_missing(failed, change, message):
+    path = pathlib.Path(failed.output, "manifest.json")
+    manifest = json.loads(path.read_text())
+    change(manifest)
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(JobError, match=message):
+        make_job(read_job_folder(failed.output), name=failed.output)
+
+
 @pytest.fixture
 def command(tmp_path, monkeypatch, capsys):
     """``command(*words, make_llm=FakeLLM)``: the exit code and what is said, in a folder that has rows of which the second is not JSON."""

@@ -216,7 +216,7 @@ def test_the_command_retries_what_failed_and_its_exit_code_is_1_where_all_failed
     assert command("job", "retry", "out")[0] == 2
     code, said = command("job", "retry", "out", "-i", "moved.jsonl", "--max-failures", "0")
     assert code == 1
-    assert "stopped, because 2 rows failed, which is more than max_failures 0; the last: row 1 (moved.jsonl line 2): not JSON" in said
+    assert "stopped, because 1 row failed, which is more than max_failures 0; the last: row 1 (moved.jsonl line 2): not JSON" in said
 
 
 def test_a_job_of_which_every_row_failed_ends_with_1_and_the_reason_and_one_of_no_rows_with_0(command):

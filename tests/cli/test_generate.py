@@ -11,6 +11,7 @@ from tests.jobs.fake_llm import FakeLLM
 from tpllm import LLM, SamplingParams
 from tpllm.cli.main import main
 from tpllm.engine.outputs import CompletionDelta
+from tpllm.errors import TpllmError
 
 GREEDY = SamplingParams(temperature=0, max_tokens=8)
 SPEED = r"tpllm: 8 tokens, the most that were allowed, \d+\.\d tokens/s, first token after \d+\.\d\d s\n"
@@ -118,6 +119,14 @@ def test_the_best_token_is_taken_where_neither_the_options_nor_the_model_ask_for
     assert listening.asked[0][1].temperature == temperature
 
 
+def test_an_answer_that_fails_is_one_line_and_code_1(listening, monkeypatch, capsys):
+    def fail(*_):
+        raise TpllmError("the logits are not finite")
+    monkeypatch.setattr(listening, "stream", fail)
+    assert main(["generate", "fake", "-p", "hi"], make_llm=listening) == 1
+    assert capsys.readouterr() == ("", "tpllm: error: the logits are not finite\n")
+
+
 def test_only_what_is_given_goes_to_the_engine(listening, monkeypatch):
     monkeypatch.setenv("TPLLM_NUM_THREADS", "")
     assert main(["generate", "-m", "fake", "-p", "hi"], make_llm=listening) == 0
@@ -133,8 +142,9 @@ def test_standard_input_is_one_prompt_without_its_last_line_break_or_one_a_line(
     for words in ([], ["--lines"]):
         monkeypatch.setattr(sys, "stdin", io.StringIO("one\n\ntwo\n"))
         assert main(["generate", "fake", "--raw", "--quiet", *words], make_llm=listening) == 0
-    assert [prompt for prompt, _ in listening.asked] == ["one\n\ntwo", "one", "two"]
-    assert capsys.readouterr() == ("answer 1\nanswer 2\nanswer 3\n", "")
+    assert main(["generate", "fake", "--raw", "--quiet", "--lines", "-p", "a\nb"], make_llm=listening) == 0
+    assert [prompt for prompt, _ in listening.asked] == ["one\n\ntwo", "one", "two", "a", "b"]
+    assert capsys.readouterr() == ("".join(f"answer {number}\n" for number in range(1, 6)), "")
 
 
 def test_the_speed_counts_every_answer(listening, monkeypatch, capsys):

@@ -41,9 +41,9 @@ def add_answer_options(parser: argparse.ArgumentParser, *, max_tokens: str) -> N
 def add_engine_options(group: argparse._ArgumentGroup) -> None:
     """Declare one option for each of ``ENGINE_OPTIONS``."""
     group.add_argument("--mesh", help="such as 'tp=4' or 'dp=2,tp=4'; default: all local devices on the tensor axis")
-    group.add_argument("--dtype", help="of weights and activations: auto, float32, bfloat16 or float16")
+    group.add_argument("--dtype", help="the type of weights and activations: auto, float32, bfloat16 or float16")
     group.add_argument("--quantization", help="quantize weights while they are loaded: int8, int4, fp8, ... or 'PATTERN=NAME,...'")
-    group.add_argument("--kv-cache-dtype", metavar="NAME", help="of keys and values: auto, float32, bfloat16, float16, int8 or fp8")
+    group.add_argument("--kv-cache-dtype", metavar="DTYPE", help="the type of keys and values: auto, float32, bfloat16, float16, int8 or fp8")
     group.add_argument("--max-model-len", type=int, metavar="N", help="most tokens of prompt and completion together")
     group.add_argument("--revision", help="branch, tag or commit of a hub id")
 

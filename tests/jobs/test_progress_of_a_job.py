@@ -61,11 +61,11 @@ def test_hours_are_shown_as_such(clock):
 
 def test_a_terminal_gets_a_bar_with_rows_and_rate_and_first_what_is_waited_for():
     stream, texts = Terminal(), []
-    shown = Progress(3, 1, stream, model="demo")
+    shown = Progress(3, 1, stream, model="a/[demo]")
     for step in (lambda: None, shown.begin, *[lambda: shown.advance(5, is_error=False)] * 2, shown.close):
         step()
         texts.append(stream.getvalue())
-    assert "loading demo" in texts[0]
+    assert "loading a/[demo]" in texts[0]
     assert "compiling" not in texts[0]
     assert "compiling" in texts[1]
     assert "tokens/s" not in texts[1]

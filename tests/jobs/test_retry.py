@@ -174,6 +174,22 @@ def test_a_copy_of_a_retried_folder_behind_a_url_follows_it_and_an_older_working
         assert contents(tmp_path / "far") == contents(pathlib.Path(again.work_dir)) == contents(pathlib.Path(job.work_dir))
 
 
+@pytest.mark.parametrize(("change", "message"), [
+    (lambda manifest: manifest.pop("paths"), r"out: input is missing; add 'input: ...' or give --input"),
+    (lambda manifest: manifest["paths"].pop("working_directory"), r"manifest.json is damaged: KeyError\('working_directory'\)"),
+    (lambda manifest: manifest.pop("job"), r"manifest.json is damaged: KeyError\('job'\); restore it"),
+    (lambda manifest: manifest["job"].update(modle="x"), r"manifest.json: unknown key 'modle'; did you mean 'model'\?"),
+    (lambda manifest: manifest["job"].update(shard="0/2"), r"out is the folder of shard 0/2 under the name out; call it shard-00000-of-00002"),
+])
+def test_a_folder_whose_manifest_does_not_tell_the_job_is_refused_with_what_is_missing(failed, change, message):
+    path = pathlib.Path(failed.output, "manifest.json")
+    manifest = json.loads(path.read_text())
+    change(manifest)
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(JobError, match=message):
+        make_job(read_job_folder(failed.output), name=failed.output)
+
+
 @pytest.fixture
 def command(tmp_path, monkeypatch, capsys):
     """``command(*words, make_llm=FakeLLM)``: the exit code and what is said, in a folder that has rows of which the second is not JSON."""
@@ -195,19 +211,19 @@ def test_the_command_retries_what_failed_and_its_exit_code_is_1_where_all_failed
     assert (code, said.splitlines()[-1]) == (0, "tpllm: complete: 11 rows in out (5 retried); 2 failed: see out/part-*.errors.jsonl")
     code, said = command("job", "retry", "out")
     assert code == 1
-    assert said.splitlines()[-1].startswith("tpllm: error: every row that was retried failed; the last: row 7 (")
+    assert said.splitlines()[-1].startswith("tpllm: every row that was retried failed; the last: row 7 (")
     pathlib.Path("rows.jsonl").rename("moved.jsonl")
     assert command("job", "retry", "out")[0] == 2
     code, said = command("job", "retry", "out", "-i", "moved.jsonl", "--max-failures", "0")
     assert code == 1
-    assert "stopped, because 2 rows failed, which is more than max_failures 0; the last: row 1 (moved.jsonl line 2): not JSON" in said
+    assert "stopped, because 1 row failed, which is more than max_failures 0; the last: row 1 (moved.jsonl line 2): not JSON" in said
 
 
 def test_a_job_of_which_every_row_failed_ends_with_1_and_the_reason_and_one_of_no_rows_with_0(command):
     pathlib.Path("rows.jsonl").write_text('{"text": "a"}\n{"text": "b"}\n')
     code, said = command(*RUN)
     assert code == 1
-    assert "error: every row failed; the last: row 1 (rows.jsonl line 2): the row has 'text' and no prompt" in said
+    assert "tpllm: every row failed; the last: row 1 (rows.jsonl line 2): the row has 'text' and no prompt" in said
     assert command(*RUN)[0] == 1
     pathlib.Path("rows.jsonl").write_text("")
     assert command(*RUN, "-o", "empty")[0] == 0
@@ -224,4 +240,4 @@ def test_more_failures_than_allowed_end_the_job_with_1_and_what_is_finished_is_k
     assert command(*RUN, "--rows-per-part", "2", "--max-failures", "2")[0] == 0
     assert len(all_rows(pathlib.Path("out"))) == 9
     code, said = command(*RUN, "--rows-per-part", "2", "--max-failures", "0", make_llm=None)
-    assert (code, said.splitlines()[-1]) == (1, "tpllm: error: 2 rows failed, which is more than max_failures 0")
+    assert (code, said.splitlines()[-1]) == (1, "tpllm: 2 rows failed, which is more than max_failures 0")

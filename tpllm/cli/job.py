@@ -33,9 +33,9 @@ command, and so is one that is complete already."""
 RETRY_TEXT = """Run the failed rows of a job again. Rows that succeeded are kept and never computed again; rows that an incomplete job has not run
 yet are run too.
 
-The folder's manifest tells what the job is. A row that succeeds now moves from the errors file to its place in the part; a row that fails again stays
-in the errors file. A part's file stays where it is until its first row is done again. If the command is interrupted, at any moment, run it
-again.
+The folder's manifest tells what the job is. A row that succeeds now moves from the errors file to its place in the part; a row that fails again
+stays in the errors file. A part's file stays where it is until the first of its rows is finished again. If the command is interrupted, at any moment,
+run it again.
 
 If the job ran in shards, give the folder of one shard, or the whole job's folder after the merge. The exit code is 1 if every row failed again."""
 COLUMNS = ("", "rows", "failed", "in journals", "parts", "state")

@@ -24,6 +24,7 @@ from tpllm.cli.model_options import ENGINE_OPTIONS, add_engine_options, add_samp
 
 if TYPE_CHECKING:
     from tpllm.jobs.config import JobConfig
+    from tpllm.jobs.runner import JobResult
 
 EXIT_ROWS_FAILED = 1
 NOT_FOR_JOBS = ("seed",)  # one seed for all rows would make equal prompts draw alike; a job's own seed gives each row another
@@ -82,10 +83,16 @@ def run_and_report(job: "JobConfig", make_llm: Callable[..., Any] | None, *, ret
     if result.signal is not None and not result.is_complete:
         _say(f"stopped with {result.num_done} of {result.num_rows} rows finished; give the same command again to go on")
         return 128 + result.signal
+    return _report(job, result, retries_failed=retries_failed)
+
+
+def _report(job: "JobConfig", result: "JobResult", *, retries_failed: bool) -> int:
+    """What came of a run that was not stopped by a signal; returns the exit code."""
     last = f"; the last: {result.last_failure[:NUM_REASON_CHARACTERS]}" if result.last_failure else ""
+    num_failed = result.num_new_errors if retries_failed else result.num_errors
+    too_many = f"{num_failed} row{'' if num_failed == 1 else 's'} failed, which is more than max_failures {job.max_failures}{last}"
     if result.has_too_many_failures and not result.is_complete:
-        _say(f"error: stopped, because {result.num_errors} rows failed, which is more than max_failures {job.max_failures}{last}; "
-             f"{result.num_done} of {result.num_rows} rows are finished and kept: give a larger --max-failures to go on")
+        _say(f"stopped, because {too_many}; {result.num_done} of {result.num_rows} rows are finished and kept: give a larger --max-failures to go on")
         return EXIT_ROWS_FAILED
     new = f"{result.num_new} {'retried' if retries_failed else 'new'}" if result.num_new else "nothing was left to do"
     failed = f"; {result.num_errors} failed: see {result.output}/part-*.errors.jsonl" if result.num_errors else ""
@@ -93,9 +100,9 @@ def run_and_report(job: "JobConfig", make_llm: Callable[..., Any] | None, *, ret
     if job.shard is not None:
         _say(f"shard {job.own_shard} is complete; when all are: tpllm job merge {job.output}")
     if result.has_too_many_failures:
-        _say(f"error: {result.num_errors} rows failed, which is more than max_failures {job.max_failures}{last}")
+        _say(too_many)
     elif result.has_only_failures or (retries_failed and result.num_new == result.num_new_errors > 0):
-        _say(f"error: every row {'that was retried ' if not result.has_only_failures else ''}failed{last}")
+        _say(f"every row {'that was retried ' if not result.has_only_failures else ''}failed{last}")
     else:
         return 0
     return EXIT_ROWS_FAILED

@@ -3,9 +3,10 @@ import os
 from typing import Any
 
 from tpllm.errors import JobError
+from tpllm.jobs.config import JOB_KEYS, check_keys
 from tpllm.jobs.manifest import PATHS
 from tpllm.jobs.outputs.folder import MANIFEST, read_manifest
-from tpllm.jobs.shard import SHARD_NAME
+from tpllm.jobs.shard import parse_shard
 from tpllm.jobs.shard_folders import find_shard_folders, local_folder
 
 
@@ -32,5 +33,10 @@ def read_job_folder(output: str) -> dict[str, Any]:
             given = [name if "://" in name else os.path.join(paths["working_directory"], name) for name in names]
     except (KeyError, TypeError, ValueError) as error:
         raise JobError(f"{folder / MANIFEST} is damaged: {error!r:.100}; restore it") from None
-    is_shard = "shard" in settings and SHARD_NAME.fullmatch(folder.resolve().name)
-    return {**settings, "input": given, "output": str(folder.resolve().parent) if is_shard else output}
+    check_keys(settings, JOB_KEYS, name=str(folder / MANIFEST))
+    if "shard" not in settings:
+        return {**settings, "input": given, "output": output}
+    wanted, name = parse_shard(settings["shard"]).folder_name, folder.resolve().name
+    if name != wanted:
+        raise JobError(f"{output} is the folder of shard {settings['shard']} under the name {name}; call it {wanted}")
+    return {**settings, "input": given, "output": str(folder.resolve().parent)}

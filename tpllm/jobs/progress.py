@@ -74,7 +74,7 @@ class Progress:
     def _open_bar(self, stage: str):
         from rich import progress
         from rich.console import Console
-        bar = progress.Progress(progress.BarColumn(), progress.MofNCompleteColumn(), "rows", progress.TextColumn("{task.fields[rate]}"),
+        bar = progress.Progress(progress.BarColumn(), progress.MofNCompleteColumn(), "rows", progress.TextColumn("{task.fields[rate]}", markup=False),
                                 progress.TimeElapsedColumn(), "left", progress.TimeRemainingColumn(), console=Console(file=self._stream))
         self._task = bar.add_task("rows", total=self.num_rows, completed=self.num_before, rate=stage)
         bar.start()

@@ -13,8 +13,6 @@ PAGE = pathlib.Path(__file__).resolve().parents[1] / "docs" / "guide" / "names.m
 BRACES = re.compile(r"(\{'.*\})")
 INTRO = """# Coming from vLLM, transformers, llama.cpp or mlx-lm
 
-<!-- written by tools/names_page.py from the tables in tpllm/names -->
-
 tpllm's names are vLLM's where it has one, and a script for vLLM's offline inference runs with its import changed:
 
 ```python
@@ -35,6 +33,7 @@ True True
 
 Each name works, under this name or another of ours; or it changes no result, and is taken with a line in the log; or it stands for something that
 is not there, and the error says what to use. An unknown argument is an error that names the nearest one, and for the names below their counterpart.
+(`tools/names_page.py` writes this page from the tables that the package works by.)
 """
 METRICS = """
 `get_metrics()` gives `Counter`, `Gauge` and `Histogram` of `tpllm.metrics_reader` (vLLM's `vllm.v1.metrics.reader`), such as

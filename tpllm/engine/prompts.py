@@ -21,8 +21,10 @@ CHAT_OPTIONS = ("template_kwargs", "tools", "add_generation_prompt", "continue_f
 
 def is_token_ids(value: Any) -> bool:
     """Whether something is the token ids of one prompt: a list, an array or the like that begins with a whole number."""
-    return not isinstance(value, str | bytes | Mapping) and hasattr(value, "__len__") and len(value) > 0 and isinstance(
-        next(iter(value)), numbers.Integral)
+    if isinstance(value, str | bytes | Mapping) or not hasattr(value, "__len__") or not len(value):
+        return False
+    first = next(iter(value))
+    return isinstance(first, numbers.Integral) and not isinstance(first, bool)
 
 
 def encode_prompt(prompt: Prompt, tokenizer: Tokenizer | None) -> dict[str, Any]:

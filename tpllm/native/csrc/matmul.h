@@ -117,6 +117,7 @@ struct FloatMath {
     }
   }
   static constexpr int kDwords = 32;
+  static constexpr bool kIsShort = false;
 };
 
 #if defined(__AVX2__) && !defined(__AVX512F__)
@@ -158,6 +159,7 @@ struct WordMath {
     }
   }
   static constexpr int kDwords = 16;
+  static constexpr bool kIsShort = true;
 };
 #endif
 
@@ -180,12 +182,13 @@ struct PairMath {
     }
   }
   static constexpr int kDwords = 16;
+  static constexpr bool kIsShort = false;
 };
 #endif
 
-// Whether the steps of a unit are written out: only where a step is so short that counting them would be felt, for compiling takes long.
-template <int M>
-constexpr bool kUnrollsSteps = M * V <= 4;
+// Whether the steps of a unit are written out, which takes long to compile: where they are so short that counting them would be felt.
+template <class MATH, int M>
+constexpr bool kUnrollsSteps = MATH::kIsShort || M * V <= 4;
 
 // Adds the products of some units to acc.
 template <class F, int FOLD, bool PREFETCHES, int M, template <class, int> class MATH>
@@ -207,10 +210,10 @@ static void run_tile(const TileArgs& a) {
       if constexpr (PREFETCHES) prefetch_step<F>(unit, step);
       math.step(unit, step, x, tables, partial);
     };
-    for (int part = 0; part < kParts; ++part) {
+    TPLLM_UNROLL for (int part = 0; part < kParts; ++part) {
       math.begin(a, u, part, 2 / kParts);
       const int first = part * 2, last = first + 4 / kParts;
-      if constexpr (kUnrollsSteps<M>) TPLLM_UNROLL for (int step = first; step < last; ++step) run_step(step);
+      if constexpr (kUnrollsSteps<MATH<F, M>, M>) TPLLM_UNROLL for (int step = first; step < last; ++step) run_step(step);
       else TPLLM_ROLL for (int step = first; step < last; ++step) run_step(step);
       math.end(a, u, partial);
       if constexpr (FOLD == kHalfUnits) fold_group<M>(scaler, group++, a.sums, partial, totals);
@@ -287,7 +290,7 @@ static void fill_pair_panel(const uint8_t* codes, int64_t num_units, const Table
 template <class F>
 static void fill_word_panel(const uint8_t* codes, int64_t num_units, const Tables&, uint8_t* panel) {
   for (int64_t u = 0; u < num_units; ++u)
-    TPLLM_ROLL for (int step = 0; step < 4; ++step)
+    TPLLM_UNROLL for (int step = 0; step < 4; ++step)
       TPLLM_UNROLL for (int v = 0; v < V; ++v) {
         const auto raw = F::load(codes + u * F::kUnit, step, v);
         TPLLM_UNROLL for (int j = 0; j < 4; ++j) store(panel + u * 2048 + (step * 4 + j) * 128 + v * W * 4, F::words(raw, j));

@@ -1,4 +1,4 @@
-"""From the name of a model to its configuration, parameters and tokenizer on a mesh, and from there to a store that loads again."""
+"""Loads a model by its name: configuration, parameters and tokenizer on a mesh. Saves it as a store that loads again."""
 import collections
 import dataclasses
 import functools
@@ -38,9 +38,9 @@ log = logging.getLogger("tpllm")
 
 DTYPES = ("float32", "bfloat16", "float16")
 ALIASES = {"float": "float32", "half": "float16", "double": "float64"}
-"""Of torch."""
+"""The names that torch has for dtypes."""
 COMPUTED_IN = {"F64": "float32", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
-"""By the dtype of a tensor."""
+"""The dtype to compute in, for each dtype of a tensor."""
 FORMATS = ("awq", "awq_marlin", "gptq", "gptq_marlin", "bitsandbytes", "compressed-tensors", "auto-round", "gguf", "mxfp4")
 """Of quantized checkpoints, as vLLM calls them: they are found without being named."""
 SMALL_CACHES = {"int8": np.dtype(np.int8), "fp8": np.dtype(ml_dtypes.float8_e4m3fn), "fp8_e4m3": np.dtype(ml_dtypes.float8_e4m3fn)}

@@ -27,7 +27,7 @@ FORMATS = {
     "fp8-a8": WeightFormat(kind="e4m3", activations="e4m3"),
     "fp8-g128-a8": WeightFormat(kind="e4m3", group=128, activations="e4m3"),
 }
-"""By the name of a quantization."""
+"""The formats by the name of a quantization."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -178,7 +178,7 @@ class CompileGuard:
         self._before = self._thread = 0
 
     def arm(self) -> None:
-        """From now on every compile is unexpected."""
+        """Treat every compile from here on as unexpected."""
         self.is_armed = True
 
     def __enter__(self) -> "CompileGuard":

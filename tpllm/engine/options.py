@@ -62,7 +62,7 @@ class EngineOptions:
 
 
 def drawable(eos_ids: frozenset[int], vocab_size: int) -> frozenset[int]:
-    """Of the ids that end a text those that the model can draw; the others are named in the log."""
+    """The ids that end a text and that the model can draw; the log names the others."""
     beyond = sorted(token_id for token_id in eos_ids if token_id >= vocab_size)
     if beyond:
         log.warning("eos_token_id: %s is beyond the vocabulary of %d and never drawn; it is not used", ", ".join(map(short, beyond[:5])), vocab_size)

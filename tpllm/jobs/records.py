@@ -1,4 +1,4 @@
-"""From what the engine gives back to a line of output."""
+"""Makes a line of output of what the engine gives back."""
 import dataclasses
 import json
 from collections.abc import Callable, Sequence

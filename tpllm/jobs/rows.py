@@ -1,4 +1,4 @@
-"""From a line of input to a request."""
+"""Makes a request of a line of input."""
 import dataclasses
 import hashlib
 import json
@@ -18,7 +18,7 @@ from tpllm.openai_api import ApiError, ApiRequest
 
 SEED_BYTES = 8
 MAX_DEPTH = 100
-"""Of lists and objects in each other: what reads them calls itself for each level."""
+"""How deep lists and objects may be nested: their reader calls itself for each level."""
 
 
 class RowError(ValueError):

@@ -1,4 +1,4 @@
-"""From the body of an OpenAI request to prompts and sampling parameters.
+"""Makes prompts and sampling parameters of the body of an OpenAI request.
 
 Names and meanings are those of OpenAI's API reference (``POST /v1/completions``, ``POST /v1/chat/completions``); further sampling parameters
 have vLLM's names. A key whose value is null counts as not given.
@@ -143,7 +143,7 @@ def _without_nulls(value: Any) -> Any:
 
 
 def _num_chat_logprobs(given: Mapping[str, Any]) -> int | None:
-    """Of a chat ``logprobs`` says whether, and ``top_logprobs`` how many."""
+    """How many log probabilities a chat asks for: ``logprobs`` says whether, and ``top_logprobs`` how many."""
     shown, top = given.get("logprobs", False), given.get("top_logprobs")
     if not isinstance(shown, bool):
         raise ApiError(f"logprobs is {shortened(shown)}; in a chat it must be true or false, and top_logprobs says how many", param="logprobs",

@@ -57,7 +57,7 @@ class DryRun:
 
     @property
     def startup_seconds(self) -> float:
-        """To load the model and compile for it."""
+        """The seconds to load the model and compile for it."""
         return self.load_seconds + (self.speed.num_startup_seconds if self.speed else 0.0)
 
     @property

@@ -33,7 +33,7 @@ class FileRecord:
 
 
 PartRecord = Mapping[str, FileRecord]
-"""Of each of a part's files, by its name."""
+"""What is known of each of a part's files, by its name."""
 
 
 class Tally:

@@ -1,4 +1,4 @@
-"""From Arrow to JSON: what each column type becomes in a request, an output line or an errors file.
+"""Converts Arrow to JSON: what each column type becomes in a request, an output line or an errors file.
 
 Timestamps, dates, times and durations become ISO 8601 text (a timestamp with a time zone in UTC, with ``Z``), decimals their digits, binary base64,
 NaN and infinities null, UUIDs their text; structs objects; maps with text or whole numbers as keys objects, other maps lists of pairs.

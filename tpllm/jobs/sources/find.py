@@ -1,4 +1,4 @@
-"""From the ``input`` of a job file to its files: paths, globs and URLs, in their order."""
+"""Finds the files of a job's ``input``: paths, globs and URLs, in their order."""
 import glob
 import os
 from collections.abc import Sequence

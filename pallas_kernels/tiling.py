@@ -28,7 +28,7 @@ _log = logging.getLogger(__name__)
 Tiles = TypeVar("Tiles")
 KIB = 1024
 ON_CHIP_BYTES = {"NVIDIA H100": 227 * KIB, "NVIDIA H200": 227 * KIB, "TPU v5 lite": 128 * KIB**2, "TPU v5": 64 * KIB**2, "TPU v6": 128 * KIB**2}
-"""The memory on the chip by the beginning of a device's kind (the longest counts): shared memory of a GPU's block, or vector memory of a TPU's core."""
+"""The memory on the chip by the beginning of a device's kind (the longest counts): shared memory of a GPU's block, or a TPU core's vector memory."""
 HOPPER = (9, 0)
 NUM_SAMPLES, SAMPLE_SECONDS = 7, 5e-3  # of one candidate's measurement; a sample is as many calls as take about that long
 

@@ -88,11 +88,11 @@ def test_a_job_goes_on_from_its_folder_in_any_working_directory_also_a_shards(jo
     assert len(all_rows(tmp_path / "new" / "shard-00001-of-00002")) == 1
 
 
-@pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(SamplingParams) if field.name != "seed"])
+@pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(SamplingParams) if field.name not in ("seed", "output_kind")])
 def test_every_sampling_parameter_is_an_option_of_a_job_and_its_seed_is_the_jobs_own(job_file, tmp_path, field):
     values = {"logit_bias": "{3: 1}", "allowed_token_ids": "[1, 2]", "stop_token_ids": "[1]", "bad_words": "x", "stop": "x"}
     flag = "--" + field.replace("_", "-")
-    words = [flag] if field in ("ignore_eos", "include_stop_str_in_output", "skip_special_tokens") else [flag, values.get(field, "1")]
+    words = [flag] if field in ("ignore_eos", "include_stop_str_in_output", "skip_special_tokens", "detokenize") else [flag, values.get(field, "1")]
     assert exit_code(*ROWS, *words, "--seed", "7") == 0
     job = json.loads((tmp_path / "new" / "manifest.json").read_text())["job"]
     assert (list(job["sampling"]), job["seed"]) == ([field], 7)

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from tpllm.jobs.runner import JobResult
 
 EXIT_ROWS_FAILED = 1
-NOT_FOR_JOBS = ("seed",)  # one seed for all rows would make equal prompts draw alike; a job's own seed gives each row another
+NOT_FOR_JOBS = ("seed", "output_kind")  # one seed for all rows would make equal prompts draw alike; a job's own seed gives each row another
 FLAGS = {"input": ("-i", "--input"), "output": ("-o", "--output"), "model": ("-m", "--model")}
 METAVARS = {"prompt_template": "TEXT", "shard": "I/N", "work_dir": "FOLDER", "output_format": "NAME", "limit": "N", "max_failures": "N",
             "rows_per_part": "N", "seed": "N"}

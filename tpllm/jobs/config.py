@@ -14,7 +14,7 @@ from tpllm.jobs.prompt_template import fields_of
 from tpllm.jobs.shard import WHOLE, Shard, parse_shard
 from tpllm.jobs.yaml_file import parse_document, parse_value
 
-SAMPLING_KEYS = tuple(field.name for field in dataclasses.fields(SamplingParams))
+SAMPLING_KEYS = tuple(field.name for field in dataclasses.fields(SamplingParams) if field.name != "output_kind")  # rows are written when finished
 MAX_ROWS_PER_PART = 10_000_000
 MAX_ROWS = 2**53
 WHOLE_KEYS = {"seed": (-(2**63), 2**64 - 1), "rows_per_part": (1, MAX_ROWS_PER_PART), "limit": (1, MAX_ROWS), "max_failures": (0, MAX_ROWS)}

@@ -4,14 +4,13 @@ Names and meanings are those of OpenAI's API reference (``POST /v1/completions``
 have vLLM's names. A key whose value is null counts as not given.
 """
 import dataclasses
-import difflib
 from collections.abc import Mapping
 from typing import Any
 
 from tpllm.engine.prompts import Prompt
 from tpllm.engine.sampling_params import SamplingParams
 from tpllm.engine.whole_numbers import SAMPLING_KINDS, as_kind
-from tpllm.errors import SamplingError
+from tpllm.errors import SamplingError, did_you_mean
 from tpllm.openai_api.api_error import ApiError, shortened
 from tpllm.openai_api.prompts import chat_prompt, completion_prompts, with_parse_special
 
@@ -114,8 +113,7 @@ def known_keys(endpoint: str) -> tuple[str, ...]:
 def _guess(endpoint: str, key: str) -> str:
     if others := [other for other in ENDPOINTS if other != endpoint and key in known_keys(other)]:
         return f"it belongs to {others[0]}; "
-    near = difflib.get_close_matches(key, known_keys(endpoint), 1, 0.5)
-    return f"did you mean {near[0]!r}? " if near else ""
+    return did_you_mean(key, known_keys(endpoint))
 
 
 def _checked_keys(endpoint: str, body: Mapping[str, Any]) -> dict[str, Any]:

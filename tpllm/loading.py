@@ -80,7 +80,7 @@ def load_model(model: str, mesh: str | Mapping[str, int] | Mesh = "auto", *, rul
     """Load a model for use with ``init_cache`` and ``forward``.
 
     Args:
-        model: a folder in Hugging Face layout, a hub id, or ``"demo"``.
+        model: a folder in Hugging Face layout, a GGUF file, a hub id, or a name such as ``"demo"``.
         mesh: ``"auto"``, ``"tp=4"``, ``{"dp": 2, "tp": 4}`` or a ``jax.sharding.Mesh``.
         rules: how logical axes map to mesh axes; by default tensor parallel over ``tp``, rows over ``dp``.
         dtype: of weights and activations: ``"auto"``, ``"float32"``, ``"bfloat16"`` or ``"float16"``.

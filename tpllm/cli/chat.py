@@ -137,7 +137,7 @@ class Chat:
             print("tpllm: write the file's name, as in /save talk.jsonl", file=sys.stderr)
             return
         try:
-            with open(path, "x", encoding="utf-8") as file:
+            with open(os.path.expanduser(path), "x", encoding="utf-8") as file:
                 file.write(json.dumps({"messages": self.messages}, ensure_ascii=False) + "\n")
         except (OSError, UnicodeEncodeError) as error:
             print(f"tpllm: cannot write {path}: {getattr(error, 'strerror', None) or error}", file=sys.stderr)

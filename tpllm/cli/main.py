@@ -9,6 +9,7 @@ from typing import Any
 from tpllm import __version__
 from tpllm.cli.help_text import EXIT_NO_OUTPUT, EXIT_USER_ERROR, HelpFormatter, Parser
 from tpllm.cli.streams import OutputFailed, guarded_streams
+from tpllm.errors import TpllmError
 
 COMMANDS = {
     "generate": "answer a prompt, printed as it is generated",
@@ -45,8 +46,8 @@ def main(argv: Sequence[str] | None = None, *, make_llm: Callable[..., Any] | No
         make_llm: makes the engine; :class:`tpllm.LLM` by default.
 
     Returns:
-        The exit code: 0, 1 where the result cannot be written to standard output, 2 for an error of the user's, 128 + n when stopped by signal n,
-        and so 141 (SIGPIPE) where whoever read the output has gone.
+        The exit code: 0, 1 where the result cannot be generated or written to standard output, 2 for an error of the user's, 128 + n when stopped by
+        signal n, and so 141 (SIGPIPE) where whoever read the output has gone.
     """
     try:
         with guarded_streams():
@@ -74,7 +75,7 @@ def _run(argv: Sequence[str] | None, make_llm: Callable[..., Any] | None) -> int
         if type(error).__module__.partition(".")[0] not in OWN_PACKAGES:
             raise
         print(f"tpllm: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return EXIT_USER_ERROR
+        return EXIT_NO_OUTPUT if type(error) is TpllmError else EXIT_USER_ERROR  # its subclasses are of what was given
 
 
 def _global_options() -> Parser:

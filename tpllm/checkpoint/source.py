@@ -94,7 +94,7 @@ def _download(model: str, revision: str | None, patterns: tuple[str, ...] = HUB_
         cached = [name.removeprefix("models--").replace("--", "/", 1) for name in _names_in(constants.HF_HUB_CACHE) if name.startswith("models--")]
         guess = did_you_mean(model, [*_names_beside(Path(model)), *cached])
         raise CheckpointError(f"model {model!r}: {guess}there is no such folder, and as a hub id{f' at {revision!r}' if revision else ''} "
-                              f"it cannot be had: {reason[:300]}{package}") from None
+                              f"it cannot be had: {reason[:300].rstrip('.')}{package}") from None
     return folder, folder.name
 
 

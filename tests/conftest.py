@@ -23,7 +23,7 @@ jax.config.update("jax_traceback_in_locations_limit", 0)  # of each operation th
 
 MAPPINGS = pathlib.Path("/proc/self/maps")
 MAX_MAPPINGS = 25_000  # Linux allows a process 65 530 mappings of memory, and every compiled program takes some: beyond, XLA crashes
-MAX_OBJECTS = 2_000_000  # with what JAX keeps of them outside of Python this is about 2 GB, and to look through them takes a second or two
+MAX_OBJECTS = 1_500_000  # with what JAX holds of them outside of Python this is 2 to 3 GB, and to look through them takes a second
 
 
 def pytest_collection_finish() -> None:

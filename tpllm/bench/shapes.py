@@ -9,8 +9,8 @@ import jax
 import numpy as np
 
 from sharding_rules import DATA_TENSOR
-from tpllm.checkpoint import check_memory, needed_bytes
 from tpllm.checkpoint.matrices import make_matrix
+from tpllm.checkpoint.memory import check_memory, needed_bytes
 from tpllm.checkpoint.placement import place
 from tpllm.engine.cache_size import least_cache_bytes
 from tpllm.engine.options import EngineOptions

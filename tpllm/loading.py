@@ -16,8 +16,10 @@ import numpy as np
 from jax.sharding import Mesh
 
 from sharding_rules import DATA_TENSOR, Partition, Rules, make_mesh, parse_mesh
-from tpllm.checkpoint import Checkpoint, check_memory, find_entries, load_params, needed_bytes, stored_schemes
-from tpllm.checkpoint.entries import ParamEntry
+from tpllm.checkpoint.entries import ParamEntry, find_entries
+from tpllm.checkpoint.folder import Checkpoint
+from tpllm.checkpoint.load import load_params, stored_schemes
+from tpllm.checkpoint.memory import check_memory, needed_bytes
 from tpllm.checkpoint.new_folder import new_folder
 from tpllm.checkpoint.safetensors import TensorEntry
 from tpllm.checkpoint.save import copied_files, unquantized_config

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tpllm.checkpoint import Checkpoint, open_checkpoint
+from tpllm.checkpoint.folder import Checkpoint, open_checkpoint
 from tpllm.checkpoint.gguf.header import open_gguf
 from tpllm.checkpoint.source import GGUF, Hub, find_folder, only_gguf
 from tpllm.errors import ConfigError, short

@@ -10,7 +10,9 @@ from sharding_rules import DATA_TENSOR, make_mesh
 from tests.support.checkpoint_files import write_folder
 from tests.support.tiny_models import TinyModel, config_json
 from tpllm import LLM, SamplingParams
-from tpllm.checkpoint import find_entries, load_params, open_checkpoint, stored_schemes
+from tpllm.checkpoint.entries import find_entries
+from tpllm.checkpoint.folder import open_checkpoint
+from tpllm.checkpoint.load import load_params, stored_schemes
 from tpllm.checkpoint.save import quantize_checkpoint
 from tpllm.checkpoint.store import MANIFEST, WEIGHTS, write_store
 from tpllm.cli.main import main

@@ -19,7 +19,9 @@ from sharding_rules import DATA_TENSOR, make_mesh
 from tests.support.gguf_files import HF_LLAMA, write_gguf
 from tools.demo_training.corpus import held_out_windows
 from tpllm import LLM, SamplingParams, forward
-from tpllm.checkpoint import find_entries, load_params, open_checkpoint, stored_schemes
+from tpllm.checkpoint.entries import find_entries
+from tpllm.checkpoint.folder import open_checkpoint
+from tpllm.checkpoint.load import load_params, stored_schemes
 from tpllm.model.partition import fit_to_mesh
 from tpllm.tokenizer import Tokenizer
 from tpllm.weights.storage import NATIVE, Storage

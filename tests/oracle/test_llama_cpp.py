@@ -7,7 +7,7 @@ import pytest
 import tpllm
 from tests.support.gguf_files import write_gguf
 from tpllm import LLM, SamplingParams
-from tpllm.checkpoint import open_checkpoint
+from tpllm.checkpoint.folder import open_checkpoint
 
 pytestmark = pytest.mark.oracle
 

@@ -10,7 +10,7 @@ from safetensors.numpy import save_file
 
 from tests.support.quantized_folders import KINDS, make_folder
 from tpllm import LLM, SamplingParams, forward
-from tpllm.checkpoint import open_checkpoint
+from tpllm.checkpoint.folder import open_checkpoint
 from tpllm.checkpoint.source import DEMO_FOLDER
 from tpllm.loading import load_model
 from tpllm.weights.native import NativeWeight

@@ -47,8 +47,9 @@ def inspect_model(model: str, *, mesh: str = "auto", dtype: str = "auto", quanti
         TpllmError: a checkpoint that is damaged or does not fit the mesh.
     """
     from sharding_rules import DATA_TENSOR, mesh_text
-    from tpllm.checkpoint import find_entries, stored_schemes
+    from tpllm.checkpoint.entries import find_entries
     from tpllm.checkpoint.folder import open_checkpoint
+    from tpllm.checkpoint.load import stored_schemes
     from tpllm.loading import choose_dtype, choose_mesh
     from tpllm.model.kv_cache import cache_bytes_per_device
     from tpllm.model.params import named_leaves, param_specs

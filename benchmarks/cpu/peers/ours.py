@@ -11,7 +11,9 @@ from tpllm import LLM, SamplingParams
 from tpllm.bench.shapes import llm_of_shape
 from tpllm.bench.timing import Workload
 from tpllm.bench.traffic import decode_traffic
-from tpllm.checkpoint import find_entries, load_params, open_checkpoint, stored_schemes
+from tpllm.checkpoint.entries import find_entries
+from tpllm.checkpoint.folder import open_checkpoint
+from tpllm.checkpoint.load import load_params, stored_schemes
 from tpllm.environment.compile_cache import enable_compile_cache
 from tpllm.errors import ConfigError, TpllmError
 from tpllm.model.partition import fit_to_mesh

@@ -4,13 +4,18 @@ import itertools
 import logging
 import os
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import jax
 
 from pallas_kernels.tiling import Device
 
 REFERENCE = "reference"
+DEVICES: dict[str, tuple[str, Callable[[Device], bool]]] = {
+    "mosaic_gpu": ("a Hopper GPU", lambda device: device.has_mosaic_gpu), "mosaic_tpu": ("a TPU", lambda device: device.platform == "tpu"),
+    "triton": ("an NVIDIA GPU of compute capability 8.0 or later",
+               lambda device: device.platform == "gpu" and device.capability is not None and device.capability >= (8, 0)),
+}
+"""What the kernels of an implementation run on: its name, and whether a device is such."""
 _log = logging.getLogger(__name__)
 
 
@@ -41,14 +46,10 @@ def pick(op: str, device: Device, named: str | None, refusals: Mapping[str, str 
     return named
 
 
-def device_refusal(kernel: Any, device: Device, interpret: bool) -> str | None:
-    """Why a kernel does not run on a device, for :func:`pick`; None where it does, or is interpreted.
-
-    Args:
-        kernel: a module with ``runs_on`` and ``DEVICES``, the name of those.
-        device, interpret: see the ops.
-    """
-    return None if interpret or kernel.runs_on(device) else f"needs {kernel.DEVICES}, not {device.kind or device.platform!r}"
+def needed_devices(implementation: str, device: Device, interpret: bool) -> str | None:
+    """What the kernels of an implementation need instead of a device, by name; None where they run on it, or are interpreted."""
+    name, is_such = DEVICES[implementation]
+    return None if interpret or is_such(device) else name
 
 
 def are_kernels_on() -> bool:

@@ -1,4 +1,7 @@
-"""The errors users meet. Each is a ``ValueError`` whose message names the value, the limit and the fix; and how values stand in messages."""
+"""What users are told: errors, each a ``ValueError`` whose message names the value, the limit and the fix; the log; and how values stand in both."""
+import logging
+
+log = logging.getLogger("tpllm")
 
 
 class TpllmError(ValueError):

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.flash_attention.reference import MASKED, soft_cap
-from pallas_kernels.flash_attention.spans import Spans
+from pallas_kernels.flash_attention.spans import Spans, pad
 from pallas_kernels.precision import matmul_precision
 
 BLOCK_Q, BLOCK_K = 256, 512
@@ -42,7 +42,7 @@ def flash_attention_gradients(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.
     T, S = q_BTNH.shape[1], k_BSKH.shape[1]
     (out_BTNH, lse_BNT), (d_out_BTNH, d_lse_BNT) = results, gradients
     delta_BNT = jnp.einsum("btnh,btnh->bnt", out_BTNH.astype(jnp.float32), d_out_BTNH.astype(jnp.float32)) - d_lse_BNT
-    by_row = (*_by_row(q_BTNH, k_BSKH, v_BSKH, spans), _pad(d_out_BTNH, BLOCK_Q, 1), _pad(lse_BNT, BLOCK_Q, 2), _pad(delta_BNT, BLOCK_Q, 2))
+    by_row = (*_by_row(q_BTNH, k_BSKH, v_BSKH, spans), pad(d_out_BTNH, BLOCK_Q, 1), pad(lse_BNT, BLOCK_Q, 2), pad(delta_BNT, BLOCK_Q, 2))
     d_q, d_k, d_v = lax.map(lambda row: _gradients_of_row(*row, scale=scale, softcap=softcap), by_row)
     d_sinks_N = None
     if sinks_N is not None:
@@ -51,14 +51,9 @@ def flash_attention_gradients(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.
 
 
 def _by_row(q_BTNH, k_BSKH, v_BSKH, spans):
-    q_BTNH, k_BSKH, v_BSKH = _pad(q_BTNH, BLOCK_Q, 1), _pad(k_BSKH, BLOCK_K, 1), _pad(v_BSKH, BLOCK_K, 1)
+    q_BTNH, k_BSKH, v_BSKH = pad(q_BTNH, BLOCK_Q, 1), pad(k_BSKH, BLOCK_K, 1), pad(v_BSKH, BLOCK_K, 1)
     spans = spans.pad(q_BTNH.shape[1], k_BSKH.shape[1])
     return q_BTNH, k_BSKH, v_BSKH, spans, spans.blocks(BLOCK_Q, BLOCK_K)
-
-
-def _pad(x, multiple: int, dim: int):
-    missing = -x.shape[dim] % multiple
-    return jnp.pad(x, [(0, missing if i == dim else 0) for i in range(x.ndim)]) if missing else x
 
 
 def _block_of(x, index, size: int, dim: int = 0):

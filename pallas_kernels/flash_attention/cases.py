@@ -36,8 +36,7 @@ class Case:
     segment_lengths: tuple[int, ...] = ()
 
     def __str__(self) -> str:
-        shown = [f"{field.name}={value}" for field in dataclasses.fields(self) if (value := getattr(self, field.name)) != field.default]
-        return " ".join(shown)
+        return " ".join(f"{field.name}={value}" for field in dataclasses.fields(self) if (value := getattr(self, field.name)) != field.default)
 
     @property
     def scale(self) -> float:

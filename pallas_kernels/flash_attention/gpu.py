@@ -9,7 +9,6 @@ Softmax is computed in base 2. ``max`` starts at a finite number and masked scor
 """
 import dataclasses
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -18,16 +17,14 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.flash_attention import warp_groups
-from pallas_kernels.flash_attention.reference import MASKED
-from pallas_kernels.flash_attention.spans import Spans
+from pallas_kernels.flash_attention.reference import LOG2_E, MASKED
+from pallas_kernels.flash_attention.spans import Spans, pad
 from pallas_kernels.interpreter import gpu_interpreter
 from pallas_kernels.tiling import Device, choose_tiles
 
-LOG2_E = math.log2(math.e)
 NUM_CONSUMERS = 2
 PRODUCER = NUM_CONSUMERS
 DTYPES = ("bfloat16", "float16")
-TMA_BYTES = 16  # the strides of what is copied are multiples of it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +79,7 @@ def flash_attention_gpu(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array,
     tile_q = NUM_CONSUMERS * tiles.block_q
     num_tiles, num_blocks = pl.cdiv(T, tile_q), pl.cdiv(S, tiles.block_k)
     padded_T, padded_S = num_tiles * tile_q, num_blocks * tiles.block_k
-    q_BTNH, k_BSKH, v_BSKH = _pad(q_BTNH, padded_T), _pad(k_BSKH, padded_S), _pad(v_BSKH, padded_S)
+    q_BTNH, k_BSKH, v_BSKH = pad(q_BTNH, tile_q, 1), pad(k_BSKH, tiles.block_k, 1), pad(v_BSKH, tiles.block_k, 1)
     spans = spans.pad(padded_T, padded_S)
     blocks_BQ4 = spans.blocks(tile_q, tiles.block_k)
     sinks_N = jnp.full((N,), MASKED, jnp.float32) if sinks_N is None else sinks_N.astype(jnp.float32)
@@ -228,8 +225,3 @@ def _mask(ranks_ref, scores, block, *, span, block_k: int, groups):
     ranks = groups.spread(groups.load(ranks_ref, (pl.ds(block * block_k, block_k),), groups.COLUMNS), scores.shape, 1)
     low, high = (groups.spread(x, scores.shape, 0) for x in span)
     return jnp.where((ranks >= low) & (ranks <= high), scores, -jnp.inf)
-
-
-def _pad(x_BTKH: jax.Array, num_tokens: int) -> jax.Array:
-    missing = num_tokens - x_BTKH.shape[1]
-    return jnp.pad(x_BTKH, ((0, 0), (0, missing), (0, 0), (0, 0))) if missing else x_BTKH

@@ -7,12 +7,15 @@ as a logit: gpt-oss, OpenAI 2025, arXiv:2508.10925).
 
 Grouped-query attention (Ainslie et al. 2023, arXiv:2305.13245): query head n reads KV head n // (N / K).
 """
+import math
+
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels.precision import matmul_precision
 
 MASKED = -1e30  # finite, so that a fully masked row gives no NaN
+LOG2_E = math.log2(math.e)  # of kernels, whose softmax is one in base 2
 
 
 def flash_attention_reference(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, positions_BT: jax.Array, *,

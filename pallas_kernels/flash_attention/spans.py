@@ -68,6 +68,12 @@ def make_spans(positions_BT: jax.Array, key_positions_BS: jax.Array | None, *, w
     return Spans(jnp.where(is_real_BT, low_BT, NEVER), jnp.where(is_real_BT, high_BT, -1), jnp.where(key_positions_BS >= 0, ranks_BS, -1))
 
 
+def pad(x: jax.Array, multiple: int, dim: int) -> jax.Array:
+    """With zeros behind, up to a multiple in one dim."""
+    missing = -x.shape[dim] % multiple
+    return jnp.pad(x, [(0, missing if i == dim else 0) for i in range(x.ndim)]) if missing else x
+
+
 def _first(is_so_BQJ: jax.Array) -> jax.Array:
     """[B, Q] int32: the first of each row of flags; their number where there is none."""
     J = is_so_BQJ.shape[-1]

@@ -8,7 +8,6 @@ Softmax is computed in base 2. ``max`` starts at a finite number and masked scor
 """
 import dataclasses
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -16,12 +15,11 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.flash_attention.reference import MASKED
-from pallas_kernels.flash_attention.spans import Spans
+from pallas_kernels.flash_attention.reference import LOG2_E, MASKED
+from pallas_kernels.flash_attention.spans import Spans, pad
 from pallas_kernels.precision import matmul_precision
 from pallas_kernels.tiling import Device, choose_tiles
 
-LOG2_E = math.log2(math.e)
 LANES = 128
 DTYPES = ("bfloat16", "float32")
 MIB = 2**20
@@ -78,7 +76,8 @@ def flash_attention_tpu(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array,
         tiles = choose_tiles("flash_attention", device, (H, str(q_BTNH.dtype)), candidates(T, S), needs)
     num_tiles, num_blocks = pl.cdiv(T, tiles.block_q), pl.cdiv(S, tiles.block_k)
     padded_T, padded_S = num_tiles * tiles.block_q, num_blocks * tiles.block_k
-    q_BNTH, k_BKSH, v_BKSH = _by_head(q_BTNH, padded_T), _by_head(k_BSKH, padded_S), _by_head(v_BSKH, padded_S)
+    sizes = (tiles.block_q, tiles.block_k, tiles.block_k)
+    q_BNTH, k_BKSH, v_BKSH = (pad(x.transpose(0, 2, 1, 3), size, 2) for x, size in zip((q_BTNH, k_BSKH, v_BSKH), sizes, strict=True))
     spans = spans.pad(padded_T, padded_S)
     sinks_N = jnp.full((N,), MASKED, jnp.float32) if sinks_N is None else sinks_N.astype(jnp.float32)
     limit = None if device.on_chip_bytes is None else min(device.on_chip_bytes, 2 * needs(tiles))
@@ -171,9 +170,3 @@ def _column(row_1q: jax.Array) -> jax.Array:
 def _lanes(x_q128: jax.Array, width: int) -> jax.Array:
     """Per-query numbers in ``width`` lanes."""
     return jnp.concatenate([x_q128] * pl.cdiv(width, LANES), axis=1)[:, :width]
-
-
-def _by_head(x_BTNH: jax.Array, num_tokens: int) -> jax.Array:
-    missing = num_tokens - x_BTNH.shape[1]
-    x_BNTH = x_BTNH.transpose(0, 2, 1, 3)
-    return jnp.pad(x_BNTH, ((0, 0), (0, 0), (0, missing), (0, 0))) if missing else x_BNTH

@@ -16,14 +16,15 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.gated_mlp.reference import Activation, gated
 from pallas_kernels.interpreter import gpu_interpreter
+from pallas_kernels.quant_matmul.warp_group import swizzled
 from pallas_kernels.tiling import Device, choose_tiles
 
-DEVICES = "a Hopper GPU"
 DTYPES = ("bfloat16", "float16")
-GROUP_OUTPUTS = 64
-"""Outputs of one warp group: the rows of the tensor cores' left operand."""
+DIM_STEP = GROUP_OUTPUTS = 64
+"""Outputs of one warp group: the rows of the tensor cores' left operand; dims of weights are multiples of it."""
 STEP_INPUTS = 64
 """Inputs of one step: 128 bytes, the widest swizzle."""
+TRANSFORMS = swizzled(2 * STEP_INPUTS, 2)
 MIN_ROWS = 8
 FEW_ROWS = 64
 
@@ -60,20 +61,6 @@ def on_chip_bytes(tiles: Tiles) -> int:
     return 2 * (tiles.num_stages * STEP_INPUTS * (tiles.rows + 2 * outputs) + tiles.rows * outputs) + 4096
 
 
-def runs_on(device: Device) -> bool:
-    """Whether the kernel runs there."""
-    return device.has_mosaic_gpu
-
-
-def refusal(dtype: str, num_inputs: int, num_outputs: int) -> str | None:
-    """Why the kernel cannot compute this; None where it can."""
-    if dtype not in DTYPES:
-        return f"takes {' and '.join(DTYPES)}, not {dtype}"
-    if num_inputs % STEP_INPUTS or num_outputs % GROUP_OUTPUTS:
-        return f"takes weights whose dims are multiples of {GROUP_OUTPUTS}, not [{num_outputs}, {num_inputs}]"
-    return None
-
-
 def gated_product(x_MD: jax.Array, gate_FD: jax.Array, up_FD: jax.Array, biases: tuple[jax.Array | None, jax.Array | None], *,
                   activation: Activation, device: Device, interpret: bool) -> jax.Array:
     """[M, F] in the dtype of ``x_MD``; see ``gated_product_reference``."""
@@ -84,7 +71,7 @@ def gated_product(x_MD: jax.Array, gate_FD: jax.Array, up_FD: jax.Array, biases:
     padded = pl.cdiv(M, step) * step
     x_MD = jnp.pad(x_MD, ((0, padded - M), (0, 0)))
     num_blocks = pl.cdiv(M, tiles.rows) * (F // (tiles.num_groups * GROUP_OUTPUTS))
-    scratch = {"out_smem": _tiled((tiles.num_groups, tiles.rows, GROUP_OUTPUTS), x_MD.dtype)}
+    scratch = {"out_smem": plgpu.SMEM((tiles.num_groups, tiles.rows, GROUP_OUTPUTS), x_MD.dtype, transforms=TRANSFORMS)}
     if interpret:
         scratch["sums"] = plgpu.SMEM((tiles.num_groups, 2, GROUP_OUTPUTS, tiles.rows), jnp.float32)
     body = functools.partial(_body, tiles=tiles, activation=activation, has_bias=tuple(bias is not None for bias in biases),
@@ -95,14 +82,6 @@ def gated_product(x_MD: jax.Array, gate_FD: jax.Array, up_FD: jax.Array, biases:
                           compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup))(
         x_MD, gate_FD, up_FD, *(bias for bias in biases if bias is not None))
     return out_MF[:M]
-
-
-def _tiled(shape: tuple[int, ...], dtype):
-    return plgpu.SMEM(shape, dtype, transforms=_transforms(dtype))
-
-
-def _transforms(dtype):
-    return plgpu.TilingTransform((8, STEP_INPUTS)), plgpu.SwizzleTransform(128)
 
 
 def _body(x_gmem, gate_gmem, up_gmem, *refs, out_smem, sums=None, tiles: Tiles, activation, has_bias, operations):
@@ -139,13 +118,13 @@ def _body(x_gmem, gate_gmem, up_gmem, *refs, out_smem, sums=None, tiles: Tiles, 
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(out_smem.at[group], out_gmem.at[rows, place])
         plgpu.wait_smem_to_gmem(0)
-    _pipeline(step, compute, x_gmem.shape[1] // STEP_INPUTS, tiles, x_gmem.dtype)(x_gmem.at[rows], gate_gmem.at[outputs], up_gmem.at[outputs])
+    _pipeline(step, compute, x_gmem.shape[1] // STEP_INPUTS, tiles)(x_gmem.at[rows], gate_gmem.at[outputs], up_gmem.at[outputs])
 
 
-def _pipeline(step, compute, num_steps: int, tiles: Tiles, dtype):
+def _pipeline(step, compute, num_steps: int, tiles: Tiles):
     """A function of (activations, gate, up) that runs ``compute``, which runs ``step`` over all inputs."""
     def spec(height):
-        return plgpu.BlockSpec((height, STEP_INPUTS), lambda k: (0, k), transforms=_transforms(dtype), delay_release=1, memory_space=plgpu.SMEM)
+        return plgpu.BlockSpec((height, STEP_INPUTS), lambda k: (0, k), transforms=TRANSFORMS, delay_release=1, memory_space=plgpu.SMEM)
     weights = spec(tiles.num_groups * GROUP_OUTPUTS)
     how = {"grid": (num_steps,), "in_specs": [spec(tiles.rows), weights, weights], "max_concurrent_steps": tiles.num_stages}
     if tiles.num_groups > 1:

@@ -7,13 +7,14 @@ import jax.numpy as jnp
 
 from pallas_kernels.gated_mlp import gpu, packed_gpu, packed_tpu, tpu
 from pallas_kernels.gated_mlp.reference import Activation, gated_product_reference
-from pallas_kernels.implementations import REFERENCE, pick, with_gradient_of
+from pallas_kernels.implementations import REFERENCE, needed_devices, pick, with_gradient_of
 from pallas_kernels.precision import matmul_precision
 from pallas_kernels.quant_matmul.packing import PackedArrays, WeightFormat, dequantize_packed
 from pallas_kernels.tiling import Device
 
 KERNELS = {"mosaic_gpu": gpu, "mosaic_tpu": tpu}
 PACKED_KERNELS = {"mosaic_gpu": packed_gpu, "mosaic_tpu": packed_tpu}
+LAYOUTS = {"mosaic_gpu": "fragments", "mosaic_tpu": "columns"}
 Weight = jax.Array | PackedArrays
 
 
@@ -41,7 +42,7 @@ def gated_product(x_D: jax.Array, gate: Weight, up: Weight, *, activation: Activ
     """
     x_MD = x_D.reshape(-1, x_D.shape[-1])
     kernels = KERNELS if weight_format is None else PACKED_KERNELS
-    refusals = {name: refusal(kernel, x_MD, gate, weight_format, device, interpret) for name, kernel in kernels.items()}
+    refusals = {name: refusal(name, x_MD, gate, weight_format, device, interpret) for name in kernels}
     chosen = pick("gated_mlp", device, implementation, refusals)
     reference = functools.partial(_reference, activation=activation, weight_format=weight_format, num_outputs=num_outputs)
     if chosen == REFERENCE:
@@ -66,17 +67,23 @@ def gated_mlp(x_D: jax.Array, gate_FD: jax.Array, up_FD: jax.Array, down_DF: jax
                                precision=matmul_precision(x_D.dtype))
 
 
-def refusal(kernel, x_MD: jax.Array, gate: Weight, weight_format: WeightFormat | None, device: Device, interpret: bool) -> str | None:
+def refusal(name: str, x_MD: jax.Array, gate: Weight, weight_format: WeightFormat | None, device: Device, interpret: bool) -> str | None:
     """Why a kernel cannot do what is asked; None where it can."""
-    if not interpret and not kernel.runs_on(device):
-        return f"needs {kernel.DEVICES}, not {device.kind or device.platform}"
+    kernel, f = KERNELS[name], weight_format
+    if needed := needed_devices(name, device, interpret):
+        return f"needs {needed}, not {device.kind or device.platform}"
     if not x_MD.shape[0]:
         return "takes at least one row of activations, not none"
-    if weight_format is not None:
-        return kernel.refusal(str(x_MD.dtype), weight_format)
-    if gate.dtype != x_MD.dtype:
+    if f is None and gate.dtype != x_MD.dtype:
         return f"takes weights of the dtype of the activations, {x_MD.dtype}, not {gate.dtype}"
-    return kernel.refusal(str(x_MD.dtype), *gate.shape[::-1])
+    if x_MD.dtype not in kernel.DTYPES:
+        return f"takes {' and '.join(kernel.DTYPES)}, not {x_MD.dtype}"
+    if f is None:
+        is_whole = all(size % kernel.DIM_STEP == 0 for size in gate.shape)
+        return None if is_whole else f"takes weights whose dims are multiples of {kernel.DIM_STEP}, not {list(gate.shape)}"
+    if f.activations != "float":
+        return f"takes weights that multiply activations as they are, not {f.activations} ones; quantize them in two calls of quant_matmul"
+    return None if f.layout == LAYOUTS[name] else f"takes weights packed in the layout {LAYOUTS[name]!r}, not {f.layout!r}"
 
 
 def _run(kernel, x_MD, gate, up, biases, *, num_outputs, **how):

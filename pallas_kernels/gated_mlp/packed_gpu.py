@@ -7,17 +7,16 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.gated_mlp.gpu import DEVICES, DTYPES, runs_on
 from pallas_kernels.gated_mlp.reference import Activation, gated
 from pallas_kernels.interpreter import gpu_interpreter
 from pallas_kernels.quant_matmul import gpu as quant_gpu
-from pallas_kernels.quant_matmul import gpu_tiles, weight_only_gpu
+from pallas_kernels.quant_matmul import gpu_tiles
+from pallas_kernels.quant_matmul.gpu_steps import add_weight_only
 from pallas_kernels.quant_matmul.gpu_tiles import PROCESSORS, Problem, Tiles
 from pallas_kernels.quant_matmul.packing import PackedArrays, WeightFormat
 from pallas_kernels.quant_matmul.warp_group import ROWS, WarpGroup, swizzled
 from pallas_kernels.tiling import Device, choose_tiles
 
-__all__ = ["DEVICES", "candidates", "gated_product", "on_chip_bytes", "refusal", "runs_on"]
 FEW_ROWS = 32
 
 
@@ -37,16 +36,6 @@ def candidates(num_rows: int, num_outputs: int, num_inputs: int, weight_format: 
 def on_chip_bytes(tiles: Tiles, weight_format: WeightFormat) -> int:
     """Shared memory of a block: that of two products, which share the activations."""
     return 2 * gpu_tiles.on_chip_bytes(tiles, weight_format) - 2 * tiles.steps * tiles.rows * tiles.inputs
-
-
-def refusal(dtype: str, weight_format: WeightFormat) -> str | None:
-    """Why the kernel cannot compute this; None where it can."""
-    if dtype not in DTYPES:
-        return f"takes {' and '.join(DTYPES)}, not {dtype}"
-    f = weight_format
-    if f.activations != "float":
-        return f"takes weights that multiply activations as they are, not {f.activations} ones; quantize them in two calls of quant_matmul"
-    return None if f.layout == "fragments" else f"takes weights packed in the layout 'fragments', not {f.layout!r}"
 
 
 def gated_product(x_MD: jax.Array, gate: PackedArrays, up: PackedArrays, biases: tuple[jax.Array | None, jax.Array | None], *,
@@ -93,7 +82,7 @@ def _body(*gmem, out_smem, problem: Problem, names: tuple[str, ...], activation:
         *smem, sums = smem_and_sums
         gate = dict(zip(piped, smem[:len(piped)], strict=True))
         up = {"x": gate["x"], **dict(zip(piped_up, smem[len(piped):], strict=True))}
-        return tuple(weight_only_gpu.advance(problem, machine, weight, warp_group, total) for total, weight in zip(sums, (gate, up), strict=True))
+        return tuple(add_weight_only(problem, machine, weight, warp_group, total) for total, weight in zip(sums, (gate, up), strict=True))
 
     def compute(run):
         mine = outputs * tiles.warp_groups + warp_group

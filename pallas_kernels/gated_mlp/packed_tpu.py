@@ -7,28 +7,15 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.gated_mlp.reference import Activation, gated
-from pallas_kernels.gated_mlp.tpu import DEVICES, DTYPES, runs_on
 from pallas_kernels.quant_matmul import tpu as quant_tpu
 from pallas_kernels.quant_matmul.packing import PackedArrays, WeightFormat
 from pallas_kernels.quant_matmul.tpu import Tiles, candidates
 from pallas_kernels.tiling import Device, choose_tiles
 
-__all__ = ["DEVICES", "gated_product", "on_chip_bytes", "refusal", "runs_on"]
-
 
 def on_chip_bytes(tiles: Tiles, *, num_inputs: int, weight_format: WeightFormat, item_bytes: int) -> int:
     """Vector memory: that of two products."""
     return 2 * quant_tpu.on_chip_bytes(tiles, num_inputs=num_inputs, weight_format=weight_format, item_bytes=item_bytes)
-
-
-def refusal(dtype: str, weight_format: WeightFormat) -> str | None:
-    """Why the kernel cannot compute this; None where it can."""
-    if dtype not in DTYPES:
-        return f"takes {DTYPES[0]}, not {dtype}"
-    if weight_format.activations != "float":
-        return (f"takes weights that multiply activations as they are, not {weight_format.activations} ones; quantize them in two calls of "
-                "quant_matmul")
-    return None if weight_format.layout == "columns" else f"takes weights packed in the layout 'columns', not {weight_format.layout!r}"
 
 
 def gated_product(x_MD: jax.Array, gate: PackedArrays, up: PackedArrays, biases: tuple[jax.Array | None, jax.Array | None], *,

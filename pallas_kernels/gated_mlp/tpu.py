@@ -12,9 +12,8 @@ from pallas_kernels.gated_mlp.reference import Activation, gated
 from pallas_kernels.precision import matmul_precision
 from pallas_kernels.tiling import KIB, Device, choose_tiles
 
-DEVICES = "a TPU"
 DTYPES = ("bfloat16",)
-LANES = 128
+DIM_STEP = LANES = 128
 ROW_STEP = 16
 MAX_INPUTS = 2048
 """Of one step: the compiler unrolls it."""
@@ -44,20 +43,6 @@ def on_chip_bytes(tiles: Tiles, itemsize: int) -> int:
     """Two buffers of each block, and float32 sums: what is kept, what a step adds, and what the activation makes of them."""
     blocks = tiles.rows * tiles.inputs + 2 * tiles.outputs * tiles.inputs + tiles.rows * tiles.outputs
     return 2 * itemsize * blocks + 5 * 4 * tiles.rows * tiles.outputs + SPARE
-
-
-def runs_on(device: Device) -> bool:
-    """Whether the kernel runs there."""
-    return device.platform == "tpu"
-
-
-def refusal(dtype: str, num_inputs: int, num_outputs: int) -> str | None:
-    """Why the kernel cannot compute this; None where it can."""
-    if dtype not in DTYPES:
-        return f"takes {DTYPES[0]}, not {dtype}"
-    if num_inputs % LANES or num_outputs % LANES:
-        return f"takes weights whose dims are multiples of {LANES}, not [{num_outputs}, {num_inputs}]"
-    return None
 
 
 def gated_product(x_MD: jax.Array, gate_FD: jax.Array, up_FD: jax.Array, biases: tuple[jax.Array | None, jax.Array | None], *,

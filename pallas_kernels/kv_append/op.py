@@ -3,13 +3,11 @@ import functools
 
 import jax
 
-from pallas_kernels.implementations import REFERENCE, device_refusal, pick, with_gradient_of
+from pallas_kernels.implementations import REFERENCE, needed_devices, pick, with_gradient_of
 from pallas_kernels.kv_append import tpu
 from pallas_kernels.kv_append.reference import kv_append_reference
 from pallas_kernels.page_table import PageTable, one_page_a_row
 from pallas_kernels.tiling import Device
-
-KERNELS = {"mosaic_tpu": tpu}
 
 
 def kv_append(caches: tuple[jax.Array, ...], new: tuple[jax.Array, ...], positions_BT: jax.Array, *, device: Device,
@@ -27,13 +25,14 @@ def kv_append(caches: tuple[jax.Array, ...], new: tuple[jax.Array, ...], positio
     Raises:
         ValueError: the named implementation cannot do what is asked.
     """
-    refusals = {name: device_refusal(kernel, device, interpret) or kernel.refusal(caches[0]) for name, kernel in KERNELS.items()}
-    chosen = pick("kv_append", device, implementation, refusals)
+    needed = needed_devices("mosaic_tpu", device, interpret)
+    refusal = f"needs {needed}, not {device.kind or device.platform!r}" if needed else tpu.refusal(caches[0])
+    chosen = pick("kv_append", device, implementation, {"mosaic_tpu": refusal})
 
     def reference(caches, new, positions_BT, table):
         return tuple(kv_append_reference(cache, entries, positions_BT, table) for cache, entries in zip(caches, new, strict=True))
     if chosen == REFERENCE:
         return reference(caches, new, positions_BT, table)
     table = one_page_a_row(positions_BT.shape[0]) if table is None else table
-    run = functools.partial(KERNELS[chosen].kv_append, device=device, interpret=interpret)
+    run = functools.partial(tpu.kv_append, device=device, interpret=interpret)
     return with_gradient_of(reference, run)(caches, new, positions_BT, table)

@@ -18,7 +18,6 @@ from pallas_kernels.kv_append.reference import as_bits
 from pallas_kernels.page_table import PageTable
 from pallas_kernels.tiling import Device, choose_tiles
 
-DEVICES = "a TPU"
 LANES, WORD_ROWS, WORD_BYTES = 128, 8, 4
 DTYPES = ("bfloat16", "float32", "int8", "float8_e4m3fn")
 
@@ -31,11 +30,6 @@ class Tiles:
 
 
 CANDIDATES = tuple(map(Tiles, (16, 8, 4, 2, 1)))
-
-
-def runs_on(device: Device) -> bool:
-    """Whether the kernel runs there."""
-    return device.platform == "tpu"
 
 
 def refusal(cache_PKSH: jax.Array) -> str | None:
@@ -178,8 +172,7 @@ def _body(told, *refs, group: int, num_caches: int):
     pl.when(step + 1 < num_steps)(lambda: moves.fetch(step + 1, _start))
     moves.fetch(step, _wait)
 
-    def change(index, page, offset, first, end):
-        del page, offset
+    def change(index, _page, _offset, first, end):
         for entries, buffer in zip(new, buffers, strict=True):
             old, words = (pltpu.bitcast(x, jnp.int32) for x in (buffer[step % 2, index], entries[index]))
             mask = _mask(first, end, buffer.dtype.itemsize, old.shape[1:])[None]

@@ -12,14 +12,14 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.flash_attention.reference import LOG2_E
 from pallas_kernels.interpreter import gpu_interpreter
 from pallas_kernels.page_table import PageTable
 from pallas_kernels.paged_attention import gpu_blocks
-from pallas_kernels.paged_attention.gpu_blocks import COLUMNS, LOG2_E, NOTHING, QUERY_ROWS, ROWS, Cache, Call, added, attend, load, nothing, two_to
+from pallas_kernels.paged_attention.gpu_blocks import COLUMNS, NOTHING, QUERY_ROWS, ROWS, Cache, Call, added, attend, load, nothing, two_to
 from pallas_kernels.paged_attention.runs import Runs, cut_into_runs
 from pallas_kernels.tiling import Device, choose_tiles
 
-DEVICES = "a Hopper GPU"
 MAX_COLUMNS = 128  # of the head dim, that a block of threads can sum twice
 SWIZZLE = 128  # bytes of a row of what products read
 MIN_SPLIT, MAX_SPLITS = 1024, 16
@@ -34,11 +34,6 @@ class Tiles:
 
 
 CANDIDATES = (Tiles(64, 2), Tiles(64, 3), Tiles(128, 2), Tiles(64, 4), Tiles(32, 4), Tiles(32, 2))
-
-
-def runs_on(device: Device) -> bool:
-    """Whether the kernel runs there."""
-    return device.has_mosaic_gpu
 
 
 def refusal(q_BTNH: jax.Array, k_PKSH: jax.Array, scales) -> str | None:
@@ -84,8 +79,9 @@ def paged_attention(q_BTNH: jax.Array, k_PKSH: jax.Array, v_PKSH: jax.Array, pos
     tiles = tiles or choose_tiles(*tiling(q_BTNH, k_PKSH, device))
     dtype = jnp.dtype(k_PKSH.dtype if k_PKSH.dtype.itemsize == 2 else q_BTNH.dtype)
     split = pl.cdiv(max(MIN_SPLIT, pl.cdiv(L * S, MAX_SPLITS)), 128) * 128
-    call = Call(tiles.block, tiles.stages, S, group, H, split // tiles.block, scale, softcap, window, dtype, jnp.dtype(k_PKSH.dtype),
-                H if T == 1 else math.gcd(H, MAX_COLUMNS), interpret)
+    call = Call(block=tiles.block, stages=tiles.stages, page_size=S, group=group, head_dim=H, split=split // tiles.block, scale=scale, window=window,
+                softcap=softcap, dtype=dtype, cache_dtype=jnp.dtype(k_PKSH.dtype), columns=H if T == 1 else math.gcd(H, MAX_COLUMNS),
+                interpret=interpret)
     runs = cut_into_runs(positions_BT, table, longest=1 if T == 1 else QUERY_ROWS // group, window=window)
     padding = ((0, 0), (0, QUERY_ROWS), (0, 0))  # the last run's queries are read with what lies behind them
     q_KMH = jnp.pad(q_BTNH.reshape(B * T, K, group, H).transpose(1, 0, 2, 3).reshape(K, B * T * group, H).astype(dtype), padding)
@@ -184,8 +180,7 @@ def _decode_body(told, table, q, positions, k, v, *rest, call, q_smem, positions
         plgpu.wait_smem_to_gmem(0)
 
 
-def _ragged_body(told, table, q, positions, k, v, *rest, call, q_smem, positions_smem, out_smem, stats_smem, q_ready, **smem):
-    del stats_smem
+def _ragged_body(told, table, q, positions, k, v, *rest, call, q_smem, positions_smem, out_smem, q_ready, **smem):
     *rest, out_gmem = rest
     scales, sinks = (rest[:2], rest[2:]) if call.has_codes else ([], rest)
     columns, head, run = (jax.lax.axis_index(name) for name in ("columns", "head", "run"))

@@ -4,36 +4,30 @@ The running maximum is a whole power of two, so that rescaling by it is exact: a
 step or among the tokens of other rows.
 """
 import dataclasses
-import math
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.flash_attention.reference import LOG2_E
+from pallas_kernels.paged_attention.runs import BlockedCall
 from pallas_kernels.registers import load_registers, store_registers
 
 QUERY_ROWS = 64  # of a product of a warp group
 COLUMNS = 64  # of the head dim, that one product with values makes
 MASKED, NOTHING = -1e30, -0.5e30  # a score that is not seen; the maximum of none, beside which a masked score is nothing
 MATRIX, ROWS, KEYS = plgpu.Layout.WGMMA, plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)  # of a product; of a number a row, a column
-LOG2_E = math.log2(math.e)
 
 
-@dataclasses.dataclass(frozen=True)
-class Call:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Call(BlockedCall):
     """What is fixed when a kernel is built. ``split``: blocks of a part of the sequence; ``columns``: of the values, that a block of threads sums."""
 
-    block: int
     stages: int
-    page_size: int
     group: int
     head_dim: int
     split: int
-    scale: float
-    softcap: float | None
-    window: int | None
-    dtype: jnp.dtype
     cache_dtype: jnp.dtype
     columns: int
     interpret: bool
@@ -41,11 +35,6 @@ class Call:
     @property
     def has_codes(self) -> bool:
         return self.cache_dtype.itemsize == 1
-
-    @property
-    def pieces(self) -> int:
-        """Pages of a block."""
-        return max(1, self.block // self.page_size)
 
 
 class Cache:

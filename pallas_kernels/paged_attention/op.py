@@ -3,7 +3,7 @@ import functools
 
 import jax
 
-from pallas_kernels.implementations import REFERENCE, device_refusal, pick, with_gradient_of
+from pallas_kernels.implementations import REFERENCE, needed_devices, pick, with_gradient_of
 from pallas_kernels.page_table import PageTable, one_page_a_row
 from pallas_kernels.paged_attention import gpu, tpu
 from pallas_kernels.paged_attention.reference import paged_attention_reference
@@ -28,7 +28,7 @@ def paged_attention(q_BTNH: jax.Array, k_PKSH: jax.Array, v_PKSH: jax.Array, pos
     Raises:
         ValueError: the named implementation cannot do what is asked.
     """
-    refusals = {name: refusal(kernel, q_BTNH, k_PKSH, device, scales, interpret) for name, kernel in KERNELS.items()}
+    refusals = {name: refusal(name, q_BTNH, k_PKSH, device, scales, interpret) for name in KERNELS}
     chosen = pick("paged_attention", device, implementation, refusals)
     how = {"scale": scale, "window": window, "softcap": softcap}
     arrays = {"q_BTNH": q_BTNH, "k_PKSH": k_PKSH, "v_PKSH": v_PKSH, "positions_BT": positions_BT, "scales": scales, "table": table,
@@ -40,11 +40,11 @@ def paged_attention(q_BTNH: jax.Array, k_PKSH: jax.Array, v_PKSH: jax.Array, pos
     return with_gradient_of(lambda arrays: paged_attention_reference(**arrays, **how), lambda arrays: run(**arrays))(arrays)
 
 
-def refusal(kernel, q_BTNH: jax.Array, k_PKSH: jax.Array, device: Device, scales, interpret: bool) -> str | None:
+def refusal(name: str, q_BTNH: jax.Array, k_PKSH: jax.Array, device: Device, scales, interpret: bool) -> str | None:
     """Why a kernel cannot do what is asked; None where it can."""
-    if wrong := device_refusal(kernel, device, interpret):
-        return wrong
+    if needed := needed_devices(name, device, interpret):
+        return f"needs {needed}, not {device.kind or device.platform!r}"
     if (scales is None) != (k_PKSH.dtype.itemsize > 1):
         return f"takes scales with a cache of 8 bits and only with it, not with {k_PKSH.dtype}"
-    return kernel.refusal(q_BTNH, k_PKSH, scales)
+    return KERNELS[name].refusal(q_BTNH, k_PKSH, scales)
 

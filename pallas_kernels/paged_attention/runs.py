@@ -3,6 +3,8 @@
 A *run* is a few tokens of one row, neighbours in the call. Runs cut the call's tokens, padding too, without gaps: their tokens share what is read
 of the row's pages.
 """
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from flax import struct
@@ -10,6 +12,30 @@ from flax import struct
 from pallas_kernels.page_table import PageTable
 
 NEVER = jnp.iinfo(jnp.int32).max
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BlockedCall:
+    """What is fixed when a kernel is built, whatever the device; it reads the cache in blocks.
+
+    Attributes:
+        block: cached tokens of a block.
+        page_size: tokens of a page.
+        scale, window, softcap: see ``paged_attention_reference``.
+        dtype: of products.
+    """
+
+    block: int
+    page_size: int
+    scale: float
+    softcap: float | None
+    window: int | None
+    dtype: jnp.dtype
+
+    @property
+    def pieces(self) -> int:
+        """Pages of a block."""
+        return max(1, self.block // self.page_size)
 
 
 @struct.dataclass

@@ -13,14 +13,12 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.flash_attention import MASKED, soft_cap
 from pallas_kernels.page_table import PageTable
-from pallas_kernels.paged_attention.runs import Runs, cut_into_runs
+from pallas_kernels.paged_attention.runs import BlockedCall, Runs, cut_into_runs
 from pallas_kernels.precision import matmul_precision
 from pallas_kernels.tiling import Device, choose_tiles
 
-DEVICES = "a TPU"
 LANES, MIN_ROWS = 128, 16  # of a tile in vector memory, of 16-bit queries
 RUN_ROWS = 64  # query rows of a KV head that a run of several tokens has
-MAX_TABLE_BYTES = 512 * 1024  # in scalar memory
 TWO_CORES = ("TPU v4", "TPU v5", "TPU v5p")
 QUERY_DTYPES = ("bfloat16", "float32")
 CACHE_DTYPES = (*QUERY_DTYPES, "int8", "float8_e4m3fn")
@@ -36,34 +34,17 @@ class Tiles:
 CANDIDATES = tuple(map(Tiles, (512, 256, 128)))
 
 
-@dataclasses.dataclass(frozen=True)
-class Call:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Call(BlockedCall):
     """What is fixed when a kernel is built. ``heads``: KV heads that a core has; ``rows``: query rows of each."""
 
-    block: int
-    page_size: int
     heads: int
     rows: int
-    scale: float
-    softcap: float | None
-    window: int | None
-    dtype: jnp.dtype
-
-    @property
-    def pieces(self) -> int:
-        """Pages of a block."""
-        return max(1, self.block // self.page_size)
 
 
-def runs_on(device: Device) -> bool:
-    """Whether the kernel runs there."""
-    return device.platform == "tpu"
-
-
-def refusal(q_BTNH: jax.Array, k_PKSH: jax.Array, scales) -> str | None:
+def refusal(q_BTNH: jax.Array, k_PKSH: jax.Array, _) -> str | None:
     """Why the kernel cannot attend to this cache; None where it can."""
     H, S = k_PKSH.shape[3], k_PKSH.shape[2]
-    del scales
     if str(q_BTNH.dtype) not in QUERY_DTYPES:
         return f"takes queries of {' or '.join(QUERY_DTYPES)}, not {q_BTNH.dtype}"
     if str(k_PKSH.dtype) not in CACHE_DTYPES:
@@ -93,7 +74,7 @@ def paged_attention(q_BTNH: jax.Array, k_PKSH: jax.Array, v_PKSH: jax.Array, pos
     longest = 1 if T == 1 else max(1, RUN_ROWS // G)
     rows = pl.cdiv(longest * G, MIN_ROWS) * MIN_ROWS
     cores = 2 if device.kind in TWO_CORES and K % 2 == 0 else 1
-    call = Call(0, S, K // cores, rows, scale, softcap, window, q_BTNH.dtype)
+    call = Call(block=0, page_size=S, heads=K // cores, rows=rows, scale=scale, softcap=softcap, window=window, dtype=q_BTNH.dtype)
     candidates = [candidate for candidate in CANDIDATES if candidate.block % S == 0 or S % candidate.block == 0]
     key = (K, G, H, S, str(k_PKSH.dtype), "decode" if T == 1 else "ragged")
     tiles = tiles or choose_tiles("paged_attention", device, key, candidates,

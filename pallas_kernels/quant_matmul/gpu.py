@@ -14,7 +14,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.interpreter import gpu_interpreter
-from pallas_kernels.quant_matmul import eight_bit_gpu, weight_only_gpu
+from pallas_kernels.quant_matmul.gpu_steps import add_eight_bit, add_weight_only
 from pallas_kernels.quant_matmul.gpu_tiles import Problem, candidates, on_chip_bytes
 from pallas_kernels.quant_matmul.packing import PackedArrays, WeightFormat
 from pallas_kernels.quant_matmul.warp_group import ROWS, WarpGroup, swizzled
@@ -73,7 +73,7 @@ def _body(*gmem, out_smem, problem: Problem, names: tuple[str, ...]):
     steps = problem.num_inputs // tiles.inputs // (problem.num_parts if problem.has_partial_sums else 1)
     piped, specs = pipelined(problem, refs, rows, outputs, part * steps)
     in_turn, piped_names = problem.parts_in_turn, tuple(piped)
-    advance = weight_only_gpu.advance if problem.format.activations == "float" else eight_bit_gpu.advance
+    advance = add_weight_only if problem.format.activations == "float" else add_eight_bit
 
     def step(indices, *smem_and_carry):
         *smem, (done, total) = smem_and_carry

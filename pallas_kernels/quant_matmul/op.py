@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import pallas_triton
-from pallas_kernels.implementations import REFERENCE, pick, with_gradient_of
+from pallas_kernels.implementations import REFERENCE, needed_devices, pick, with_gradient_of
 from pallas_kernels.quant_matmul import gpu, jax_triton, tpu, triton
-from pallas_kernels.quant_matmul.activations import quantize_rows
 from pallas_kernels.quant_matmul.packing import PackedArrays, WeightFormat, dequantize_packed
+from pallas_kernels.quant_matmul.reference import quantize_rows
 from pallas_kernels.tiling import Device
 
 FLOATS = ("bfloat16", "float16")
@@ -114,14 +114,14 @@ def _refuse_dtype(x_MK, implementation: str) -> str | None:
 
 
 def _refuse_gpu(f: WeightFormat, device: Device, interpret: bool) -> str | None:
-    if not interpret and not device.has_mosaic_gpu:
-        return f"needs a Hopper GPU, not {device.kind or device.platform}"
+    if needed := needed_devices("mosaic_gpu", device, interpret):
+        return f"needs {needed}, not {device.kind or device.platform}"
     return None if f.layout == "fragments" else f"reads layout 'fragments', not {f.layout!r}"
 
 
 def _refuse_tpu(f: WeightFormat, device: Device, interpret: bool) -> str | None:
-    if not interpret and device.platform != "tpu":
-        return f"needs a TPU, not {device.kind or device.platform}"
+    if needed := needed_devices("mosaic_tpu", device, interpret):
+        return f"needs {needed}, not {device.kind or device.platform}"
     if f.activations == "int8" and device.kind.startswith("TPU v4"):
         return "multiplies no int8 on a TPU v4; take activations='float'"
     return None if f.layout == "columns" else f"reads layout 'columns', not {f.layout!r}"

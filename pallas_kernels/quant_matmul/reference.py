@@ -5,9 +5,15 @@
 With int8 activations (Dettmers et al. 2022, arXiv:2208.07339, without its outliers) each row has one scale, so that sums are of whole numbers:
 
     y[m, n] = r[m] s[n] sum_k round(x[m, k] / r[m]) code[n, k],   r[m] = max_k abs(x[m, k]) / 127
+
+Activations of E4M3 have a scale a row, or one for each group of inputs.
 """
 import jax
 import jax.numpy as jnp
+
+from pallas_kernels.quant_matmul.packing import WeightFormat
+
+LARGEST_E4M3 = 448.0
 
 
 def quant_matmul_reference(x_MK: jax.Array, codes_NK: jax.Array, scales: jax.Array | None = None, mins: jax.Array | None = None, *,
@@ -65,3 +71,23 @@ def int8_rows(x_MK: jax.Array) -> tuple[jax.Array, jax.Array]:
     inverse_M = jnp.where(largest_M > 0, 127.0 / jnp.where(largest_M > 0, largest_M, 1.0), 0.0)
     codes_MK = jnp.round(jnp.clip(x32 * inverse_M[:, None], -127.0, 127.0))
     return codes_MK, largest_M / jnp.where(largest_M >= 0, 127.0, jnp.nan)  # by a constant XLA would not divide but multiply with its reciprocal
+
+
+def quantize_rows(x_MK: jax.Array, weight_format: WeightFormat) -> tuple[jax.Array, jax.Array | None]:
+    """(codes [M, K], float32 scales [M, 1 or groups]) as a weight's format wants them; (activations, None) where it wants floats."""
+    if weight_format.activations == "float":
+        return x_MK, None
+    if weight_format.activations == "int8":
+        codes_MK, scales_M = int8_rows(x_MK)
+        return codes_MK.astype(jnp.int8), scales_M[:, None]
+    return e4m3_rows(x_MK, weight_format.group)
+
+
+def e4m3_rows(x_MK: jax.Array, group: int = 0) -> tuple[jax.Array, jax.Array]:
+    """(e4m3 codes [M, K], float32 scales [M, 1], or [M, K / group]) of activations."""
+    M, K = x_MK.shape
+    x_MBG = x_MK.astype(jnp.float32).reshape(M, -1, group or K)
+    largest_MB = jnp.max(jnp.abs(x_MBG), axis=2)
+    inverse_MB = jnp.where(largest_MB > 0, LARGEST_E4M3 / jnp.where(largest_MB > 0, largest_MB, 1.0), 0.0)
+    codes_MBG = jnp.clip(x_MBG * inverse_MB[:, :, None], -LARGEST_E4M3, LARGEST_E4M3)
+    return codes_MBG.astype(jnp.float8_e4m3fn).reshape(M, K), largest_MB * (1 / LARGEST_E4M3)

@@ -8,10 +8,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.interpreter import gpu_interpreter
-from pallas_kernels.rms_norm.reference import round_codes, scale_rows
+from pallas_kernels.rms_norm.reference import results, round_codes, scale_rows
 from pallas_kernels.tiling import Device, choose_tiles
 
-DEVICES = "a Hopper GPU"
 THREADS = 128  # of a warp group
 LONGEST_ROW = 16384
 
@@ -27,11 +26,6 @@ CANDIDATES = tuple(map(Tiles, (1, 2, 4, 8)))
 REDUCTION_BYTES = 2048
 
 
-def runs_on(device: Device) -> bool:
-    """Whether the kernel runs there."""
-    return device.has_mosaic_gpu
-
-
 def refusal(row_length: int, _: str | None) -> str | None:
     """Why rows of this length cannot be normalized; None where they can."""
     if row_length % THREADS or row_length > LONGEST_ROW:
@@ -45,11 +39,7 @@ def rms_norm_rows(x_MD: jax.Array, weight_D: jax.Array, residual_MD: jax.Array |
     M, D = x_MD.shape
     key = (M, D, str(x_MD.dtype), str(quantized), int(residual_MD is not None))
     tiles = choose_tiles("rms_norm", device, key, CANDIDATES, lambda tiles: REDUCTION_BYTES)
-    outs = [jax.ShapeDtypeStruct((M, D), quantized or x_MD.dtype)]
-    outs += [jax.ShapeDtypeStruct((M,), jnp.float32)] if quantized is not None else []
-    arrays = [x_MD, weight_D]
-    if residual_MD is not None:
-        arrays, outs = [*arrays, residual_MD], [*outs, jax.ShapeDtypeStruct((M, D), x_MD.dtype)]
+    arrays, outs = [x for x in (x_MD, weight_D, residual_MD) if x is not None], results(x_MD, residual_MD, quantized, (M,))
     body = functools.partial(_body, tiles=tiles, eps=eps, offset=offset, quantized=quantized, has_residual=residual_MD is not None)
     return tuple(plgpu.kernel(body, out_type=outs, grid=(pl.cdiv(M, tiles.rows),), grid_names=("block",), interpret=gpu_interpreter(interpret),
                               kernel_name="rms_norm", compiler_params=plgpu.CompilerParams(

@@ -4,7 +4,7 @@ import math
 
 import jax
 
-from pallas_kernels.implementations import REFERENCE, pick, with_gradient_of
+from pallas_kernels.implementations import REFERENCE, needed_devices, pick, with_gradient_of
 from pallas_kernels.rms_norm import gpu, tpu, triton
 from pallas_kernels.rms_norm.reference import LARGEST, rms_norm_reference
 from pallas_kernels.tiling import Device
@@ -27,7 +27,7 @@ def rms_norm(x_D: jax.Array, weight_D: jax.Array, *, eps: float, device: Device,
     """
     if quantized is not None and quantized not in LARGEST:
         raise ValueError(f"rms_norm: cannot quantize to {quantized!r}; it can to {', '.join(LARGEST)}")
-    refusals = {name: refusal(kernel, x_D, device, quantized, interpret) for name, kernel in KERNELS.items()}
+    refusals = {name: refusal(name, x_D, device, quantized, interpret) for name in KERNELS}
     chosen = pick("rms_norm", device, implementation, refusals)
     reference = functools.partial(_reference, eps=eps, offset=offset, quantized=quantized)
     arrays = (x_D, weight_D) if residual_D is None else (x_D, weight_D, residual_D)
@@ -37,15 +37,15 @@ def rms_norm(x_D: jax.Array, weight_D: jax.Array, *, eps: float, device: Device,
     return with_gradient_of(reference, run)(*arrays)
 
 
-def refusal(kernel, x_D: jax.Array, device: Device, quantized: str | None, interpret: bool) -> str | None:
+def refusal(name: str, x_D: jax.Array, device: Device, quantized: str | None, interpret: bool) -> str | None:
     """Why a kernel cannot do what is asked; None where it can."""
-    if not interpret and not kernel.runs_on(device):
-        return f"needs {kernel.DEVICES}, not {device.kind or device.platform}"
+    if needed := needed_devices(name, device, interpret):
+        return f"needs {needed}, not {device.kind or device.platform}"
     if x_D.dtype not in DTYPES:
         return f"takes activations of {', '.join(DTYPES)}, not {x_D.dtype}"
     if not math.prod(x_D.shape):
         return f"takes at least one row, not an array of shape {x_D.shape}"
-    return kernel.refusal(x_D.shape[-1], quantized)
+    return KERNELS[name].refusal(x_D.shape[-1], quantized)
 
 
 def _reference(x_D, weight_D, residual_D=None, **how):

@@ -51,6 +51,13 @@ def scale_rows(y_D: jax.Array, dtype: str) -> tuple[jax.Array, jax.Array]:
     return jnp.clip(y_D * inverse, -largest, largest), most * (1 / largest)
 
 
+def results(x_MD: jax.Array, residual_MD: jax.Array | None, quantized: str | None, scales_shape: tuple[int, ...]) -> list[jax.ShapeDtypeStruct]:
+    """What a kernel gives for rows [M, D]: y or its codes, the scales of codes, and the sum where there is a residual."""
+    outs = [jax.ShapeDtypeStruct(x_MD.shape, quantized or x_MD.dtype)]
+    outs += [jax.ShapeDtypeStruct(scales_shape, jnp.float32)] if quantized is not None else []
+    return outs + ([jax.ShapeDtypeStruct(x_MD.shape, x_MD.dtype)] if residual_MD is not None else [])
+
+
 def round_codes(scaled_D: jax.Array, dtype: str) -> jax.Array:
     """Codes of :func:`scale_rows`, in their dtype."""
     return (jnp.round(scaled_D) if dtype == "int8" else scaled_D).astype(dtype)

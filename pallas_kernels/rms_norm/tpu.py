@@ -7,10 +7,9 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.rms_norm.reference import round_codes, scale_rows
+from pallas_kernels.rms_norm.reference import results, round_codes, scale_rows
 from pallas_kernels.tiling import KIB, Device, choose_tiles
 
-DEVICES = "a TPU"
 LANES = 128
 SPARE = 2 * KIB**2
 
@@ -23,11 +22,6 @@ class Tiles:
 
 
 CANDIDATES = tuple(map(Tiles, (128, 256, 64, 32)))  # 32: a tile of 8-bit codes
-
-
-def runs_on(device: Device) -> bool:
-    """Whether the kernel runs there."""
-    return device.platform == "tpu"
 
 
 def refusal(_: int, __: str | None) -> None:
@@ -48,15 +42,9 @@ def rms_norm_rows(x_MD: jax.Array, weight_D: jax.Array, residual_MD: jax.Array |
     needed = functools.partial(on_chip_bytes, D=D, itemsize=x_MD.dtype.itemsize, num_blocks=num_blocks)
     tiles = choose_tiles("rms_norm", device, (M, D, str(x_MD.dtype), str(quantized), num_blocks), CANDIDATES, needed)
     rows = min(tiles.rows, M)
-    block = pl.BlockSpec((rows, D), lambda i: (i, 0))
-    weight_block, scale_block = pl.BlockSpec((1, D), lambda i: (0, 0)), pl.BlockSpec((rows, 1), lambda i: (i, 0))
-    outs, out_blocks = [jax.ShapeDtypeStruct((M, D), quantized or x_MD.dtype)], [block]
-    if quantized is not None:
-        outs, out_blocks = [*outs, jax.ShapeDtypeStruct((M, 1), jnp.float32)], [*out_blocks, scale_block]
-    arrays, blocks = [x_MD, weight_D[None]], [block, weight_block]
-    if residual_MD is not None:
-        arrays, blocks = [*arrays, residual_MD], [*blocks, block]
-        outs, out_blocks = [*outs, jax.ShapeDtypeStruct((M, D), x_MD.dtype)], [*out_blocks, block]
+    arrays, outs = [x for x in (x_MD, weight_D[None], residual_MD) if x is not None], results(x_MD, residual_MD, quantized, (M, 1))
+    block, weight_block = pl.BlockSpec((rows, D), lambda i: (i, 0)), pl.BlockSpec((1, D), lambda i: (0, 0))
+    blocks, out_blocks = [block, weight_block, block][:len(arrays)], [pl.BlockSpec((rows, out.shape[1]), lambda i: (i, 0)) for out in outs]
     body = functools.partial(_body, eps=eps, offset=offset, quantized=quantized, has_residual=residual_MD is not None)
     params = pltpu.CompilerParams(dimension_semantics=("parallel",), vmem_limit_bytes=needed(tiles))
     return tuple(pl.pallas_call(body, grid=(pl.cdiv(M, rows),), in_specs=blocks, out_specs=out_blocks, out_shape=outs, name="rms_norm",

@@ -6,16 +6,10 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from pallas_kernels import pallas_triton
-from pallas_kernels.rms_norm.reference import scale_rows
+from pallas_kernels.rms_norm.reference import results, scale_rows
 from pallas_kernels.tiling import Device
 
-DEVICES = "an NVIDIA GPU of compute capability 8.0 or later"
 LONGEST_ROW = 16384  # is held in registers
-
-
-def runs_on(device: Device) -> bool:
-    """Whether the kernel runs there."""
-    return device.platform == "gpu" and device.capability is not None and device.capability >= (8, 0)
 
 
 def refusal(row_length: int, quantized: str | None) -> str | None:
@@ -29,11 +23,7 @@ def rms_norm_rows(x_MD: jax.Array, weight_D: jax.Array, residual_MD: jax.Array |
                   device: Device, interpret: bool) -> tuple[jax.Array, ...]:
     """(y or codes [M, D], scales [M] of codes, x + residual where there is one)."""
     M, D = x_MD.shape
-    outs = [jax.ShapeDtypeStruct((M, D), quantized or x_MD.dtype)]
-    outs += [jax.ShapeDtypeStruct((M,), jnp.float32)] if quantized is not None else []
-    arrays = [x_MD, weight_D]
-    if residual_MD is not None:
-        arrays, outs = [*arrays, residual_MD], [*outs, jax.ShapeDtypeStruct((M, D), x_MD.dtype)]
+    arrays, outs = [x for x in (x_MD, weight_D, residual_MD) if x is not None], results(x_MD, residual_MD, quantized, (M,))
     body = functools.partial(_body, eps=eps, offset=offset, quantized=quantized, has_residual=residual_MD is not None)
     num_warps = max(1, min(16, pl.next_power_of_2(D) // 512))
     return tuple(pl.pallas_call(body, grid=(M,), out_shape=outs, interpret=interpret, name="rms_norm",

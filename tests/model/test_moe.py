@@ -14,8 +14,7 @@ from tpllm.checkpoint.load import load_params
 from tpllm.cli.inspect import inspect_model
 from tpllm.cli.main import main
 from tpllm.model.kv_cache import init_cache
-from tpllm.model.mlp import mlp
-from tpllm.model.moe import moe, route
+from tpllm.model.mlp import mlp, moe, route
 from tpllm.model.params import MlpParams, expert_stacks, init_params
 from tpllm.model.partition import fit_to_mesh
 from tpllm.weights.policy import parse_policy

@@ -22,7 +22,7 @@ def results():
     gate, down = (cases.make_weight(cases.Case(Format.I8, *shape, scale_dtype="float32"))[0] for shape in ((500, 100), (100, 500)))
     for num_rows in (1, 50):
         x = jax.random.normal(jax.random.key(0), (num_rows, 100))
-        yield jax.jit(products.gated_mlp, static_argnames="activation")(x, gate, gate, down, (None,) * 3, activation="silu")
+        yield jax.jit(products.gated_mlp, static_argnames="activation")(x, (gate, gate, down), (None,) * 3, activation="silu")
     yield attention.rms_norm(jax.random.normal(jax.random.key(1), (100, 1000)), jnp.ones(1000), None, eps=1e-6)
     yield attention.row_sums(jax.random.normal(jax.random.key(2), (100, 10000)))
     yield products.lookup(jnp.arange(100, dtype=jnp.int32), down, jnp.float32)

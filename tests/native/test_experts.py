@@ -9,7 +9,7 @@ import pytest
 
 from pallas_kernels.gated_mlp import ClampedGlu
 from sharding_rules import ONE_DEVICE
-from tpllm.checkpoint.matrices import make_matrix
+from tpllm.checkpoint.placement import make_matrix
 from tpllm.model.stacks import Stack
 from tpllm.weights import native_products as products
 from tpllm.weights.policy import parse_policy
@@ -51,10 +51,10 @@ def matrices(scheme):
 def test_each_row_is_its_experts_alone_to_the_bit(instruction_set, scheme, counts, dtype):
     alone, stacked = matrices(scheme)
     x = jnp.asarray(np.random.default_rng(1).standard_normal((16, D), np.float32)).astype(dtype)
-    out, first = products.expert_mlps(x, jnp.asarray(counts, jnp.int32), *stacked, activation="silu", inner_size=F), 0
+    out, first = products.expert_mlps(x, jnp.asarray(counts, jnp.int32), stacked, activation="silu", inner_size=F), 0
     for expert, count in enumerate(counts):
         for row in range(first, first + count):
-            expected = products.gated_mlp(x[row:row + 1], *alone[expert], (None,) * 3, activation="silu")
+            expected = products.gated_mlp(x[row:row + 1], alone[expert], (None,) * 3, activation="silu")
             assert np.asarray(out[row]).tobytes() == np.asarray(expected[0]).tobytes(), (expert, row)
         first += count
 
@@ -68,11 +68,11 @@ def test_each_expert_adds_its_own_biases(instruction_set, scheme, dtype):
     for bias, size in zip(biases, (F, F, D), strict=True):
         bias[:, :size] = rng.standard_normal((NUM_EXPERTS, size))
     x = jnp.asarray(rng.standard_normal((16, D), np.float32)).astype(dtype)
-    out, first = products.expert_mlps(x, jnp.asarray(counts, jnp.int32), *stacked, [jnp.asarray(bias.reshape(-1)).astype(dtype) for bias in biases],
+    out, first = products.expert_mlps(x, jnp.asarray(counts, jnp.int32), stacked, [jnp.asarray(bias.reshape(-1)).astype(dtype) for bias in biases],
                                       activation=CLAMPED, inner_size=F), 0
     for expert, count in enumerate(counts):
         own = [jnp.asarray(bias[expert, :size]).astype(dtype) for bias, size in zip(biases, (F, F, D), strict=True)]
-        expected = products.gated_mlp(x[first:first + count], *alone[expert], own, activation=CLAMPED)
+        expected = products.gated_mlp(x[first:first + count], alone[expert], own, activation=CLAMPED)
         assert np.asarray(out[first:first + count]).tobytes() == np.asarray(expected).tobytes(), expert
         first += count
 
@@ -81,11 +81,11 @@ def test_each_expert_adds_its_own_biases(instruction_set, scheme, dtype):
 def test_more_rows_than_there_are_is_an_error(counts):
     x = jnp.zeros((16, D))
     with pytest.raises((ValueError, jax.errors.JaxRuntimeError), match="the experts have more rows than there are"):
-        jax.block_until_ready(products.expert_mlps(x, jnp.asarray(counts, jnp.int32), *matrices(None)[1], activation="silu", inner_size=F))
+        jax.block_until_ready(products.expert_mlps(x, jnp.asarray(counts, jnp.int32), matrices(None)[1], activation="silu", inner_size=F))
 
 
 @pytest.mark.parametrize(("num_experts", "inner_size", "width"), [(4, F, D), (5, F + 32, D), (5, 0, D), (5, F, D + 1)])
 def test_shapes_that_do_not_match_are_errors(num_experts, inner_size, width):
     with pytest.raises((ValueError, jax.errors.JaxRuntimeError), match="the shapes of experts do not match"):
-        jax.block_until_ready(products.expert_mlps(jnp.zeros((3, width)), jnp.zeros(num_experts, jnp.int32), *matrices(None)[1], activation="silu",
+        jax.block_until_ready(products.expert_mlps(jnp.zeros((3, width)), jnp.zeros(num_experts, jnp.int32), matrices(None)[1], activation="silu",
                                                    inner_size=inner_size))

@@ -51,11 +51,11 @@ def error(out, expected):
 def test_a_gated_mlp_is_its_reference_whatever_the_number_of_rows(name, dtype, instruction_set):
     packed, dense = layer(name)
     x = inputs(64, dtype)
-    out = np.asarray(run_mlp(x, *packed, (None,) * 3, activation="silu"))
+    out = np.asarray(run_mlp(x, packed, (None,) * 3, activation="silu"))
     assert out.dtype == dtype
     assert error(out, gated_mlp_reference(x, *dense, activation="silu")) < (2e-2 if name == "int8 inputs" else 2e-3)
     for num_rows in (1, 2, 7, 8):
-        assert np.asarray(run_mlp(x[3:3 + num_rows], *packed, (None,) * 3, activation="silu")).tobytes() == out[3:3 + num_rows].tobytes()
+        assert np.asarray(run_mlp(x[3:3 + num_rows], packed, (None,) * 3, activation="silu")).tobytes() == out[3:3 + num_rows].tobytes()
 
 
 @pytest.mark.parametrize("activation", [*products.ACTIVATIONS, ClampedGlu(7.0), ClampedGlu(0.5, 1.0)], ids=str)
@@ -63,7 +63,7 @@ def test_a_gated_mlp_is_its_reference_whatever_the_number_of_rows(name, dtype, i
 def test_each_activation_is_that_of_the_reference(activation, scale, instruction_set):
     packed, dense = layer("F32", 33, 7)
     x = scale * inputs(5, d=33)
-    out = run_mlp(x, *packed, (None,) * 3, activation=activation)
+    out = run_mlp(x, packed, (None,) * 3, activation=activation)
     np.testing.assert_allclose(out, gated_mlp_reference(x, *dense, activation=activation), rtol=1e-5, atol=1e-5 * scale**2)
 
 
@@ -75,8 +75,8 @@ def test_biases_are_added_to_each_product(dtype, instruction_set):
     gate_out, up_out = (quant_matmul_reference(x, weight, bias=bias, dtype=jnp.float32)
                         for weight, bias in zip((gate, up), biases[:2], strict=True))
     inner = (jax.nn.silu(gate_out) * up_out).astype(dtype)
-    assert error(run_mlp(x, *packed, tuple(biases), activation="silu"), quant_matmul_reference(inner, down, bias=biases[2])) < 2e-3
-    only_up = run_mlp(x, *packed, (None, biases[1], None), activation="silu")
+    assert error(run_mlp(x, packed, tuple(biases), activation="silu"), quant_matmul_reference(inner, down, bias=biases[2])) < 2e-3
+    only_up = run_mlp(x, packed, (None, biases[1], None), activation="silu")
     inner = (jax.nn.silu(quant_matmul_reference(x, gate, dtype=jnp.float32)) * up_out).astype(dtype)
     assert error(only_up, quant_matmul_reference(inner, down)) < 2e-3
 
@@ -85,30 +85,30 @@ def test_the_weights_of_a_layer_may_have_different_formats(instruction_set):
     made = [make_weight(case) for case in (Case(Format.I4, 512, D, group=32, zero=8, scale_dtype="float16"), Case(Format.BF16, 512, D),
                                            k_quant(Format.Q6, num_outputs=D))]
     x = inputs(20, "bfloat16")
-    out = run_mlp(x, *(packed for packed, _ in made), (None,) * 3, activation="silu")
+    out = run_mlp(x, tuple(packed for packed, _ in made), (None,) * 3, activation="silu")
     assert error(out, gated_mlp_reference(x, *(jnp.asarray(canonical.dense()) for _, canonical in made), activation="silu")) < 2e-3
 
 
 @pytest.mark.parametrize("value", [1e4, 1e-40, 0.0, 1e18])
 def test_extreme_activations_give_no_nan_in_an_mlp(value, instruction_set):
     packed, _ = layer("I8")
-    out = run_mlp(jnp.full((2, D), value, jnp.float32), *packed, (None,) * 3, activation="gelu_tanh")
+    out = run_mlp(jnp.full((2, D), value, jnp.float32), packed, (None,) * 3, activation="gelu_tanh")
     assert not np.isnan(np.asarray(out)).any()
 
 
 def test_an_mlp_of_no_rows_is_empty(native_library):
-    assert run_mlp(inputs(0), *layer("I8")[0], (None,) * 3, activation="silu").shape == (0, D)
+    assert run_mlp(inputs(0), layer("I8")[0], (None,) * 3, activation="silu").shape == (0, D)
 
 
 def test_weights_that_are_no_mlp_are_refused(native_library):
     gate, up, down = layer("I8")[0]
     for x, weights in ((inputs(2), (gate, up, gate)), (inputs(2), (gate, down, down)), (inputs(2, d=F), (gate, up, down))):
         with pytest.raises(ValueError, match=r"gated MLP|cannot multiply"):
-            run_mlp(x, *weights, (None,) * 3, activation="silu")
+            run_mlp(x, weights, (None,) * 3, activation="silu")
     with pytest.raises(TypeError, match="int32"):
-        run_mlp(inputs(2).astype(jnp.int32), gate, up, down, (None,) * 3, activation="silu")
+        run_mlp(inputs(2).astype(jnp.int32), (gate, up, down), (None,) * 3, activation="silu")
     with pytest.raises(ValueError, match="bias"):
-        run_mlp(inputs(2), gate, up, down, (jnp.zeros(3), None, None), activation="silu")
+        run_mlp(inputs(2), (gate, up, down), (jnp.zeros(3), None, None), activation="silu")
 
 
 @pytest.mark.parametrize("shape", [(1, 5), (7, 64), (2, 3, 100), (40, 2048), (0, 16)])

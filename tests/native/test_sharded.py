@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from sharding_rules import DATA_TENSOR, ONE_DEVICE, Partition, make_mesh
-from tpllm.checkpoint.matrices import make_matrix
+from tpllm.checkpoint.placement import make_matrix
 from tpllm.weights.linear import gated_mlp, linear, linears, lookup
 from tpllm.weights.policy import parse_policy
 from tpllm.weights.storage import NATIVE, Storage

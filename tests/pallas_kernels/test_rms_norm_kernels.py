@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import implementations
-from pallas_kernels.rms_norm import gpu, rms_norm, rms_norm_reference
+from pallas_kernels.rms_norm import rms_norm, rms_norm_reference
 from pallas_kernels.rms_norm.cases import CASES
 from pallas_kernels.rms_norm.op import refusal
 from pallas_kernels.tiling import Device
@@ -107,4 +107,4 @@ def test_where_jax_has_no_triton_the_reference_is_taken_and_hopper_has_its_own_k
         np.testing.assert_array_equal(rms_norm(X, WEIGHT, eps=1e-5, device=A100), rms_norm_reference(X, WEIGHT, eps=1e-5))
     assert "rms_norm on NVIDIA A100: reference" in caplog.text
     assert "triton needs Pallas' back end" in caplog.text
-    assert refusal(gpu, X, H200, None, False) is None
+    assert refusal("mosaic_gpu", X, H200, None, False) is None

@@ -14,7 +14,7 @@ from sharding_rules import DATA_TENSOR, ONE_DEVICE, Partition, make_mesh
 from tests.pallas_kernels import hidden_triton
 from tests.support.tiny_models import step
 from tpllm.bench.shapes import find_shape, random_params
-from tpllm.checkpoint.matrices import make_matrix
+from tpllm.checkpoint.placement import make_matrix
 from tpllm.model.kv_cache import init_cache
 from tpllm.model.params import abstract_params
 from tpllm.model.partition import fit_to_mesh

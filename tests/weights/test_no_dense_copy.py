@@ -10,7 +10,7 @@ import pytest
 from tests.engine.conftest import lowered_decode
 from tests.weights.test_quantize import KEPT, layout_of, random_rows
 from tpllm import LLM
-from tpllm.checkpoint.matrices import make_matrix
+from tpllm.checkpoint.placement import make_matrix
 from tpllm.weights.linear import linears, lookup
 from tpllm.weights.quantize import SCHEMES
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sharding_rules import ONE_DEVICE, TENSOR, Partition, ShardingError, make_mesh
-from tpllm.checkpoint.matrices import make_matrix
+from tpllm.checkpoint.placement import make_matrix
 from tpllm.errors import ConfigError
 from tpllm.weights.linear import linear, lookup
 from tpllm.weights.native import NativeWeight

@@ -16,6 +16,12 @@ from tpllm.errors import ConfigError
 
 GPUS = ("h100", "h200")
 TPUS = ("v4", "v5e", "v5p", "v6e")
+LIBTPU = {
+    "TPU_SKIP_MDS_QUERY": "1",  # or libtpu asks the metadata server of a cloud, and waits
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",  # of no consequence: without one libtpu warns
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # no chip is opened, so other processes need not be kept out
+}
 
 
 def describe_devices(name: str) -> list[jax.Device]:
@@ -61,10 +67,8 @@ def _describe_gpus(kind: str, size: str, name: str) -> list[jax.Device]:
 
 
 def _describe_tpus(name: str) -> list[jax.Device]:
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # or libtpu asks the metadata server of a cloud, and waits
-    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")  # of no consequence: without one libtpu warns
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # no chip is opened, so other processes need not be kept out
+    for variable, value in LIBTPU.items():
+        os.environ.setdefault(variable, value)
     return topologies.get_topology_desc(platform="tpu", topology_name=name).devices
 
 

@@ -52,7 +52,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     # A buffer on an accelerator would count in its peak memory, so there bandwidth is measured afterwards only.
     before = host_bandwidth(host_free_bytes()) if is_on_host else Bandwidth(())
     start = time.perf_counter()
-    llm = _make_llm(args)
+    llm = make_llm(args, max_model_len=args.prompt_len + args.output_len, max_num_seqs=args.batch_size)
+    jax.block_until_ready(llm.params)
     with contextlib.closing(llm):
         load_s = time.perf_counter() - start
         devices, setup = llm.config.partition.mesh.local_devices, _setup(args, llm)
@@ -63,12 +64,6 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     measured = "host memory, one thread a core" if is_on_host else f"memory of {len(devices)} devices"
     return {"benchmark": "latency", "machine": machine, "setup": setup, "results": results, "runs_s": [dataclasses.asdict(run) for run in runs],
             "decode_reads": decode_reads(traffic, speeds, before + after), "bandwidth": bandwidth_entry(before + after, measured)}
-
-
-def _make_llm(args: argparse.Namespace) -> LLM:
-    llm = make_llm(args, max_model_len=args.prompt_len + args.output_len, max_num_seqs=args.batch_size)
-    jax.block_until_ready(llm.params)
-    return llm
 
 
 def _setup(args: argparse.Namespace, llm: LLM) -> dict[str, Any]:

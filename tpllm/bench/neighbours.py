@@ -47,10 +47,7 @@ def measure_long_prompt(llm: LLM, prompt_len: int, *, num_runs: int, seed: int =
 def _run_long_prompt(llm: LLM, alone: Item, among: Item, rows: list[Item]) -> dict[str, float]:
     llm.reset_prefix_cache()
     engine = llm.engine
-    watch = Watch(engine)
-    request = watch.add(alone)
-    watch.run_until(lambda: request.is_finished)
-    ttft_alone = watch.of(request).ttft
+    ttft_alone, watch = _ttft_alone(llm, alone), Watch(engine)
     requests = [watch.add(row) for row in rows]
     watch.run_until(lambda: all(len(watch.of(row).deliveries) >= SETTLING for row in requests))
     settled = max(watch.of(row).deliveries[-1][0] for row in requests)

@@ -20,10 +20,9 @@ import jax
 from rich.console import Console
 from rich.table import Table
 
-from tpllm.bench.command import above_zero, at_least, measure_and_report
+from tpllm.bench.command import above_zero, at_least, check_plot, measure_and_report, plot_occupancy
 from tpllm.bench.machine import describe_machine
 from tpllm.bench.neighbours import measure_long_prompt, measure_shared_prefix
-from tpllm.bench.plots import check_plot, plot_occupancy
 from tpllm.bench.serving import PERCENTILES, serve
 from tpllm.bench.subject import add_length_arguments, add_subject_arguments, lengths_of, open_subject, subject_entry, title
 from tpllm.bench.workload import make_workload

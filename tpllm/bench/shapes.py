@@ -10,8 +10,7 @@ import numpy as np
 
 from sharding_rules import DATA_TENSOR
 from tpllm.checkpoint import check_memory, needed_bytes
-from tpllm.checkpoint.matrices import make_matrix
-from tpllm.checkpoint.placement import place
+from tpllm.checkpoint.placement import fill_by_rows, make_matrix, place
 from tpllm.engine.options import EngineOptions
 from tpllm.engine.shapes import least_cache_bytes
 from tpllm.environment.compile_cache import enable_compile_cache
@@ -24,7 +23,6 @@ from tpllm.model.partition import fit_to_mesh
 from tpllm.weights.policy import Quantization, parse_policy
 from tpllm.weights.storage import Storage
 
-ROWS_AT_ONCE = 1024
 LLAMA31_ROPE = RopeConfig(kind="llama3", theta=500000.0, factor=8.0, original_max_position=8192)
 SHAPES = {
     "tiny": ModelConfig(vocab_size=512, hidden_size=128, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=32, intermediate_size=256,
@@ -105,11 +103,5 @@ def _random_param(config: ModelConfig, storage: Storage, name: str, spec: ParamS
     layout = storage.layout(spec.shape, spec.axes, config.partition, name=name)
     if layout is not None:
         return make_matrix(layout, lambda first, last: rows(first, last, layout.source_dtype), pool)
-
-    def fill(buffers):
-        for (bounds, *others), buffer in buffers.items():
-            columns = tuple(slice(*other) for other in others)
-            for first in range(*bounds, ROWS_AT_ONCE):
-                last = min(first + ROWS_AT_ONCE, bounds[1])
-                buffer[first - bounds[0]:last - bounds[0]] = rows(first, last, storage.dtype)[(slice(None), *columns)]
-    return place(spec.shape, config.partition.sharding(spec.axes, shape=spec.shape, name=name), dtype=storage.dtype, fill=fill)
+    return place(spec.shape, config.partition.sharding(spec.axes, shape=spec.shape, name=name), dtype=storage.dtype,
+                 fill=lambda buffers: fill_by_rows(buffers, lambda first, last: rows(first, last, storage.dtype)))

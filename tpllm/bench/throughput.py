@@ -19,9 +19,8 @@ from rich.console import Console
 from rich.table import Table
 
 from tpllm.bench.batching import BatchRun, MeasuredCosts, measure_costs, run_continuous, run_static
-from tpllm.bench.command import at_least, measure_and_report
+from tpllm.bench.command import at_least, check_plot, measure_and_report, plot_occupancy
 from tpllm.bench.machine import describe_machine
-from tpllm.bench.plots import check_plot, plot_occupancy
 from tpllm.bench.subject import add_length_arguments, add_subject_arguments, lengths_of, open_subject, subject_entry, title
 from tpllm.bench.workload import Item, make_workload, replay
 

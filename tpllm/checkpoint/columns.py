@@ -9,8 +9,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from tpllm.checkpoint.formats.matrix import FileMatrix
-from tpllm.checkpoint.formats.module import FLOATS
+from tpllm.checkpoint.formats.matrix import FLOATS
 from tpllm.checkpoint.read import TensorReader
 from tpllm.checkpoint.safetensors import BITS, TensorEntry
 from tpllm.checkpoint.stored import RowReader, StoredMatrix
@@ -22,7 +21,7 @@ EXPERTS_IN_MEMORY = 4
 """Of one tensor: threads are at neighbouring rows, and so at two experts at most."""
 
 
-def plain_rows(entry: TensorEntry, shape: tuple[int, ...]) -> FileMatrix:
+def plain_rows(entry: TensorEntry, shape: tuple[int, ...]) -> StoredMatrix:
     """The columns of a tensor of floats, of all experts one after the other, as rows.
 
     Args:
@@ -37,7 +36,7 @@ def plain_rows(entry: TensorEntry, shape: tuple[int, ...]) -> FileMatrix:
     if not is_whole or entry.dtype not in FLOATS:
         raise CheckpointError(f"{entry.path}: tensor {entry.name!r} is {entry.dtype} of shape {entry.shape}; it must be {' or '.join(FLOATS)}, of "
                               f"experts of {shape[0]} columns in all and {shape[1:]} inputs, by config.json's sizes")
-    return FileMatrix((entry.name,), shape, None, BITS[entry.dtype], None, functools.partial(_open, entry), kind=entry.dtype)
+    return StoredMatrix((entry.name,), shape, None, BITS[entry.dtype], None, functools.partial(_open, entry), kind=entry.dtype)
 
 
 def _open(entry: TensorEntry, reader: TensorReader) -> RowReader:
@@ -85,4 +84,4 @@ def every_nth(matrix: StoredMatrix, columns: Columns, num_rows: int) -> StoredMa
             part = read(first * columns.every + columns.first, max(first, last - 1) * columns.every + columns.first + (last > first))
             return part.take(slice(None, None, columns.every)) if isinstance(part, QuantizedRows) else part[::columns.every]
         return rows
-    return FileMatrix(matrix.names, (num_rows, *matrix.shape[1:]), matrix.scheme, matrix.bits_per_weight, matrix.order, open_rows, kind=matrix.kind)
+    return StoredMatrix(matrix.names, (num_rows, *matrix.shape[1:]), matrix.scheme, matrix.bits_per_weight, matrix.order, open_rows, kind=matrix.kind)

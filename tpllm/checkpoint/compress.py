@@ -1,5 +1,6 @@
 """How compressed-tensors keeps what a scheme makes (https://github.com/vllm-project/compressed-tensors): tensors of a module, and the config."""
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -14,19 +15,23 @@ WORD_BITS = 32
 
 
 @dataclasses.dataclass(frozen=True)
-class Compressed:
-    """One tensor of a quantized module.
+class Planned:
+    """One tensor to be written.
 
     Attributes:
-        suffix: behind the module's name and a dot.
-        dtype, shape: of the tensor.
-        rows_of: its rows of some quantized rows; None for the matrix's shape itself.
+        name, dtype, shape: of the tensor.
+        rows_of: of a quantized module's, its rows of some quantized rows; None for the matrix's shape itself.
     """
 
-    suffix: str
+    name: str
     dtype: np.dtype
     shape: tuple[int, ...]
-    rows_of: Callable[[QuantizedRows], np.ndarray] | None
+    rows_of: Callable[[QuantizedRows], np.ndarray] | None = None
+
+    @property
+    def num_bytes(self) -> int:
+        """Size in the file."""
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 def format_of(scheme: Scheme) -> str:
@@ -45,8 +50,8 @@ def format_of(scheme: Scheme) -> str:
                       "int4-g128")
 
 
-def compress(scheme: Scheme, shape: tuple[int, int], name: str) -> list[Compressed]:
-    """The tensors of a module whose weight has this shape.
+def compress(scheme: Scheme, shape: tuple[int, int], name: str) -> list[Planned]:
+    """The tensors of a module whose weight has this shape and this name.
 
     Raises:
         ConfigError: no format holds the scheme, or its groups do not divide the inputs.
@@ -54,12 +59,13 @@ def compress(scheme: Scheme, shape: tuple[int, int], name: str) -> list[Compress
     kind, (N, K) = format_of(scheme), shape
     if scheme.group and K % scheme.group:
         raise ConfigError(f"{name} has {K} inputs, which groups of {scheme.group} do not divide; give it another scheme, or none, by a pattern")
-    scales = Compressed("weight_scale", scheme.scale_dtype, (N, scheme.num_groups(K)), lambda rows: rows.scales)
+    module = name.removesuffix(".weight")
+    scales = Planned(f"{module}.weight_scale", scheme.scale_dtype, (N, scheme.num_groups(K)), lambda rows: rows.scales)
     if kind != PACKED:
-        return [Compressed("weight", scheme.code_dtype, shape, lambda rows: rows.codes), scales]
+        return [Planned(f"{module}.weight", scheme.code_dtype, shape, lambda rows: rows.codes), scales]
     words = -(-K * scheme.bits // WORD_BITS)
-    return [Compressed("weight_packed", np.dtype(np.int32), (N, words), lambda rows: _pack(rows.codes, scheme)), scales,
-            Compressed("weight_shape", np.dtype(np.int64), (2,), None)]
+    return [Planned(f"{module}.weight_packed", np.dtype(np.int32), (N, words), lambda rows: _pack(rows.codes, scheme)), scales,
+            Planned(f"{module}.weight_shape", np.dtype(np.int64), (2,))]
 
 
 def _pack(codes_NK: np.ndarray, scheme: Scheme) -> np.ndarray:

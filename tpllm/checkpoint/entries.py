@@ -1,6 +1,5 @@
 """Which tensor of a checkpoint each parameter comes from, and which of its rows."""
 import dataclasses
-import logging
 import math
 import re
 from collections.abc import Iterator, Mapping
@@ -11,11 +10,11 @@ import numpy as np
 from sharding_rules.axes import KV_HEADS
 from tpllm.checkpoint.columns import every_nth, plain_rows
 from tpllm.checkpoint.folder import Checkpoint
-from tpllm.checkpoint.formats.matrix import FileMatrix
+from tpllm.checkpoint.read import TensorReader
 from tpllm.checkpoint.safetensors import BITS, TensorEntry
 from tpllm.checkpoint.settle import sizes_of_strangers
-from tpllm.checkpoint.stored import StoredMatrix
-from tpllm.errors import CheckpointError
+from tpllm.checkpoint.stored import RowReader, StoredMatrix
+from tpllm.errors import CheckpointError, log
 from tpllm.families.family import Columns
 from tpllm.model.config import ModelConfig
 from tpllm.model.params import ParamSpec, named_leaves, param_specs
@@ -24,8 +23,6 @@ from tpllm.weights.scheme import Scheme
 _LAYER = re.compile(r"^layers\.\d+\.")
 HARMLESS = ("rotary_emb.inv_freq",)
 NUM_NAMED = 5
-
-log = logging.getLogger("tpllm")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,6 +104,11 @@ def order_of(tensor: TensorEntry | StoredMatrix) -> np.ndarray | None:
     return None if isinstance(tensor, TensorEntry) else tensor.order
 
 
+def open_rows(tensor: TensorEntry | StoredMatrix, reader: TensorReader) -> RowReader:
+    """Rows of a quantized matrix as they are, of a plain tensor as float32."""
+    return tensor.open(reader) if isinstance(tensor, StoredMatrix) else lambda first, last: reader.read_raw(tensor, first, last).astype(np.float32)
+
+
 def _repeated_rows(start: int, stop: int, config: ModelConfig) -> Iterator[tuple[int, int, int]]:
     """(first stored row, source rows from, to) for each head of stored rows [start, stop): stored head j is source head j // kv_repeat."""
     while start < stop:
@@ -161,7 +163,7 @@ def _num_values(spec: ParamSpec) -> int:
 def _zeros(spec: ParamSpec) -> ParamEntry:
     """A bias that no file has."""
     num_rows = _num_values(spec)
-    zeros = FileMatrix((), (num_rows,), None, 0.0, None, lambda reader: lambda first, last: np.zeros(last - first, np.float32), kind="zeros")
+    zeros = StoredMatrix((), (num_rows,), None, 0.0, None, lambda reader: lambda first, last: np.zeros(last - first, np.float32), kind="zeros")
     return ParamEntry((zeros,), 0, num_rows)
 
 

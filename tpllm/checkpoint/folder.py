@@ -1,28 +1,25 @@
 """Opening a checkpoint: everything about it but its weights' values."""
 import dataclasses
-import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from tpllm.checkpoint.formats import find_format
-from tpllm.checkpoint.gguf.config import config_from_gguf, harmless_tensors
+from tpllm.checkpoint.gguf.config import config_from_gguf
 from tpllm.checkpoint.gguf.header import GgufFile, open_gguf
 from tpllm.checkpoint.gguf.names import gguf_weight_names
+from tpllm.checkpoint.gguf.rope import FACTOR_TENSORS
 from tpllm.checkpoint.gguf.weights import GgufFormat
 from tpllm.checkpoint.index import read_index
-from tpllm.checkpoint.reads import Reads
 from tpllm.checkpoint.safetensors import Header, TensorEntry, digest_of_samples, sample_digest
 from tpllm.checkpoint.settle import settle_head, with_prefix
-from tpllm.checkpoint.source import GGUF, OPEN_HUB, Hub, find_folder, only_gguf, read_json
+from tpllm.checkpoint.source import GGUF, OPEN_HUB, Hub, Reads, find_folder, only_gguf, read_json
 from tpllm.checkpoint.store import MANIFEST, StoreFormat
 from tpllm.checkpoint.stored import CheckpointFormat
-from tpllm.errors import CheckpointError, ConfigError, TpllmError, short
+from tpllm.errors import CheckpointError, ConfigError, TpllmError, log, short
 from tpllm.families.family import Family
 from tpllm.families.registry import find_family
 from tpllm.model.config import ModelConfig
-
-log = logging.getLogger("tpllm")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +98,9 @@ def _open(folder: Path, commit: str | None, overrides: Mapping[str, Any]) -> Che
     hf_config = _overridden(read_json(folder, "config.json"), overrides)
     family, config = _read_config(folder, hf_config)
     if (folder / MANIFEST).exists():
-        return _open_store(folder, commit, hf_config, family, config)
+        # Weights of a store have the names of our parameters.
+        return Checkpoint(folder=folder, revision=commit, hf_config=hf_config, config=config, tensors={}, headers={}, weights=StoreFormat(folder),
+                          family=family.renamed({name: name for name in family.weight_names}), generation_config=_generation_config(folder))
     tensors, headers = read_index(folder)
     tensors = with_prefix(folder, tensors, family)
     family, config = settle_head(folder, tensors, family, config)
@@ -124,13 +123,6 @@ def config_without_weights(model: str | Path) -> tuple[Mapping[str, Any], ModelC
     return hf_config, _read_config(folder, hf_config)[1]
 
 
-def _open_store(folder: Path, commit: str | None, hf_config: Mapping[str, Any], family: Family, config: ModelConfig) -> Checkpoint:
-    """A store, whose weights have the names of our parameters."""
-    return Checkpoint(folder=folder, revision=commit, hf_config=hf_config, config=config, tensors={}, headers={}, weights=StoreFormat(folder),
-                      family=family.renamed({name: name for name in family.weight_names}),
-                      generation_config=_generation_config(folder))
-
-
 def _generation_config(folder: Path) -> dict[str, Any]:
     return read_json(folder, "generation_config.json") if (folder / "generation_config.json").exists() else {}
 
@@ -143,7 +135,7 @@ def _open_gguf(path: Path, commit: str | None, overrides: Mapping[str, Any]) -> 
     weights = GgufFormat(gguf)
     return Checkpoint(folder=path, revision=commit, hf_config=hf_config, config=config, generation_config={}, weights=weights, gguf=gguf,
                       family=family.renamed(gguf_weight_names(family.weight_names, gguf.arch)),
-                      tensors={name: entry for name, entry in weights.tensors.items() if name not in harmless_tensors(gguf)},
+                      tensors={name: entry for name, entry in weights.tensors.items() if name not in FACTOR_TENSORS},
                       headers={header.path.name: header for header in gguf.headers})
 
 

@@ -1,16 +1,14 @@
 """Which tensor lies in which of a folder's safetensors files."""
-import logging
 import re
 from collections.abc import Mapping
 from pathlib import Path
 
 from tpllm.checkpoint.safetensors import Header, TensorEntry, read_header
 from tpllm.checkpoint.source import inside, read_json
-from tpllm.errors import CheckpointError, short
+from tpllm.errors import CheckpointError, log, short
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
-log = logging.getLogger("tpllm")
 _SHARD = re.compile(r"(.+)-(\d+)-of-(\d+)\.safetensors")
 
 
@@ -20,31 +18,24 @@ def read_index(folder: Path) -> tuple[dict[str, TensorEntry], dict[str, Header]]
     Raises:
         CheckpointError: no safetensors file, a missing or damaged one, an index that points out of the folder, or a tensor that is there twice.
     """
-    if (folder / INDEX).exists() and not (folder / SINGLE).exists():
-        return _read_weight_map(folder)
-    names = [SINGLE] if (folder / SINGLE).exists() else _shards(folder)
-    headers = {name: read_header(inside(folder, name)) for name in names}
-    tensors: dict[str, TensorEntry] = {}
-    for header in headers.values():
-        for name, entry in header.tensors.items():
-            if name in tensors:
-                raise CheckpointError(_twice(folder, tensors[name], entry))
-            tensors[name] = entry
-    return tensors, headers
+    has_single = (folder / SINGLE).exists()
+    weight_map = _read_weight_map(folder) if (folder / INDEX).exists() and not has_single else {}
+    names = [SINGLE] if has_single else sorted(set(weight_map.values())) or _shards(folder)
+    paths = {name: inside(folder, name) for name in names}
+    headers = {name: read_header(path) for name, path in paths.items()}
+    return _tensors(folder, headers, weight_map), headers
 
 
-def _read_weight_map(folder: Path) -> tuple[dict[str, TensorEntry], dict[str, Header]]:
-    where, weight_map = folder / INDEX, read_json(folder, INDEX).get("weight_map")
+def _read_weight_map(folder: Path) -> Mapping[str, str]:
+    weight_map = read_json(folder, INDEX).get("weight_map")
     if not isinstance(weight_map, Mapping) or not weight_map or not all(isinstance(file, str) for file in weight_map.values()):
-        raise CheckpointError(f"{where}: weight_map must map tensor names to file names")
-    paths = {file: inside(folder, file) for file in sorted(set(weight_map.values()))}
-    headers = {file: read_header(path) for file, path in paths.items()}
-    return _indexed(folder, headers, weight_map), headers
+        raise CheckpointError(f"{folder / INDEX}: weight_map must map tensor names to file names")
+    return weight_map
 
 
-def _indexed(folder: Path, headers: Mapping[str, Header], weight_map: Mapping[str, str]) -> dict[str, TensorEntry]:
-    """Every tensor of the files that an index names: where the index puts it, else where it is. A name that no file holds is left out: whoever
-    needs that tensor misses it."""
+def _tensors(folder: Path, headers: Mapping[str, Header], weight_map: Mapping[str, str]) -> dict[str, TensorEntry]:
+    """Every tensor of the files: where the index puts it, else where it is. A name that no file holds is left out: whoever needs that tensor misses
+    it."""
     tensors = {name: headers[file].tensors[name] for name, file in weight_map.items() if name in headers[file].tensors}
     absent = [name for name in weight_map if name not in tensors]
     if absent:
@@ -54,14 +45,10 @@ def _indexed(folder: Path, headers: Mapping[str, Header], weight_map: Mapping[st
             if name in weight_map and name in tensors:
                 continue
             if name in tensors:
-                raise CheckpointError(_twice(folder, tensors[name], entry))
+                raise CheckpointError(f"{folder}: tensor {entry.name!r} is both in {tensors[name].path.name} and in {entry.path.name}; remove the "
+                                      f"file that does not belong there, or add {INDEX}")
             tensors[name] = entry
     return tensors
-
-
-def _twice(folder: Path, first: TensorEntry, second: TensorEntry) -> str:
-    return (f"{folder}: tensor {first.name!r} is both in {first.path.name} and in {second.path.name}; remove the file that does not belong there, "
-            f"or add {INDEX}")
 
 
 def _shards(folder: Path) -> list[str]:

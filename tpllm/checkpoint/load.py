@@ -1,6 +1,5 @@
 """Loading parameters by shard: every device's slice is read from the files into the memory it stays in."""
 import functools
-import logging
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -8,23 +7,19 @@ import jax
 import numpy as np
 
 from tpllm.checkpoint.convert import TARGETS
-from tpllm.checkpoint.entries import ParamEntry, find_entries, order_of, warn_unused
+from tpllm.checkpoint.entries import ParamEntry, find_entries, open_rows, order_of, warn_unused
 from tpllm.checkpoint.folder import Checkpoint
-from tpllm.checkpoint.matrices import make_matrix
-from tpllm.checkpoint.placement import Bounds, place
+from tpllm.checkpoint.placement import Bounds, fill_by_rows, make_matrix, place
 from tpllm.checkpoint.read import Rectangle, TensorReader
 from tpllm.checkpoint.safetensors import TensorEntry
-from tpllm.checkpoint.stored import RowReader, StoredMatrix
-from tpllm.errors import CheckpointError
+from tpllm.checkpoint.stored import StoredMatrix
+from tpllm.errors import CheckpointError, log
 from tpllm.model.config import ModelConfig
 from tpllm.model.params import DecoderParams, ParamSpec, map_specs, named_leaves, param_specs
 from tpllm.weights.scheme import QuantizedRows, Scheme, dequantize, join_rows
 from tpllm.weights.storage import Storage
 
 Rows = np.ndarray | QuantizedRows
-log = logging.getLogger("tpllm")
-ROWS_AT_ONCE = 1024
-"""Of a quantized matrix that becomes a plain array."""
 
 
 def load_params(checkpoint: Checkpoint, config: ModelConfig, *, dtype: Any, storage: Storage | None = None,
@@ -87,15 +82,10 @@ def _filler(reader: TensorReader, source: ParamEntry, spec: ParamSpec, config: M
         for tensor, of_it in pieces.items():
             reader.read(source.tensors[tensor], of_it)
 
-    def fill_by_rows(buffers: Mapping[Bounds, np.ndarray]) -> None:
+    def fill_from_matrices(buffers: Mapping[Bounds, np.ndarray]) -> None:
         dtype = next(iter(buffers.values())).dtype
-        read = _row_reader(reader, source, spec, config, scheme=None, dtype=dtype)
-        for (rows, *others), buffer in buffers.items():
-            columns = tuple(slice(*other) for other in others)
-            for first in range(*rows, ROWS_AT_ONCE):
-                last = min(first + ROWS_AT_ONCE, rows[1])
-                buffer[first - rows[0]:last - rows[0]] = read(first, last)[(slice(None), *columns)]
-    return fill if source.is_plain else fill_by_rows
+        fill_by_rows(buffers, _row_reader(reader, source, spec, config, scheme=None, dtype=dtype))
+    return fill if source.is_plain else fill_from_matrices
 
 
 def _row_reader(reader: TensorReader, source: ParamEntry, spec: ParamSpec, config: ModelConfig, *, scheme: Scheme | None,
@@ -109,7 +99,7 @@ def _row_reader(reader: TensorReader, source: ParamEntry, spec: ParamSpec, confi
         return rows
     if source.is_plain:
         return read_plain
-    readers = _readers(reader, source)
+    readers = functools.cache(lambda index: open_rows(source.tensors[index], reader))  # each is opened when it is first asked for
 
     def read_stored(first: int, last: int) -> Rows:
         parts = [(stored - first, tensor, readers(tensor)(start, stop)) for stored, tensor, start, stop in source.runs(first, last, spec, config)]
@@ -121,19 +111,6 @@ def _row_reader(reader: TensorReader, source: ParamEntry, spec: ParamSpec, confi
             _cast(floats, rows[at:at + len(floats)], source.tensors[tensor])
         return rows
     return read_stored
-
-
-def _readers(reader: TensorReader, source: ParamEntry) -> Callable[[int], RowReader]:
-    """Opens each tensor when it is first asked for."""
-    @functools.cache
-    def open_tensor(index: int) -> RowReader:
-        tensor = source.tensors[index]
-        return functools.partial(_raw_rows, reader, tensor) if isinstance(tensor, TensorEntry) else tensor.open(reader)
-    return open_tensor
-
-
-def _raw_rows(reader: TensorReader, tensor: TensorEntry, first: int, last: int) -> np.ndarray:
-    return reader.read_raw(tensor, first, last).astype(np.float32)
 
 
 def _cast(values: np.ndarray, out: np.ndarray, tensor: TensorEntry | StoredMatrix) -> None:

@@ -1,4 +1,8 @@
-"""Arrays made of host buffers that XLA's CPU client takes as they are: no copy, huge pages, memory that goes back when they are freed."""
+"""Arrays made of host buffers that XLA's CPU client takes as they are: no copy, huge pages, memory that goes back when they are freed.
+
+The rows of a matrix come as they are, are quantized and laid out some at a time, and lie where they stay.
+"""
+import concurrent.futures
 import contextlib
 import math
 import mmap
@@ -8,12 +12,23 @@ from typing import Any
 import jax
 import numpy as np
 
+from tpllm.checkpoint.read import wait_for_all
+from tpllm.weights.layout import Layout
+from tpllm.weights.quantize import quantize
+from tpllm.weights.scheme import QuantizedRows
+from tpllm.weights.weight import Weight
+
 Bounds = tuple[tuple[int, int], ...]
 """(first, one past the last) index of a slice in each dim."""
 
 ALIGNMENT = 64
 """Bytes; XLA's CPU client takes a host buffer as it is where it begins at a multiple of this, and copies it otherwise."""
 MAPPED_BYTES = 2**16
+CHUNK_BYTES = 2**20
+"""Of the rows that one thread reads, quantizes and lays out at a time."""
+ROW_MULTIPLE = 32
+ROWS_AT_ONCE = 1024
+"""Of rows that become a plain array."""
 
 
 def place(shape: tuple[int, ...], sharding: jax.sharding.Sharding, *, dtype: Any, fill: Callable[[Mapping[Bounds, np.ndarray]], None]) -> jax.Array:
@@ -26,6 +41,15 @@ def place(shape: tuple[int, ...], sharding: jax.sharding.Sharding, *, dtype: Any
     buffers = _buffers(shape, sharding, np.dtype(dtype))
     fill(buffers)
     return _assemble(shape, sharding, buffers)
+
+
+def fill_by_rows(buffers: Mapping[Bounds, np.ndarray], read_rows: Callable[[int, int], np.ndarray]) -> None:
+    """Fill the slices of an array from its whole rows [first, last), some at a time; for :func:`place`."""
+    for (rows, *others), buffer in buffers.items():
+        columns = tuple(slice(*other) for other in others)
+        for first in range(*rows, ROWS_AT_ONCE):
+            last = min(first + ROWS_AT_ONCE, rows[1])
+            buffer[first - rows[0]:last - rows[0]] = read_rows(first, last)[(slice(None), *columns)]
 
 
 def place_all(arrays: Mapping[str, tuple[tuple[int, ...], np.dtype, jax.sharding.Sharding]],
@@ -49,6 +73,34 @@ def place_all(arrays: Mapping[str, tuple[tuple[int, ...], np.dtype, jax.sharding
             shards.setdefault(shard, {})[name] = buffers[name][bounds]
     fill(shards)
     return {name: _assemble(shape, sharding, buffers[name]) for name, (shape, _, sharding) in arrays.items()}
+
+
+def make_matrix(layout: Layout, read_rows: Callable[[int, int], np.ndarray | QuantizedRows], pool: concurrent.futures.Executor) -> Weight:
+    """One matrix on its devices; the peak of host memory is its own size and a chunk a thread.
+
+    Args:
+        layout: how it is kept.
+        read_rows: gives stored rows [first, last) of the whole matrix: [last - first, K] in ``layout.source_dtype``, which are quantized here, or
+            rows of ``layout.scheme``; called by several threads.
+        pool: the threads.
+    """
+    rows_a_shard = layout.shape[0] // layout.num_shards[0]
+
+    def fill(shards: Mapping[tuple[int, int], dict[str, np.ndarray]]) -> None:
+        def store(shard: int, first: int, last: int) -> None:
+            rows = read_rows(shard * rows_a_shard + first, shard * rows_a_shard + last)
+            if layout.scheme is not None and isinstance(rows, np.ndarray):
+                rows = quantize(rows, layout.scheme)
+            for (n_shard, k_shard), arrays in shards.items():
+                if n_shard == shard:
+                    layout.write(rows, first, k_shard, arrays)
+        step = max(1, CHUNK_BYTES // max(1, layout.shape[1] * layout.source_dtype.itemsize) // ROW_MULTIPLE) * ROW_MULTIPLE
+        tasks = [pool.submit(store, shard, first, min(first + step, rows_a_shard))
+                 for shard in sorted({n_shard for n_shard, _ in shards}) for first in range(0, rows_a_shard, step)]
+        wait_for_all(tasks)
+    described = {name: (shape, dtype, layout.partition.sharding(axes, shape=shape, name=name))
+                 for name, (shape, dtype, axes) in layout.arrays().items()}
+    return layout.build(place_all(described, fill, num_shards=layout.num_shards))
 
 
 def _shard_of(bounds: Bounds, shape: tuple[int, ...], num_shards: tuple[int, int]) -> tuple[int, int]:

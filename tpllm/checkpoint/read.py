@@ -5,6 +5,7 @@ Files are read and not mapped: a mapped page can be taken away and read again, a
 import concurrent.futures
 import contextlib
 import dataclasses
+import io
 import math
 import os
 import threading
@@ -54,7 +55,7 @@ class TensorReader:
 
     def __init__(self, num_threads: int | None = None):
         self._num_threads = num_threads or min(MAX_THREADS, os.cpu_count() or 1)
-        self._files: dict[Path, int] = {}
+        self._files: dict[Path, io.FileIO] = {}
         self._lock = threading.Lock()
 
     def __enter__(self) -> "TensorReader":
@@ -63,9 +64,9 @@ class TensorReader:
 
     def __exit__(self, *_) -> None:
         self.pool.shutdown(cancel_futures=True)
-        for fd in self._files.values():
+        for file in self._files.values():
             with contextlib.suppress(OSError):
-                os.close(fd)
+                file.close()
         self._files.clear()
 
     def read(self, entry: TensorEntry, pieces: Iterable[Rectangle]) -> None:
@@ -74,22 +75,22 @@ class TensorReader:
         Raises:
             CheckpointError: a dtype that holds no weights, a value out of the wanted dtype's range, or a file that cannot be read.
         """
-        fd = self._open_weights(entry)
+        file = self._open_weights(entry)
         groups: dict[tuple[int, int], list[Rectangle]] = {}
         for piece in pieces:
             groups.setdefault(piece.rows, []).append(piece)
-        tasks = [self.pool.submit(_read_block, fd, entry, block, group)
+        tasks = [self.pool.submit(_read_block, file, entry, block, group)
                  for rows, group in groups.items() for block in _blocks(entry, rows)]
         with self._refusing_overflow(entry, next(iter(groups.values()))[0].out.dtype if groups else None):
             wait_for_all(tasks)
 
     def read_here(self, entry: TensorEntry, pieces: Iterable[Rectangle]) -> None:
         """As :meth:`read`, by the calling thread; many may call it."""
-        fd = self._open_weights(entry)
+        file = self._open_weights(entry)
         for piece in pieces:
             with self._refusing_overflow(entry, piece.out.dtype):
                 for block in _blocks(entry, piece.rows):
-                    _read_block(fd, entry, block, [piece])
+                    _read_block(file, entry, block, [piece])
 
     def read_raw(self, entry: TensorEntry, first: int = 0, last: int | None = None) -> np.ndarray:
         """Rows [first, last) of the first dim as the file has them, read by the calling thread.
@@ -102,15 +103,15 @@ class TensorReader:
         last = entry.shape[0] if last is None and entry.shape else last
         rows = np.empty((last - first, *entry.shape[1:]) if entry.shape else (), RAW[entry.dtype])
         row_bytes = _num_columns(entry) * rows.dtype.itemsize
-        read_into(self._open(entry.path), entry.path, memoryview(rows.reshape(-1).view(np.uint8)), start=entry.start + first * row_bytes)
+        read_into(self._open(entry.path), memoryview(rows.reshape(-1).view(np.uint8)), start=entry.start + first * row_bytes)
         return rows
 
-    def _open_weights(self, entry: TensorEntry) -> int:
+    def _open_weights(self, entry: TensorEntry) -> io.FileIO:
         if entry.dtype not in STORED:
             raise CheckpointError(f"{entry.path}: tensor {entry.name!r} is {entry.dtype}; weights are read from {', '.join(STORED)}")
         return self._open(entry.path)
 
-    def _open(self, path: Path) -> int:
+    def _open(self, path: Path) -> io.FileIO:
         with self._lock:
             if path not in self._files:
                 self._files[path] = open_regular(path)
@@ -133,16 +134,10 @@ def are_same_bytes(first: TensorEntry, second: TensorEntry) -> bool:
     """
     if (first.dtype, first.shape) != (second.dtype, second.shape):
         return False
-    with contextlib.ExitStack() as stack:
-        readers = []
-        for entry in (first, second):
-            fd = open_regular(entry.path)
-            stack.callback(os.close, fd)
-            readers.append((fd, entry))
+    with open_regular(first.path) as file, open_regular(second.path) as other:
         for begin in range(0, first.num_bytes, BLOCK_BYTES):
             size = min(BLOCK_BYTES, first.num_bytes - begin)
-            blocks = [read_exactly(fd, entry.path, start=entry.start + begin, num_bytes=size) for fd, entry in readers]
-            if blocks[0] != blocks[1]:
+            if read_exactly(file, start=first.start + begin, num_bytes=size) != read_exactly(other, start=second.start + begin, num_bytes=size):
                 return False
     return True
 
@@ -158,16 +153,16 @@ def _blocks(entry: TensorEntry, rows: tuple[int, int]) -> Iterator[tuple[int, in
         yield start, min(start + step, rows[1])
 
 
-def _read_block(fd: int, entry: TensorEntry, block: tuple[int, int], pieces: Sequence[Rectangle]) -> None:
+def _read_block(file: io.FileIO, entry: TensorEntry, block: tuple[int, int], pieces: Sequence[Rectangle]) -> None:
     """Read some rows once and hand each piece its columns."""
     num_columns, stored = _num_columns(entry), STORED[entry.dtype]
     begin = entry.start + block[0] * num_columns * stored.itemsize
     outs = [piece.out[block[0] - piece.rows[0]:block[1] - piece.rows[0]] for piece in pieces]
     is_direct = len(outs) == 1 and outs[0].dtype == stored and pieces[0].columns == (0, num_columns) and outs[0].flags.c_contiguous
     if is_direct:
-        read_into(fd, entry.path, memoryview(outs[0].reshape(-1).view(np.uint8)), start=begin)
+        read_into(file, memoryview(outs[0].reshape(-1).view(np.uint8)), start=begin)
         return
     raw = np.empty((block[1] - block[0], num_columns), stored)
-    read_into(fd, entry.path, memoryview(raw.reshape(-1).view(np.uint8)), start=begin)
+    read_into(file, memoryview(raw.reshape(-1).view(np.uint8)), start=begin)
     for piece, out in zip(pieces, outs, strict=True):
         converter(entry.dtype, out.dtype)(raw[:, slice(*piece.columns)], out)

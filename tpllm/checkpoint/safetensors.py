@@ -5,6 +5,7 @@ exactly, as the format's own definition (https://github.com/huggingface/safetens
 """
 import dataclasses
 import hashlib
+import io
 import json
 import math
 import os
@@ -67,8 +68,8 @@ class Header:
     tensors: Mapping[str, TensorEntry]
 
 
-def open_regular(path: Path) -> int:
-    """A file descriptor to read a regular file; anything else (a pipe, a device, a folder) is never opened.
+def open_regular(path: Path) -> io.FileIO:
+    """A regular file to read; anything else (a pipe, a device, a folder) is never opened.
 
     Raises:
         CheckpointError: it is not there, not regular or not readable.
@@ -77,7 +78,7 @@ def open_regular(path: Path) -> int:
         if not stat.S_ISREG(os.stat(path).st_mode):
             raise CheckpointError(f"{path} is not a regular file; a checkpoint's files must be")
         # Without O_NONBLOCK a pipe put there in between would hang the open.
-        return os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+        return io.FileIO(path, opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0)))
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from None
 
@@ -88,46 +89,43 @@ def read_header(path: Path) -> Header:
     Raises:
         CheckpointError: not a safetensors file, or a damaged or truncated one; it names the file, the tensor, and the bytes expected and found.
     """
-    fd = open_regular(path)
-    try:
-        size = os.fstat(fd).st_size
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
         if size < 8:
             raise CheckpointError(f"{path} has {size} bytes; a safetensors file has at least 8. {_AGAIN}")
-        length = int.from_bytes(read_exactly(fd, path, start=0, num_bytes=8), "little")
+        length = int.from_bytes(read_exactly(file, start=0, num_bytes=8), "little")
         if length > MAX_HEADER_BYTES:
             raise CheckpointError(f"{path}: a header of {length} bytes; the format's limit is {MAX_HEADER_BYTES}. "
                                   "It is not a safetensors file, or damaged")
         if length > size - 8:
             raise CheckpointError(f"{path} is truncated: its header needs {length} bytes, {size - 8} are there. {_AGAIN}")
-        raw = read_exactly(fd, path, start=8, num_bytes=length)
-    finally:
-        os.close(fd)
+        raw = read_exactly(file, start=8, num_bytes=length)
     entries = [_entry(path, name, value, 8 + length) for name, value in _parse(path, raw).items() if name != "__metadata__"]
     _check_tiling(path, entries, first=8 + length, size=size)
     return Header(path=path, size=size, digest=hashlib.sha256(raw).hexdigest(), tensors={entry.name: entry for entry in entries})
 
 
-def read_exactly(fd: int, path: Path, *, start: int, num_bytes: int) -> bytes:
-    """Bytes of a file, all of them.
+def read_exactly(file: io.FileIO, *, start: int, num_bytes: int) -> bytes:
+    """Bytes of a file, all of them; several threads may read.
 
     Raises:
         CheckpointError: the file ends before, or the disk fails.
     """
     buffer = bytearray(num_bytes)
-    read_into(fd, path, memoryview(buffer), start=start)
+    read_into(file, memoryview(buffer), start=start)
     return bytes(buffer)
 
 
-def read_into(fd: int, path: Path, buffer: memoryview, *, start: int) -> None:
+def read_into(file: io.FileIO, buffer: memoryview, *, start: int) -> None:
     """Fill a buffer of bytes from a file; see :func:`read_exactly`."""
     done = 0
     while done < len(buffer):
         try:
-            count = os.preadv(fd, [buffer[done:]], start + done)
+            count = os.preadv(file.fileno(), [buffer[done:]], start + done)
         except OSError as error:
-            raise CheckpointError(f"{path} cannot be read at byte {start + done}: {error.strerror or error}") from None
+            raise CheckpointError(f"{file.name} cannot be read at byte {start + done}: {error.strerror or error}") from None
         if count == 0:
-            raise CheckpointError(f"{path} became shorter while it was read: bytes {start} to {start + len(buffer)} are needed, "
+            raise CheckpointError(f"{file.name} became shorter while it was read: bytes {start} to {start + len(buffer)} are needed, "
                                   f"it ends at {start + done}. {_AGAIN}")
         done += count
 
@@ -146,18 +144,15 @@ def digest_of_samples(path: Path, spans: Sequence[tuple[int, int]] = ()) -> str:
         spans: first byte and end of each of its tensors, as far as they are known.
     """
     digest = hashlib.sha256()
-    fd = open_regular(path)
-    try:
-        size = os.fstat(fd).st_size
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
         starts, num_bytes = list(range(0, size, CHUNK_BYTES)), CHUNK_BYTES
         if size > WHOLE_BYTES:
             starts = [(size - SAMPLE_BYTES) * index // (NUM_SAMPLES - 1) for index in range(NUM_SAMPLES)]
             starts += [(start + stop) // 2 for start, stop in spans[::max(1, -(-len(spans) // MAX_TENSOR_SAMPLES))]]
             num_bytes = SAMPLE_BYTES
         for start in starts:
-            digest.update(read_exactly(fd, path, start=start, num_bytes=min(num_bytes, size - start)))
-    finally:
-        os.close(fd)
+            digest.update(read_exactly(file, start=start, num_bytes=min(num_bytes, size - start)))
     return digest.hexdigest()
 
 

@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from tpllm.checkpoint.compress import compress, describe_groups
-from tpllm.checkpoint.entries import ParamEntry, find_entries
+from tpllm.checkpoint.compress import Planned, compress, describe_groups
+from tpllm.checkpoint.entries import ParamEntry, find_entries, open_rows
 from tpllm.checkpoint.folder import Checkpoint, open_checkpoint
 from tpllm.checkpoint.index import INDEX, SINGLE
 from tpllm.checkpoint.new_folder import new_folder
@@ -31,20 +31,6 @@ COPIED = ("generation_config.json", "tokenizer*", "special_tokens_map.json", "ad
 MAX_SHARD_BYTES = 5 * 10**9
 CHUNK_BYTES = 2**22
 DTYPE_NAMES = {dtype: name for name, dtype in RAW.items()}
-
-
-@dataclasses.dataclass(frozen=True)
-class Planned:
-    """One tensor to be written; its dtype and shape."""
-
-    name: str
-    dtype: np.dtype
-    shape: tuple[int, ...]
-
-    @property
-    def num_bytes(self) -> int:
-        """Size in the file."""
-        return math.prod(self.shape) * self.dtype.itemsize
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,28 +142,24 @@ def _plain(name: str, source: ParamEntry) -> Group:
 
 def _quantized(name: str, source: ParamEntry, scheme: Scheme) -> Group:
     """The tensors that hold a quantized matrix."""
-    module, shape = name.removesuffix(".weight"), tuple(source.tensor.shape)
+    shape = tuple(source.tensor.shape)
     parts = compress(scheme, shape, name)
 
     def chunks(reader: TensorReader) -> Iterator[tuple[np.ndarray, ...]]:
         for index, rows in enumerate(_float_rows(reader, source)):
             quantized = quantize(rows, scheme)
             yield tuple(np.array(() if index else shape, part.dtype) if part.rows_of is None else part.rows_of(quantized) for part in parts)
-    return Group(tuple(Planned(f"{module}.{part.suffix}", part.dtype, part.shape) for part in parts), chunks)
+    return Group(tuple(parts), chunks)
 
 
 def _float_rows(reader: TensorReader, source: ParamEntry) -> Iterator[np.ndarray]:
     """The whole tensor in float32, some rows at a time."""
-    tensor = source.tensor
-    read = reader.read_raw if isinstance(tensor, TensorEntry) else tensor.open(reader)
+    tensor, read = source.tensor, open_rows(source.tensor, reader)
+    places = None if source.order is None else np.argsort(source.order)
     for first, last in _steps(tensor.shape, np.dtype(np.float32)):
-        rows = read(tensor, first, last) if isinstance(tensor, TensorEntry) else read(first, last)
-        floats = rows.astype(np.float32) if isinstance(rows, np.ndarray) else dequantize(rows, tensor.scheme)
-        if not isinstance(tensor, TensorEntry) and tensor.order is not None:
-            ordered = np.empty_like(floats)
-            ordered[:, tensor.order] = floats
-            floats = ordered
-        yield floats
+        rows = read(first, last)
+        floats = rows if isinstance(rows, np.ndarray) else dequantize(rows, tensor.scheme)
+        yield floats if places is None else floats.take(places, axis=1)
 
 
 def _steps(shape: tuple[int, ...], dtype: np.dtype) -> Iterator[tuple[int, int]]:

@@ -1,22 +1,20 @@
 """What config.json and the weights say differently, settled as transformers settles it, each with a line in the log: the prefix of names, and whether
 there is a head beside the embedding."""
 import dataclasses
-import logging
 import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from tpllm.checkpoint.formats.module import FLOATS
+from tpllm.checkpoint.formats.matrix import FLOATS
 from tpllm.checkpoint.read import are_same_bytes
 from tpllm.checkpoint.safetensors import TensorEntry
+from tpllm.errors import log
 from tpllm.families.family import Family
 from tpllm.model.config import ModelConfig
 
 PREFIX = "model."
 _LAYER_OR_EXPERT, _NUMBER = re.compile(r"\{[ie]\}"), re.compile(r"(?<=\.)\d+(?=\.)")
-
-log = logging.getLogger("tpllm")
 
 
 def with_prefix(folder: Path, tensors: Mapping[str, TensorEntry], family: Family) -> Mapping[str, TensorEntry]:

@@ -2,14 +2,20 @@
 
 A file may be a symbolic link as long as it ends inside the folder. The hub's cache needs one exception, and only it gets one: a file of
 ``models--owner--name/snapshots/COMMIT`` may be a link into ``models--owner--name/blobs``.
+
+Whoever loads a model reads its small files here, and a recording notes the content of each: so what a model's fingerprint tells of is what was read,
+and no list of names forgets the next file. A file that was not there is none; once it is, it is one more.
 """
+import contextlib
+import contextvars
 import dataclasses
+import hashlib
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from tpllm.checkpoint.reads import note_read
 from tpllm.checkpoint.safetensors import open_regular, parse_json, read_exactly
 from tpllm.errors import CheckpointError
 
@@ -22,6 +28,7 @@ NOT_HUB_FILES = ("*/*", "consolidated*.safetensors")
 GGUF = ".gguf"
 _GGUF_PART = re.compile(r"-\d{5}-of-\d{5}\.gguf$")
 MAX_JSON_BYTES = 100_000_000
+_recording: contextvars.ContextVar["Reads | None"] = contextvars.ContextVar("recording", default=None)
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
 _HUB_HOST = re.compile(r"(https?://)?(hf\.co|huggingface\.co)/")  # as ollama and browsers write it before an id
 DEFAULT_KIND = "Q4_K_M"
@@ -149,6 +156,38 @@ def _roots(root: Path) -> list[Path]:
     return [root, blobs.resolve()] if blobs is not None and blobs.is_dir() else [root]
 
 
+class Reads:
+    """The SHA-256 of every small file that was read while this recorded."""
+
+    def __init__(self):
+        self._digests: dict[Path, str] = {}
+
+    @contextlib.contextmanager
+    def recording(self) -> Iterator[None]:
+        """While the block runs, note what this thread reads."""
+        token = _recording.set(self)
+        try:
+            yield
+        finally:
+            _recording.reset(token)
+
+    def note(self, path: Path, data: bytes) -> None:
+        """Note a file.
+
+        Raises:
+            CheckpointError: it was read before, and had another content.
+        """
+        digest = hashlib.sha256(data).hexdigest()
+        if self._digests.setdefault(Path(os.path.abspath(path)), digest) != digest:
+            raise CheckpointError(f"{path} changed while the model was loaded; load it again")
+
+    def below(self, folder: Path) -> dict[str, str]:
+        """The digests by names relative to a folder, in order; of a file elsewhere by its path."""
+        root = Path(os.path.abspath(folder))
+        return dict(sorted((path.relative_to(root).as_posix() if path.is_relative_to(root) else str(path), digest)
+                           for path, digest in self._digests.items()))
+
+
 def read_json(folder: Path, relative: str) -> dict[str, Any]:
     """A JSON object of a checkpoint's folder.
 
@@ -164,10 +203,8 @@ def read_small(folder: Path, relative: str) -> bytes:
     size = path.stat().st_size
     if size > MAX_JSON_BYTES:
         raise CheckpointError(f"{folder / relative} has {size} bytes; the limit for a file of text is {MAX_JSON_BYTES}")
-    fd = open_regular(path)
-    try:
-        data = read_exactly(fd, path, start=0, num_bytes=size)
-    finally:
-        os.close(fd)
-    note_read(folder / relative, data)
+    with open_regular(path) as file:
+        data = read_exactly(file, start=0, num_bytes=size)
+    if (recording := _recording.get()) is not None:
+        recording.note(folder / relative, data)
     return data

@@ -14,10 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from sharding_rules.axes import KV_HEADS, VOCAB
-from tpllm.checkpoint.formats.matrix import FileMatrix
 from tpllm.checkpoint.read import TensorReader
 from tpllm.checkpoint.source import read_json
-from tpllm.checkpoint.stored import RowReader
+from tpllm.checkpoint.stored import RowReader, StoredMatrix
 from tpllm.errors import CheckpointError
 from tpllm.model.config import ModelConfig
 from tpllm.model.params import DecoderParams, ParamSpec, named_leaves, param_specs
@@ -116,7 +115,7 @@ class StoreFormat:
         """The files that hold the weights, in order."""
         return sorted(path for path in (self._folder / WEIGHTS).rglob("*") if path.is_file())
 
-    def find(self, weight: str, shape: tuple[int, ...]) -> FileMatrix | None:
+    def find(self, weight: str, shape: tuple[int, ...]) -> StoredMatrix | None:
         """See :meth:`tpllm.checkpoint.stored.CheckpointFormat.find`."""
         if weight not in self._parameters:
             return None
@@ -128,7 +127,7 @@ class StoreFormat:
             raise CheckpointError(f"{self._folder / MANIFEST}: {weight}: {type(error).__name__}: {error}. Write the store again") from None
         order = self._read(weight, ORDER, (found[1],), np.dtype(np.int32)) if description.get("has_order") else None
         open_rows = self._open_dense(weight, found, description) if scheme is None else self._open_quantized(weight, found, scheme)
-        return FileMatrix((weight,), found, scheme, bits, order, open_rows)
+        return StoredMatrix((weight,), found, scheme, bits, order, open_rows)
 
     def _open_dense(self, weight: str, shape: tuple[int, ...], description: Mapping[str, Any]):
         def open_rows(reader: TensorReader) -> RowReader:

@@ -1,4 +1,5 @@
 """Quantized matrices as a checkpoint holds them: what the loader knows of a format."""
+import dataclasses
 from collections.abc import Callable
 from typing import Protocol
 
@@ -11,32 +12,33 @@ RowReader = Callable[[int, int], QuantizedRows | np.ndarray]
 """Gives rows [first, last) of a matrix, quantized as its scheme says, or float32 [n, K] where it has none; several threads call it."""
 
 
-class StoredMatrix(Protocol):
-    """One quantized matrix of a checkpoint.
+@dataclasses.dataclass(frozen=True, eq=False)
+class StoredMatrix:
+    """One quantized matrix of a checkpoint; other parameters that are no tensor's rows as they are, vectors too, are read by it as well.
 
     Attributes:
         names: of the tensors it is made of, for the list of those that nothing reads.
-        shape: (N, K).
-        scheme: how :meth:`open`'s rows are kept; None where no scheme holds what the file has, so that they come dequantized: float32 [n, K].
+        shape: (N, K), or (N,) of a vector.
+        scheme: how rows are kept; None where no scheme holds what the file has, so that they come dequantized: float32 [n, K].
         bits_per_weight: what it takes in the file, scales included.
         order: int32 [K], the input that each column of the rows belongs to, where a file sorted them by group (GPTQ's activation order:
             Frantar et al. 2022, arXiv:2210.17323); None where column k is input k.
-        kind: what the file keeps it as, for ``tpllm inspect``: the scheme's name, ``"dequantized"``, or a dtype of floats.
+        open: reads what all rows need (small scales, or all of a matrix that the file holds transposed), which lives as long as the result. It raises
+            ``CheckpointError`` where the file cannot be read, or holds values that cannot be.
+        kind: what the file keeps it as, for ``tpllm inspect``: by default the scheme's name or ``"dequantized"``; or a dtype of floats.
     """
 
     names: tuple[str, ...]
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
     scheme: Scheme | None
     bits_per_weight: float
     order: np.ndarray | None
-    kind: str
+    open: Callable[[TensorReader], RowReader]
+    kind: str = ""
 
-    def open(self, reader: TensorReader) -> RowReader:
-        """Read what all rows need (small scales, or all of a matrix that the file holds transposed); it lives as long as the result.
-
-        Raises:
-            CheckpointError: the file cannot be read, or holds values that cannot be.
-        """
+    def __post_init__(self) -> None:
+        if not self.kind:
+            object.__setattr__(self, "kind", "dequantized" if self.scheme is None else self.scheme.name)
 
 
 class CheckpointFormat(Protocol):

@@ -1,18 +1,17 @@
 """Gemma 2: Gemma with norms before and after each sublayer, soft caps, and a sliding window in every other layer."""
+from tpllm.families import llama
 from tpllm.families.family import Family
-from tpllm.families.fields import flag, optional_number, positive, positive_number
-from tpllm.families.hf_config import activation, decoder_config, layer_types, refuse_bidirectional, sliding_windows
-from tpllm.families.llama import DEFAULTS as LLAMA_DEFAULTS
-from tpllm.families.llama import WEIGHT_NAMES as LLAMA_NAMES
+from tpllm.families.fields import optional_number, positive, positive_number
+from tpllm.families.hf_config import activation, attention_biases, decoder_config, layer_types, refuse_bidirectional, sliding_windows
 
 DEFAULTS = {
-    **LLAMA_DEFAULTS, "vocab_size": 256000, "hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26, "num_attention_heads": 8,
+    **llama.DEFAULTS, "vocab_size": 256000, "hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26, "num_attention_heads": 8,
     "num_key_value_heads": 4, "head_dim": 256, "hidden_activation": "gelu_pytorch_tanh", "max_position_embeddings": 8192, "tie_word_embeddings": True,
     "query_pre_attn_scalar": 256, "sliding_window": 4096, "layer_types": None, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0,
     "use_bidirectional_attention": None,
 }
 WEIGHT_NAMES = {
-    **LLAMA_NAMES,
+    **llama.WEIGHT_NAMES,
     "layers.{i}.attn_post_norm": "model.layers.{i}.post_attention_layernorm.weight",
     "layers.{i}.mlp_norm": "model.layers.{i}.pre_feedforward_layernorm.weight",
     "layers.{i}.mlp_post_norm": "model.layers.{i}.post_feedforward_layernorm.weight",
@@ -27,10 +26,9 @@ def read_config(hf):
 
 def features(hf):
     """What Gemma 2 and 3 have in common."""
-    has_bias = flag(hf, "attention_bias")
     return {
-        "activation": activation(hf, "hidden_activation"), "norm_offset": 1.0, "embedding_multiplier": positive(hf, "hidden_size") ** 0.5,
-        "has_post_norm": True, "has_qkv_bias": has_bias, "has_output_bias": has_bias,
+        **attention_biases(hf), "activation": activation(hf, "hidden_activation"), "norm_offset": 1.0,
+        "embedding_multiplier": positive(hf, "hidden_size") ** 0.5, "has_post_norm": True,
         "attention_scale": positive_number(hf, "query_pre_attn_scalar") ** -0.5, "logit_softcap": optional_number(hf, "final_logit_softcapping"),
     }
 

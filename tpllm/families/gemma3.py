@@ -1,15 +1,14 @@
 """Gemma 3, text: Gemma 2 with query and key norms instead of the soft cap of scores (transformers reads attn_logit_softcapping and does not use it),
 five sliding layers to a full one, and a rope rule for each kind of layer."""
 from tpllm.errors import ConfigError, short
+from tpllm.families import gemma2
 from tpllm.families.family import Family
 from tpllm.families.fields import positive, positive_number
-from tpllm.families.gemma2 import DEFAULTS as GEMMA2_DEFAULTS
-from tpllm.families.gemma2 import WEIGHT_NAMES, features
 from tpllm.families.hf_config import FULL, SLIDING, decoder_config, layer_types, refuse_bidirectional, sliding_windows
 from tpllm.families.rope import rope_from_hf
 
 DEFAULTS = {
-    **GEMMA2_DEFAULTS, "vocab_size": 262208, "max_position_embeddings": 131072, "final_logit_softcapping": None, "sliding_window_pattern": 6,
+    **gemma2.DEFAULTS, "vocab_size": 262208, "max_position_embeddings": 131072, "final_logit_softcapping": None, "sliding_window_pattern": 6,
     "rope_theta": 1e6, "rope_local_base_freq": 1e4, "use_bidirectional_attention": False,
 }
 
@@ -20,7 +19,7 @@ def read_config(hf):
     ropes = {kind: rope_from_hf({**hf, "rope_scaling": None, "rope_parameters": rule})[0] for kind, rule in rules.items()}
     return decoder_config({**hf, "rope_scaling": None, "rope_parameters": rules[FULL]}, has_qk_norm=True,
                           layer_windows=sliding_windows(hf, kinds), layer_ropes=tuple(ropes[kind] for kind in kinds),
-                          max_position=positive(hf, "max_position_embeddings"), **features(hf))
+                          max_position=positive(hf, "max_position_embeddings"), **gemma2.features(hf))
 
 
 def _rules(hf):
@@ -36,4 +35,4 @@ def _rules(hf):
             for kind, theta, rule in ((FULL, "rope_theta", {**full, **scaling}), (SLIDING, "rope_local_base_freq", sliding))}
 
 
-FAMILY = Family("Gemma3", ("Gemma3ForCausalLM",), read_config, WEIGHT_NAMES, model_type="gemma3_text", defaults=DEFAULTS)
+FAMILY = Family("Gemma3", ("Gemma3ForCausalLM",), read_config, gemma2.WEIGHT_NAMES, model_type="gemma3_text", defaults=DEFAULTS)

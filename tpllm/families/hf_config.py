@@ -2,11 +2,10 @@
 
 What is read has every key of the family's ``defaults``; a null is what the file says, and not the same as a key that is left out.
 """
-import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from tpllm.errors import ConfigError, short
+from tpllm.errors import ConfigError, log, short
 from tpllm.families.fields import count, flag, optional_count, positive, positive_number
 from tpllm.families.rope import check_rotary_dims, rope_from_hf
 from tpllm.model.config import ModelConfig
@@ -15,8 +14,6 @@ ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_new": "gel
                "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu"}
 SLIDING, FULL = "sliding_attention", "full_attention"
 MOST_LAYERS, MOST_EXPERTS = 10_000, 4096
-
-log = logging.getLogger("tpllm")
 
 
 def decoder_config(hf: Mapping[str, Any], **features) -> ModelConfig:
@@ -58,6 +55,11 @@ def activation(hf: Mapping[str, Any], name: str) -> str:
     if not isinstance(value, str) or value not in ACTIVATIONS:
         raise ConfigError(f"config.json: unknown {name} {short(value)}; known: {', '.join(ACTIVATIONS)}")
     return ACTIVATIONS[value]
+
+
+def attention_biases(hf: Mapping[str, Any]) -> dict[str, bool]:
+    """The fields of :class:`.ModelConfig` that say where attention adds biases, for models in which ``attention_bias`` says it of all projections."""
+    return dict.fromkeys(("has_qkv_bias", "has_output_bias"), flag(hf, "attention_bias"))
 
 
 def layer_types(hf: Mapping[str, Any], *, slides: Callable[[int], bool]) -> list[str]:

@@ -1,7 +1,7 @@
 """Llama 2, 3, 3.1, 3.2, 3.3, Code Llama, TinyLlama and everything saved as ``LlamaForCausalLM``."""
 from tpllm.families.family import Family
 from tpllm.families.fields import flag
-from tpllm.families.hf_config import decoder_config
+from tpllm.families.hf_config import attention_biases, decoder_config
 
 WEIGHT_NAMES = {
     "embed": "model.embed_tokens.weight",
@@ -36,8 +36,7 @@ DEFAULTS = {
 
 
 def read_config(hf):
-    has_bias = flag(hf, "attention_bias")
-    return decoder_config(hf, has_qkv_bias=has_bias, has_output_bias=has_bias, has_mlp_bias=flag(hf, "mlp_bias"))
+    return decoder_config(hf, **attention_biases(hf), has_mlp_bias=flag(hf, "mlp_bias"))
 
 
 FAMILY = Family("Llama", ("LlamaForCausalLM",), read_config, WEIGHT_NAMES, model_type="llama", defaults=DEFAULTS)

@@ -1,12 +1,11 @@
 """Mixtral: Mistral's attention, and experts in every layer."""
+from tpllm.families import llama, mistral
 from tpllm.families.family import Family
 from tpllm.families.hf_config import decoder_config, expert_features, window_everywhere
-from tpllm.families.llama import WEIGHT_NAMES as LLAMA_NAMES
-from tpllm.families.mistral import DEFAULTS as MISTRAL_DEFAULTS
 
-DEFAULTS = {**MISTRAL_DEFAULTS, "rms_norm_eps": 1e-5, "rope_theta": 1e6, "sliding_window": None, "num_local_experts": 8, "num_experts_per_tok": 2}
+DEFAULTS = {**mistral.DEFAULTS, "rms_norm_eps": 1e-5, "rope_theta": 1e6, "sliding_window": None, "num_local_experts": 8, "num_experts_per_tok": 2}
 WEIGHT_NAMES = {
-    **LLAMA_NAMES,
+    **llama.WEIGHT_NAMES,
     "layers.{i}.mlp.router": "model.layers.{i}.block_sparse_moe.gate.weight",
     "layers.{i}.mlp.experts.gate": "model.layers.{i}.block_sparse_moe.experts.{e}.w1.weight",
     "layers.{i}.mlp.experts.up": "model.layers.{i}.block_sparse_moe.experts.{e}.w3.weight",

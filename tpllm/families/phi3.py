@@ -1,15 +1,14 @@
 """Phi-3, Phi-3.5, Phi-4 and Phi-4-mini: Llama's layout with fused projections, longrope, and a part of each head rotated."""
+from tpllm.families import llama
 from tpllm.families.family import Family
 from tpllm.families.hf_config import decoder_config, window_everywhere
-from tpllm.families.llama import DEFAULTS as LLAMA_DEFAULTS
-from tpllm.families.llama import WEIGHT_NAMES as LLAMA_NAMES
 
 DEFAULTS = {
-    **LLAMA_DEFAULTS, "vocab_size": 32064, "hidden_size": 3072, "intermediate_size": 8192, "max_position_embeddings": 4096,
+    **llama.DEFAULTS, "vocab_size": 32064, "hidden_size": 3072, "intermediate_size": 8192, "max_position_embeddings": 4096,
     "original_max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "sliding_window": None,
 }
 WEIGHT_NAMES = {
-    **LLAMA_NAMES,
+    **llama.WEIGHT_NAMES,
     **{f"layers.{{i}}.attn.{name}": "model.layers.{i}.self_attn.qkv_proj.weight" for name in ("q", "k", "v")},
     **{f"layers.{{i}}.mlp.{name}": "model.layers.{i}.mlp.gate_up_proj.weight" for name in ("gate", "up")},
 }

@@ -1,16 +1,15 @@
 """Qwen1.5-MoE and Qwen2 with experts: Qwen2's attention, and beside the routed experts one that every token goes through."""
+from tpllm.families import qwen3_moe
 from tpllm.families.family import Family
 from tpllm.families.fields import count, flag, positive
 from tpllm.families.hf_config import decoder_config, expert_features, sparse_layers, windows_if_used
-from tpllm.families.qwen3_moe import DEFAULTS as QWEN3_MOE_DEFAULTS
-from tpllm.families.qwen3_moe import WEIGHT_NAMES as EXPERT_NAMES
 
 DEFAULTS = {
-    **QWEN3_MOE_DEFAULTS, "intermediate_size": 5632, "num_attention_heads": 16, "num_key_value_heads": 16, "num_experts": 60,
+    **qwen3_moe.DEFAULTS, "intermediate_size": 5632, "num_attention_heads": 16, "num_key_value_heads": 16, "num_experts": 60,
     "num_experts_per_tok": 4, "moe_intermediate_size": 1408, "shared_expert_intermediate_size": 5632, "qkv_bias": True,
 }
 WEIGHT_NAMES = {
-    **EXPERT_NAMES,
+    **qwen3_moe.WEIGHT_NAMES,
     **{f"layers.{{i}}.mlp.shared.{name}": f"model.layers.{{i}}.mlp.shared_expert.{name}_proj.weight" for name in ("gate", "up", "down")},
     "layers.{i}.mlp.shared_gate": "model.layers.{i}.mlp.shared_expert_gate.weight",
 }

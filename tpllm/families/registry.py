@@ -1,9 +1,8 @@
 """Which family opens which checkpoint."""
-import logging
 from collections.abc import Mapping
 from typing import Any
 
-from tpllm.errors import ConfigError, short
+from tpllm.errors import ConfigError, log, short
 from tpllm.families import (
     gemma,
     gemma2,
@@ -30,8 +29,6 @@ FAMILIES: tuple[Family, ...] = tuple(module.FAMILY for module in (
 
 HEADLESS = "Model"
 """How the names of architectures without a head end, such as ``LlamaModel``: their weights are a decoder's."""
-
-log = logging.getLogger("tpllm")
 
 
 def find_family(hf: Mapping[str, Any]) -> Family:

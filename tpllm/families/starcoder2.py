@@ -1,17 +1,16 @@
 """StarCoder2: LayerNorm, an MLP without a gate, biases everywhere, a sliding window in every layer."""
+from tpllm.families import llama
 from tpllm.families.family import Family
 from tpllm.families.fields import flag, positive_number
 from tpllm.families.hf_config import decoder_config, window_everywhere
-from tpllm.families.llama import DEFAULTS as LLAMA_DEFAULTS
-from tpllm.families.llama import WEIGHT_NAMES as LLAMA_NAMES
 
 DEFAULTS = {
-    **LLAMA_DEFAULTS, "vocab_size": 49152, "hidden_size": 3072, "intermediate_size": 12288, "num_hidden_layers": 30, "num_attention_heads": 24,
+    **llama.DEFAULTS, "vocab_size": 49152, "hidden_size": 3072, "intermediate_size": 12288, "num_hidden_layers": 30, "num_attention_heads": 24,
     "num_key_value_heads": 2, "hidden_act": "gelu_pytorch_tanh", "max_position_embeddings": 4096, "tie_word_embeddings": True, "norm_epsilon": 1e-5,
     "use_bias": True, "sliding_window": None,
 }
 WEIGHT_NAMES = {
-    **LLAMA_NAMES,
+    **llama.WEIGHT_NAMES,
     "layers.{i}.attn_norm_bias": "model.layers.{i}.input_layernorm.bias",
     "layers.{i}.mlp_norm_bias": "model.layers.{i}.post_attention_layernorm.bias",
     "layers.{i}.mlp.up": "model.layers.{i}.mlp.c_fc.weight",

@@ -133,14 +133,11 @@ class ModelConfig:
     partition: Partition = ONE_DEVICE
 
     def __post_init__(self):
-        if not self.layer_windows:
-            object.__setattr__(self, "layer_windows", (None,) * self.num_layers)
-        if not self.layer_ropes:
-            object.__setattr__(self, "layer_ropes", (self.rope,) * self.num_layers)
-        if not self.sparse_layers:
-            object.__setattr__(self, "sparse_layers", (self.num_experts > 0,) * self.num_layers)
-        if not self.padded_vocab_size:
-            object.__setattr__(self, "padded_vocab_size", self.vocab_size)
+        of_layers = {"layer_windows": None, "layer_ropes": self.rope, "sparse_layers": self.num_experts > 0}
+        defaults = {name: (value,) * self.num_layers for name, value in of_layers.items()} | {"padded_vocab_size": self.vocab_size}
+        for name, value in defaults.items():
+            if not getattr(self, name):
+                object.__setattr__(self, name, value)
 
     @property
     def layer_groups(self) -> tuple[str, ...]:

@@ -13,8 +13,7 @@ from tpllm import ops
 from tpllm.model.attention import attention
 from tpllm.model.config import ModelConfig
 from tpllm.model.kv_cache import KVCache
-from tpllm.model.mlp import mlp
-from tpllm.model.moe import moe
+from tpllm.model.mlp import mlp, moe
 from tpllm.model.params import DecoderParams, LayerParams, MoeParams
 from tpllm.model.rope import rope_tables
 from tpllm.weights.linear import linear, lookup

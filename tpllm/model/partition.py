@@ -1,15 +1,13 @@
 """Fitting a model to a mesh: repeated KV heads, padded vocabulary, and what stays replicated."""
 import dataclasses
-import logging
 
 from jax.sharding import Mesh
 
 from sharding_rules import Partition, Rules, ShardingError
 from sharding_rules.axes import EXPERTS, HEADS, KV_HEADS, VOCAB
+from tpllm.errors import log
 from tpllm.model.config import ModelConfig
 from tpllm.model.params import param_shardings
-
-log = logging.getLogger("tpllm")
 
 
 def fit_to_mesh(config: ModelConfig, mesh: Mesh, rules: Rules) -> ModelConfig:
@@ -30,7 +28,7 @@ def fit_to_mesh(config: ModelConfig, mesh: Mesh, rules: Rules) -> ModelConfig:
         rules, num_shards = rules.without(HEADS, KV_HEADS), 1
     partition = Partition(mesh, rules)
     fitted = dataclasses.replace(config, partition=partition, kv_repeat=kv_repeat(config.num_heads, config.num_kv_heads, num_shards),
-                                 padded_vocab_size=_round_up(config.vocab_size, partition.size(VOCAB)))
+                                 padded_vocab_size=-(-config.vocab_size // partition.size(VOCAB)) * partition.size(VOCAB))
     param_shardings(fitted)
     return fitted
 
@@ -45,7 +43,3 @@ def largest_tensor_axis(config: ModelConfig, num_devices: int) -> int:
     """The most devices, up to ``num_devices``, over which heads and MLP of ``config`` can be cut evenly."""
     sizes = (config.num_heads, config.intermediate_size, config.expert_size, config.shared_expert_size)
     return next(tp for tp in range(num_devices, 0, -1) if all(size % tp == 0 for size in sizes))
-
-
-def _round_up(value: int, multiple: int) -> int:
-    return -(-value // multiple) * multiple

@@ -65,10 +65,9 @@ def chat_prompt(given: Mapping[str, Any]) -> Prompt:
     variables = given.get("chat_template_kwargs", {})
     if not isinstance(variables, Mapping):
         raise ApiError(f"chat_template_kwargs is {shortened(variables)}; it must be an object", param="chat_template_kwargs", code="invalid_type")
-    if "add_generation_prompt" in given:
-        if not isinstance(given["add_generation_prompt"], bool):
-            raise ApiError(f"add_generation_prompt is {shortened(given['add_generation_prompt'])}; it must be true or false",
-                           param="add_generation_prompt", code="invalid_type")
+    if not isinstance(given.get("add_generation_prompt", True), bool):
+        raise ApiError(f"add_generation_prompt is {shortened(given['add_generation_prompt'])}; it must be true or false",
+                       param="add_generation_prompt", code="invalid_type")
     prompt = {"messages": [_with_parsed_arguments(message, f"messages[{index}]") for index, message in enumerate(messages)]}
     options = {"template_kwargs": variables, "tools": _tools(given), "add_generation_prompt": given.get("add_generation_prompt")}
     return {**prompt, **{name: value for name, value in options.items() if value not in (None, {}, [])}}

@@ -7,7 +7,6 @@ its bytes a message takes a time for each hop from one end of the group to the o
 import collections
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 
@@ -39,10 +38,6 @@ class Exchange:
     count: int
     num_bytes: int
     seconds: float | None
-
-    def entry(self) -> dict[str, Any]:
-        """JSON-able."""
-        return dataclasses.asdict(self)
 
 
 def exchanges_of(program: ProgramFacts, mesh_devices: Sequence[jax.Device], all_devices: Sequence[jax.Device]) -> list[Exchange]:

@@ -1,5 +1,6 @@
 """A plan as a page: one HTML file with its pictures in it."""
 import html
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -47,9 +48,7 @@ def _memory(report: dict[str, Any]) -> str:
 def _split(report: dict[str, Any]) -> str:
     """A row of devices for each data group: a device's share of every cut matrix is its own colored part."""
     sizes = dict(part.split("=") for part in report["plan"]["mesh"].split(","))
-    num_groups, width = int(sizes.pop("dp", 1)), 1
-    for size in sizes.values():
-        width *= int(size)
+    num_groups, width = int(sizes.pop("dp", 1)), math.prod(map(int, sizes.values()))
     cells = [_cell(group, index, width) for group in range(num_groups) for index in range(width)]
     words = f"{num_groups} data group{'s' if num_groups > 1 else ''} of {width} device{'s' if width > 1 else ''}: each group has all weights and "\
             "its own rows, each device of it the colored part of every cut matrix and of the heads"

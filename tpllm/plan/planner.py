@@ -103,12 +103,10 @@ def rows_that_fit(compiled: Compiled, room: int) -> int:
 
 def _step_bytes_of_a_row(setup: Setup) -> float:
     """By how much each row lets the temporaries of a decode step grow."""
-    config = setup.config
-    first = {name: getattr(config, name)[:SAMPLE_LAYERS] for name in ("layer_windows", "layer_ropes", "sparse_layers")}
-    setup = dataclasses.replace(setup, config=dataclasses.replace(config, num_layers=min(SAMPLE_LAYERS, config.num_layers), **first))
+    setup = dataclasses.replace(setup, config=setup.config.slice(0, SAMPLE_LAYERS))
     once, twice = (_with_rows(setup, times * setup.shapes.max_num_seqs) for times in (1, 2))
     fewer, more = compile_all([_lower(sample, "decode") for sample in (once, twice)])
-    return max(0.0, (more.temporary_bytes - fewer.temporary_bytes) / (setup.shapes.max_num_seqs / config.partition.size(BATCH)))
+    return max(0.0, (more.temporary_bytes - fewer.temporary_bytes) / (setup.shapes.max_num_seqs / setup.config.partition.size(BATCH)))
 
 
 def _with_rows(setup: Setup, num_seqs: int) -> Setup:
@@ -171,7 +169,7 @@ def _subject(setup: Setup) -> dict[str, Any]:
 def _program(setup: Setup, program: ProgramFacts) -> dict[str, Any]:
     exchanges = exchanges_of(program, list(setup.config.partition.mesh.devices.flat), setup.devices)
     return {"temporary_bytes": program.temporary_bytes, "num_aliased": program.num_aliased, "exchange_s": total_seconds(exchanges),
-            "exchanged_bytes": sum(one.num_bytes * one.count for one in exchanges), "collectives": [one.entry() for one in exchanges]}
+            "exchanged_bytes": sum(one.num_bytes * one.count for one in exchanges), "collectives": list(map(dataclasses.asdict, exchanges))}
 
 
 def _speed(setup: Setup, programs: dict[str, Any]) -> dict[str, Any]:

@@ -1,13 +1,11 @@
 """Tokens that files beside tokenizer.json hold: tokenizer_config.json, special_tokens_map.json and added_tokens.json."""
-import logging
 
 import tokenizers
 
+from tpllm.errors import log
 from tpllm.tokenizer.backend import border
 from tpllm.tokenizer.folder import TokenizerFolder
 from tpllm.tokenizer.token_files import SPECIAL_NAMES, text_of
-
-log = logging.getLogger("tpllm")
 
 
 def add_missing_tokens(library: tokenizers.Tokenizer, folder: TokenizerFolder) -> tuple[frozenset[int], frozenset[int]]:

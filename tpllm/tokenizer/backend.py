@@ -1,6 +1,4 @@
 """The tokenizers library behind a border: it is written in Rust, and what panics there passes every ``except Exception``."""
-from __future__ import annotations
-
 import contextlib
 import functools
 import json
@@ -64,22 +62,14 @@ class Backend:
         with border("the tokenizer fails on token ids"):
             return self.rust.decode(list(token_ids), skip_special_tokens=False)
 
-    def piece(self, token_id: int) -> str | None:
-        """A token as the vocabulary writes it."""
-        return self.rust.id_to_token(token_id)
-
-    def token_id(self, piece: str) -> int | None:
-        """Its id."""
-        return self.rust.token_to_id(piece)
-
     @functools.cached_property
-    def plain(self) -> Backend:
+    def plain(self) -> "Backend":
         """One that takes special-token text as plain text. It is a second tokenizer, because the attribute cannot be changed while another thread
         encodes."""
         return self._copy(self._json)
 
     @functools.cached_property
-    def following(self) -> Backend:
+    def following(self) -> "Backend":
         """As :attr:`plain`, for a text that is not the start of a prompt: SentencePiece's space goes before the first word of a prompt only."""
         return self._copy(self._json.replace('"prepend_scheme":"first"', '"prepend_scheme":"never"'))
 
@@ -94,7 +84,7 @@ class Backend:
             token["special"] = token["special"] or token["id"] in self._guarded_ids
         return json.dumps(root, ensure_ascii=False, separators=(",", ":"))
 
-    def _copy(self, text: str) -> Backend:
+    def _copy(self, text: str) -> "Backend":
         with border("the tokenizer cannot be copied"):
             copy = tokenizers.Tokenizer.from_str(text)
             copy.encode_special_tokens = True

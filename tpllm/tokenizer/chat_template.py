@@ -1,12 +1,11 @@
 """Chat templates: Jinja as Hugging Face writes it, in a sandbox."""
 import functools
-import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import jinja2
 
-from tpllm.errors import MAX_SHOWN, PromptError, TokenizerError, short
+from tpllm.errors import MAX_SHOWN, PromptError, TokenizerError, log, short
 from tpllm.tokenizer.folder import DEFAULT_TEMPLATE
 from tpllm.tokenizer.messages import joined_parts
 from tpllm.tokenizer.template_compiler import compile_template, parse_template
@@ -15,8 +14,6 @@ from tpllm.tokenizer.tool_arguments import ArgumentForms, find_forms
 from tpllm.tokenizer.traced_text import TracedText
 
 TOOL_TEMPLATE = "tool_use"
-
-log = logging.getLogger("tpllm")
 
 
 class ChatTemplate:

@@ -3,11 +3,11 @@
 A tokenizer's decoder maps the list of a completion's token texts to a list of texts that are then joined. Each stage here is one such map,
 fed piece by piece. A decoder whose result a later piece can always change is not streamed: it gives everything at the end.
 """
+import abc
 import codecs
 import functools
 import json
 import re
-from typing import Protocol
 
 from tokenizers import decoders
 
@@ -21,17 +21,19 @@ CLEANED_UP = ((" .", "."), (" ?", "?"), (" !", "!"), (" ,", ","), (" ' ", "'"), 
 """What ``clean_up_tokenization_spaces`` replaces, in this order."""
 
 
-class Stage(Protocol):
+class Stage(abc.ABC):
     """One map over the pieces of a text."""
 
+    @abc.abstractmethod
     def push(self, piece: str) -> list[str]:
         """Take one piece, give the pieces that are now certain."""
 
     def finish(self) -> list[str]:
-        """Give the rest; no piece follows."""
+        """Give the rest, which is nothing where no piece is held back; no piece follows."""
+        return []
 
 
-class ByPiece:
+class ByPiece(Stage):
     """A decoder that looks at one piece, and at whether it is the first."""
 
     def __init__(self, decoder: decoders.Decoder, *, treats_first_apart: bool):
@@ -42,11 +44,8 @@ class ByPiece:
         self.is_first = False
         return [self.decoder.decode(pieces)]
 
-    def finish(self) -> list[str]:
-        return []
 
-
-class Spaced:
+class Spaced(Stage):
     """No decoder at all: pieces are joined with spaces."""
 
     is_first = True
@@ -56,11 +55,8 @@ class Spaced:
         self.is_first = False
         return [text]
 
-    def finish(self) -> list[str]:
-        return []
 
-
-class SuffixedWords:
+class SuffixedWords(Stage):
     """``BPEDecoder``: the suffix ends a word, and gives a space unless the piece is the last one."""
 
     def __init__(self, decoder: decoders.Decoder):
@@ -74,7 +70,7 @@ class SuffixedWords:
         return [] if self.held is None else [self.decoder.decode([self.held])]
 
 
-class ByteFallback:
+class ByteFallback(Stage):
     """A run of byte tokens is UTF-8 as a whole, or one replacement character for each of its bytes: it is certain only when it ends."""
 
     def __init__(self):
@@ -94,7 +90,7 @@ class ByteFallback:
             return ["\ufffd"] * len(run)
 
 
-class ByteLevel:
+class ByteLevel(Stage):
     """Characters stand for bytes (GPT-2's table); a piece that holds any other character is its own UTF-8."""
 
     def __init__(self):
@@ -111,7 +107,7 @@ class ByteLevel:
         return [self.utf8.decode(b"", final=True)]
 
 
-class LeadingStrip:
+class LeadingStrip(Stage):
     """``Strip`` on the joined text: takes at most ``count`` of one character off its start."""
 
     def __init__(self, character: str, count: int):
@@ -125,11 +121,8 @@ class LeadingStrip:
             piece, self.left = piece[1:], self.left - 1
         return [piece]
 
-    def finish(self) -> list[str]:
-        return []
 
-
-class Replaced:
+class Replaced(Stage):
     """``str.replace`` on the joined text: an end that may begin what is replaced is held back."""
 
     def __init__(self, old: str, new: str):
@@ -146,7 +139,7 @@ class Replaced:
         return [held]
 
 
-class Whole:
+class Whole(Stage):
     """Decoders that cannot be streamed: all of it at the end."""
 
     def __init__(self, decoder: decoders.Decoder, *, is_joined: bool):

@@ -1,6 +1,4 @@
 """Token ids to text as they come."""
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -21,7 +19,7 @@ class Detokenizer:
         skip_special_tokens: leave special tokens out.
     """
 
-    def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool = True):
+    def __init__(self, tokenizer: "Tokenizer", *, skip_special_tokens: bool = True):
         self._tokenizer = tokenizer
         self._skipped = tokenizer.special_ids if skip_special_tokens else frozenset()
         self._stages = tokenizer.make_decoder_stages()

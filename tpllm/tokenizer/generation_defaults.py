@@ -1,11 +1,9 @@
 """What generation_config.json and config.json say of generating: the ids that end a text, and sampling values."""
-from __future__ import annotations
-
 import dataclasses
 import math
 import pathlib
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Self
 
 from tpllm.errors import TokenizerError, short
 from tpllm.tokenizer.folder import read_object, token_ids
@@ -29,7 +27,7 @@ class GenerationDefaults:
     sampling: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @classmethod
-    def from_folder(cls, path: pathlib.Path) -> GenerationDefaults:
+    def from_folder(cls, path: pathlib.Path) -> Self:
         """Of a Hugging Face folder, whose tokenizer is not read.
 
         Raises:

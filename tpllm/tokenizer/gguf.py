@@ -1,8 +1,5 @@
 """The tokenizer that a GGUF file holds (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, "Tokenizer"), cut as llama.cpp cuts."""
-from __future__ import annotations
-
 import dataclasses
-import logging
 from collections.abc import Sequence
 
 import numpy as np
@@ -10,7 +7,7 @@ import tokenizers
 from tokenizers import decoders, models, normalizers, processors
 
 from tpllm.checkpoint.gguf.header import GgufFile
-from tpllm.errors import TokenizerError, short
+from tpllm.errors import TokenizerError, log, short
 from tpllm.tokenizer.backend import border
 from tpllm.tokenizer.folder import DEFAULT_TEMPLATE, TokenizerFolder
 from tpllm.tokenizer.generation_defaults import GenerationDefaults
@@ -29,8 +26,6 @@ SENTENCEPIECE_IDS = {"bos": 1, "eos": 2, "unknown": 0}
 """Where a file does not name them."""
 UNSTRIPPED = ("<unk>", "<s>", "<|endoftext|>")
 SPACE, MAX_SPLITS = "\u2581", 20_000_000
-
-log = logging.getLogger("tpllm")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,8 +2,6 @@
 
 There a token may be said to be special in many places, and some are read before others; which goes before which decides what a text is cut into.
 """
-from __future__ import annotations
-
 import dataclasses
 import pathlib
 from collections.abc import Mapping

@@ -4,14 +4,12 @@ BOS stands once at the start of an encoded prompt if tokenizer.json's post-proce
 what a chat template renders is encoded as it is, because templates write their own BOS. Special-token text in a prompt is read as special tokens, as
 in transformers; in the strings of a chat it is text like any other unless ``parse_special`` is set.
 """
-from __future__ import annotations
-
 import copy
 import dataclasses
 import functools
 import pathlib
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Self
 
 import tokenizers
 
@@ -70,7 +68,7 @@ class Tokenizer(TransformersNames):
             self.make_decoder_stages()
 
     @classmethod
-    def from_folder(cls, path: pathlib.Path) -> Tokenizer:
+    def from_folder(cls, path: pathlib.Path) -> Self:
         """The tokenizer of a Hugging Face folder.
 
         Raises:
@@ -94,7 +92,7 @@ class Tokenizer(TransformersNames):
         """Sampling values that the model's files recommend, named as in ``SamplingParams``."""
         return self.generation.sampling
 
-    def with_template(self, template: str) -> Tokenizer:
+    def with_template(self, template: str) -> "Tokenizer":
         """The same tokenizer with another chat template."""
         other = copy.copy(self)
         other._folder = dataclasses.replace(self._folder, templates={DEFAULT_TEMPLATE: template})
@@ -167,11 +165,11 @@ class Tokenizer(TransformersNames):
 
     def piece(self, token_id: int) -> str | None:
         """A token as the vocabulary writes it, None for an id outside of it."""
-        return self._backend.piece(token_id) if 0 <= token_id < self.vocab_size else None
+        return self._backend.rust.id_to_token(token_id) if 0 <= token_id < self.vocab_size else None
 
     def token_id(self, piece: str) -> int | None:
         """Id of a token as the vocabulary writes it; for others that of the unknown token, or None."""
-        found = self._backend.token_id(piece)
+        found = self._backend.rust.token_to_id(piece)
         return self._unk_id if found is None else found
 
     def token_text(self, token_id: int) -> str:
@@ -189,7 +187,7 @@ class Tokenizer(TransformersNames):
         """Id of a named special token; config.json is asked only where no file names the tokenizer's tokens."""
         names = self._folder.tokens.texts()
         if name in names:
-            return self._backend.token_id(names[name])
+            return self._backend.rust.token_to_id(names[name])
         ids = [] if self._folder.settings or names else self._folder.configured_ids(f"{name}_id")
         return ids[0] if ids else None
 

@@ -1,14 +1,13 @@
 """Weights for the native kernels of CPUs: the layout of csrc/kernels.h, made once at load, block by block."""
 import dataclasses
 import enum
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, ClassVar, Self
 
 import jax
 import numpy as np
 from flax import struct
 
-from pallas_kernels.gated_mlp import Activation
 from sharding_rules import Partition
 from tpllm.native import library
 from tpllm.weights import native_products as products
@@ -17,7 +16,6 @@ from tpllm.weights.quantize import SCHEMES
 from tpllm.weights.regroup import fit_groups
 from tpllm.weights.scheme import QuantizedRows, Scheme, widened
 from tpllm.weights.sharded import ShardedWeight
-from tpllm.weights.weight import Biases
 
 BLOCK = 32
 """Outputs of a block, and inputs of a unit."""
@@ -186,21 +184,9 @@ class NativeWeight(ShardedWeight):
         return [int(layout.format), *layout.shard_shape, group, super_group, layout.zero, int(quantizes_input),
                 *(int(getattr(self, name) is not None) for name in self.ARRAYS[1:]), int(has_bias)]
 
-    @classmethod
-    def shard_matmul(cls, x_D: jax.Array, weights: Sequence[Self], biases: Biases, dtype: Any) -> tuple[jax.Array, ...]:
-        """See ``tpllm.weights.native_products.linear``."""
-        return products.linear(x_D, weights, biases, dtype)
-
-    @classmethod
-    def shard_gated_mlp(cls, x_BTD: jax.Array, weights: tuple[Self, Self, Self], biases: Biases, activation: Activation) -> jax.Array:
-        """See ``tpllm.weights.native_products.gated_mlp``."""
-        return products.gated_mlp(x_BTD, *weights, biases, activation=activation)
-
-    @classmethod
-    def expert_mlps(cls, x_SD: jax.Array, counts_E: jax.Array, weights: tuple[Self, Self, Self], biases: Biases, *, activation: Activation,
-                    inner_size: int) -> jax.Array:
-        """See ``tpllm.weights.native_products.expert_mlps``."""
-        return products.expert_mlps(x_SD, counts_E, *weights, biases, activation=activation, inner_size=inner_size)
+    shard_matmul = staticmethod(products.linear)
+    shard_gated_mlp = staticmethod(products.gated_mlp)
+    expert_mlps = staticmethod(products.expert_mlps)
 
     def shard_lookup(self, tokens: jax.Array, dtype: Any) -> jax.Array:
         """See ``tpllm.weights.native_products.lookup``."""

@@ -42,38 +42,37 @@ def linear(x_D: jax.Array, weights: "Sequence[NativeWeight]", biases: Sequence[j
     return tuple(out.reshape(*x_D.shape[:-1], out.shape[1]) for out in outs)
 
 
-def gated_mlp(x_D: jax.Array, gate: "NativeWeight", up: "NativeWeight", down: "NativeWeight", biases: Sequence[jax.Array | None], *,
+def gated_mlp(x_D: jax.Array, weights: "tuple[NativeWeight, NativeWeight, NativeWeight]", biases: Sequence[jax.Array | None],
               activation: Activation) -> jax.Array:
     """``down(act(gate(x)) * up(x))``, in one call.
 
     Args:
         x_D: [..., D].
-        gate, up: shards of [F, D].
-        down: a shard of [D, F].
+        weights: gate and up, shards of [F, D], and down, a shard of [D, F].
         biases: of the three, or None.
         activation: see :func:`pallas_kernels.gated_mlp.gated`.
 
     Returns:
         [..., D] in ``x_D``'s dtype.
     """
-    rows = _as_rows(x_D)
+    rows, (gate, up, down) = _as_rows(x_D), weights
     if _checked_shape(gate, rows) != _checked_shape(up, rows) or down.layout.shard_shape[1] != gate.layout.shard_shape[0]:
         raise ValueError(f"gate {gate.layout.shard_shape}, up {up.layout.shard_shape} and down {down.layout.shard_shape} are no gated MLP")
-    operands, attributes = _operands((gate, up, down), biases, rows.dtype)
+    operands, attributes = _operands(weights, biases, rows.dtype)
     result = jax.ShapeDtypeStruct((rows.shape[0], down.layout.shard_shape[0]), rows.dtype)
     out = call("gated_mlp", [result], rows, *operands, weights=attributes, **_gating(activation))[0]
     return out.reshape(*x_D.shape[:-1], out.shape[1])
 
 
-def expert_mlps(x_SD: jax.Array, counts_E: jax.Array, gate: "NativeWeight", up: "NativeWeight", down: "NativeWeight",
+def expert_mlps(x_SD: jax.Array, counts_E: jax.Array, weights: "tuple[NativeWeight, NativeWeight, NativeWeight]",
                 biases: Sequence[jax.Array | None] = (None, None, None), *, activation: Activation, inner_size: int) -> jax.Array:
     """:func:`gated_mlp` with another expert's weights for each run of rows, in one call; experts without rows are not read.
 
     Args:
         x_SD: [S, D], the rows of one expert after those of the other.
         counts_E: int32 [E], how many each has; together S at most.
-        gate, up: shards of the experts' [F, D], one below the other, each from a multiple of 32 rows on.
-        down: shards of [D, F], in the same way.
+        weights: gate and up, shards of the experts' [F, D], one below the other, each from a multiple of 32 rows on; and down, of [D, F], in the same
+            way.
         biases: of the three, as long as their rows, or None.
         activation: see :func:`pallas_kernels.gated_mlp.gated`.
         inner_size: F of a shard.
@@ -82,7 +81,7 @@ def expert_mlps(x_SD: jax.Array, counts_E: jax.Array, gate: "NativeWeight", up: 
         [S, D] in ``x_SD``'s dtype; rows beyond those counted hold anything.
     """
     rows = _as_rows(x_SD)
-    operands, attributes = _operands((gate, up, down), biases, rows.dtype)
+    operands, attributes = _operands(weights, biases, rows.dtype)
     result = jax.ShapeDtypeStruct(rows.shape, rows.dtype)
     return call("expert_mlps", [result], counts_E, rows, *operands, weights=attributes, **_gating(activation),
                 inner_size=np.int64(inner_size), outer_size=np.int64(rows.shape[1]))[0]

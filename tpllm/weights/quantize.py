@@ -40,7 +40,7 @@ def quantize(rows_NK: np.ndarray, scheme: Scheme) -> QuantizedRows:
     if scheme.bits == 4:
         scales, least, most = symmetric_scales(groups_NGg), -NIBBLE_ZERO, NIBBLE_ZERO - 1
     else:
-        most = _largest_code(scheme)
+        most = 127 if scheme.kind == "int" else float(ml_dtypes.finfo(scheme.code_dtype).max)
         scales, least = np.maximum(groups_NGg.max(-1), -groups_NGg.min(-1)) / np.float32(most), -most
     scales = scales.astype(scheme.scale_dtype)
     codes = groups_NGg * inverse(scales.astype(np.float32))[..., None]  # scales rounded first, so that the codes fit those that are kept
@@ -83,10 +83,6 @@ def _flat(groups_NGg: np.ndarray, num_inputs: int) -> np.ndarray:
     """[N, K] of what :func:`_in_groups` made."""
     N, num_groups, group = groups_NGg.shape
     return groups_NGg.reshape(N, num_groups * group)[:, :num_inputs]
-
-
-def _largest_code(scheme: Scheme) -> float:
-    return 127 if scheme.kind == "int" else float(ml_dtypes.finfo(scheme.code_dtype).max)
 
 
 def weight_only(scheme: Scheme) -> Scheme:

@@ -45,4 +45,4 @@ def test_rows_of_a_quantized_file_are_those_of_the_gguf_package(tmp_path, kind):
 
 
 def found_rows(reader: TensorReader, opened, name: str) -> np.ndarray:
-    return reader.read_raw(opened.tensors[name].plain()).astype(np.float32)
+    return reader.read_raw(opened.tensors[name]).astype(np.float32)

@@ -4,8 +4,7 @@ import hashlib
 import numpy as np
 import pytest
 
-from tpllm.checkpoint.gguf.blocks import KEPT
-from tpllm.checkpoint.gguf.dense import DENSE
+from tpllm.checkpoint.gguf.blocks import DENSE, KEPT
 from tpllm.checkpoint.gguf.ggml_types import GGML_TYPES
 from tpllm.weights.scheme import dequantize
 

@@ -41,7 +41,7 @@ def test_every_architecture_is_named(tmp_path, arch):
     more = {"expert_count": 4, "expert_used_count": 2, "expert_feed_forward_length": 32} if "moe" in arch or arch == "gpt-oss" else {}
     more |= {"attention.sliding_window": 512} if arch == "gemma3" else {}
     found = read(tmp_path, arch, **more)
-    assert found["architectures"] == [ARCHITECTURES[arch].name]
+    assert found["architectures"] == [ARCHITECTURES[arch][0]]
     assert "moe" not in arch or (found["num_experts"], found["num_experts_per_tok"], found["moe_intermediate_size"]) == (4, 2, 32)
 
 

@@ -13,9 +13,8 @@ from hypothesis import strategies as st
 
 from tests.support.gguf_files import raw_gguf, raw_metadata, raw_model, raw_tensor
 from tpllm.checkpoint.folder import open_checkpoint
-from tpllm.checkpoint.gguf.blocks import KEPT
+from tpllm.checkpoint.gguf.blocks import DENSE, KEPT
 from tpllm.checkpoint.gguf.config import config_from_gguf
-from tpllm.checkpoint.gguf.dense import DENSE
 from tpllm.checkpoint.gguf.ggml_types import GGML_TYPES
 from tpllm.checkpoint.gguf.header import open_gguf
 from tpllm.checkpoint.gguf.weights import GgufFormat

@@ -10,7 +10,7 @@ import pytest
 
 from tests.support.gguf_files import raw_gguf, raw_key, raw_tensor, raw_text
 from tpllm.checkpoint.gguf import weights as gguf_weights
-from tpllm.checkpoint.gguf.dense import DENSE, OF_GGUF
+from tpllm.checkpoint.gguf.blocks import DENSE, OF_GGUF
 from tpllm.checkpoint.gguf.ggml_types import GGML_TYPES
 from tpllm.checkpoint.gguf.header import open_gguf
 from tpllm.checkpoint.gguf.weights import GgufFormat

@@ -13,11 +13,11 @@ from tpllm.checkpoint.formats.awq import Awq
 from tpllm.checkpoint.formats.compressed import CompressedTensors
 from tpllm.checkpoint.formats.fp8 import Fp8
 from tpllm.checkpoint.formats.gptq import V1, V2, Gptq
-from tpllm.checkpoint.formats.module import Module
+from tpllm.checkpoint.formats.matrix import Module
 from tpllm.checkpoint.formats.settings import Settings
 from tpllm.checkpoint.stored import CheckpointFormat
 
-NAME = "auto-round"
+AUTO_ROUND = "auto-round"
 GPTQ_VERSIONS = {"auto": V1, "auto_round:gptq": V1, "auto_round:auto_gptq": V1, "auto_round:auto_gptq:exllamav2": V1, "auto_round": V2,
                  "auto_round:gptqmodel": V2}
 AWQ = ("auto_round:auto_awq", "auto_round:awq")
@@ -34,7 +34,7 @@ def auto_round(settings: Settings, modules: Mapping[str, Module]) -> CheckpointF
         CheckpointError: a packing or a data type that is not read.
     """
     found = _format_of(settings, modules)
-    found.name = NAME
+    found.name = AUTO_ROUND
     return found
 
 
@@ -52,7 +52,7 @@ def _format_of(settings: Settings, modules: Mapping[str, Module]) -> Awq | Compr
         raise settings.error("data_type", f"with packing_format {packing!r} it is not read: read are {INTEGERS}, {FLOATS}, mx_fp and nv_fp")
     if "act_bits" in settings and settings.integer("act_bits") < 16:
         raise settings.error("act_bits", "integers whose activations are quantized, too, are not read in AutoRound's form")
-    integers = {"bits": settings.integer("bits"), "group_size": settings.integer("group_size", default=128), "quant_method": NAME}
+    integers = {"bits": settings.integer("bits"), "group_size": settings.integer("group_size", default=128), "quant_method": AUTO_ROUND}
     if packing in AWQ:
         return Awq(Settings(integers | {"zero_point": True}, settings.where), modules)
     if packing not in GPTQ_VERSIONS:
@@ -77,8 +77,8 @@ def _float8(settings: Settings, modules: Mapping[str, Module]) -> Fp8:
     shifted = next((name for name, module in modules.items() if module.has_any("weight_zp")), None)
     if shifted is not None:
         raise settings.error("sym", f"8-bit floats with zeros ({shifted}.weight_zp) are not read: quantize with sym=True")
-    return Fp8(Settings({"quant_method": NAME, "activation_scheme": settings.text("activation_scheme", default="dynamic"), **block}, settings.where),
-               modules)
+    activations = settings.text("activation_scheme", default="dynamic")
+    return Fp8(Settings({"quant_method": AUTO_ROUND, "activation_scheme": activations, **block}, settings.where), modules)
 
 
 def _compressed(settings: Settings, data_type: str) -> Settings:

@@ -9,11 +9,10 @@ from collections.abc import Mapping
 import numpy as np
 
 from tpllm.checkpoint.formats.integers import IntegerScales, integer_scheme, middle
-from tpllm.checkpoint.formats.matrix import FileMatrix, complete_groups, matrix_of, read_scales, read_transposed
-from tpllm.checkpoint.formats.module import FLOATS, Module
+from tpllm.checkpoint.formats.matrix import FLOATS, Module, complete_groups, matrix_of, read_scales, read_transposed
 from tpllm.checkpoint.formats.settings import Settings
 from tpllm.checkpoint.read import TensorReader
-from tpllm.checkpoint.stored import RowReader
+from tpllm.checkpoint.stored import RowReader, StoredMatrix
 from tpllm.errors import CheckpointError
 from tpllm.weights.scheme import Scheme
 
@@ -40,7 +39,7 @@ class Awq:
             raise settings.error(key, "of AWQ's layouts gemm is read: take a checkpoint in that, or save it so with AutoAWQ (version=\"GEMM\")")
         self._has_zeros = settings.flag("zero_point", default=True)
 
-    def find(self, weight: str, shape: tuple[int, ...]) -> FileMatrix | None:
+    def find(self, weight: str, shape: tuple[int, ...]) -> StoredMatrix | None:
         """See :meth:`tpllm.checkpoint.stored.CheckpointFormat.find`; it reads the zeros."""
         module = self._modules.get(weight.removesuffix(".weight"))
         if module is None or len(shape) != 2 or not module.has_any("qweight", "qzeros", "scales"):

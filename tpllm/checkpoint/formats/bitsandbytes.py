@@ -11,12 +11,11 @@ from collections.abc import Mapping
 import numpy as np
 
 from tpllm.checkpoint.formats.bits import look_up_nibbles
-from tpllm.checkpoint.formats.matrix import FileMatrix, log_dequantized, matrix_of, read_scales
-from tpllm.checkpoint.formats.module import Module
+from tpllm.checkpoint.formats.matrix import Module, log_dequantized, matrix_of, read_scales
 from tpllm.checkpoint.formats.settings import Settings
 from tpllm.checkpoint.read import TensorReader
 from tpllm.checkpoint.safetensors import TensorEntry
-from tpllm.checkpoint.stored import RowReader
+from tpllm.checkpoint.stored import RowReader, StoredMatrix
 from tpllm.errors import CheckpointError
 from tpllm.weights.scheme import QuantizedRows, Scheme
 
@@ -53,7 +52,7 @@ class BitsAndBytes:
         log_dequantized("4-bit NF4 and FP4", sum(module.parts["weight"].num_bytes for name, module in modules.items()
                                                  if f"{name}.weight" in modules and "weight" in module.parts))
 
-    def find(self, weight: str, shape: tuple[int, ...]) -> FileMatrix | None:
+    def find(self, weight: str, shape: tuple[int, ...]) -> StoredMatrix | None:
         """See :meth:`tpllm.checkpoint.stored.CheckpointFormat.find`; it reads how a 4-bit matrix is quantized."""
         module, scales = self._modules.get(weight.removesuffix(".weight")), self._modules.get(weight)
         if len(shape) != 2 or (module is None and scales is None):
@@ -68,7 +67,7 @@ class BitsAndBytes:
             return _int8_matrix(module, shape)
         return None
 
-    def _find_4bit(self, module: Module, weight: str, shape: tuple[int, int]) -> FileMatrix:
+    def _find_4bit(self, module: Module, weight: str, shape: tuple[int, int]) -> StoredMatrix:
         state = self._modules.get(f"{weight}.quant_state")
         kinds = [kind for kind in KINDS if state is not None and f"bitsandbytes__{kind}" in state.parts]
         parts = {"weight": module.need("weight", ("U8", "BF16", "F16", "F32"), *_packed_shapes(module, shape)), **self._modules[weight].parts}
@@ -80,11 +79,11 @@ class BitsAndBytes:
         _check_blocks(self._modules[weight], blocks, shape)
         names = (*module.names(), *self._modules[weight].names(), *state.names())
         stored_bytes = sum(entry.num_bytes for entry in parts.values()) + sum(entry.num_bytes for entry in state.parts.values())
-        return FileMatrix(names, shape, None, 8 * stored_bytes / max(1, shape[0] * shape[1]), None,
+        return StoredMatrix(names, shape, None, 8 * stored_bytes / max(1, shape[0] * shape[1]), None,
                           functools.partial(_open_4bit, parts, blocks, shape))
 
 
-def _int8_matrix(module: Module, shape: tuple[int, int]) -> FileMatrix:
+def _int8_matrix(module: Module, shape: tuple[int, int]) -> StoredMatrix:
     weight = module.need("weight", ("I8",), shape)
     scales = module.need("SCB", ("F32",), (shape[0],))
     layout = module.parts.get("weight_format")

@@ -12,12 +12,11 @@ from tpllm.checkpoint.formats.compressed_config import FP4, PACKED, PLAIN, Args,
 from tpllm.checkpoint.formats.float4 import float4_matrix
 from tpllm.checkpoint.formats.fp8 import TENSOR_SHAPES, float8_matrix, output_shapes
 from tpllm.checkpoint.formats.integers import IntegerScales, integer_scheme, middle
-from tpllm.checkpoint.formats.matrix import E8M0, FileMatrix, ScaleLines, complete_groups, group_order, log_dequantized, matrix_of
-from tpllm.checkpoint.formats.module import FLOATS, Module, Shape
+from tpllm.checkpoint.formats.matrix import E8M0, FLOATS, Module, ScaleLines, Shape, complete_groups, group_order, log_dequantized, matrix_of
 from tpllm.checkpoint.formats.settings import Settings
 from tpllm.checkpoint.read import TensorReader
 from tpllm.checkpoint.safetensors import TensorEntry
-from tpllm.checkpoint.stored import RowReader
+from tpllm.checkpoint.stored import RowReader, StoredMatrix
 from tpllm.errors import CheckpointError
 from tpllm.weights.scheme import QuantizedRows, Scheme
 
@@ -38,7 +37,7 @@ class CompressedTensors:
                                            if "weight_packed" in module.parts and module.parts["weight_packed"].dtype == "U8"
                                            and not (SCALE in module.parts and module.parts[SCALE].dtype in E8M0)))
 
-    def find(self, weight: str, shape: tuple[int, ...]) -> FileMatrix | None:
+    def find(self, weight: str, shape: tuple[int, ...]) -> StoredMatrix | None:
         """See :meth:`tpllm.checkpoint.stored.CheckpointFormat.find`."""
         module = self._modules.get(weight.removesuffix(".weight"))
         stored = module and _stored_part(module)
@@ -99,7 +98,7 @@ def _scheme(args: Args, stored: str, num_inputs: int) -> Scheme:
     return integer_scheme(args.bits, group, stored, has_zeros=not args.is_symmetric, quantizes_input=args.quantizes_input)
 
 
-def _packed_matrix(module: Module, shape: Shape, args: Args) -> FileMatrix:
+def _packed_matrix(module: Module, shape: Shape, args: Args) -> StoredMatrix:
     """Codes in 32-bit words along K; older files let none cross words."""
     N, K = shape
     lines = _scale_lines(module, shape, args)
@@ -159,7 +158,7 @@ def _read_zeros(reader: TensorReader, module: Module, bits: int, num_outputs: in
     return (unpack if is_dense else unpack_whole_words)(words, bits, num_outputs).T
 
 
-def _plain_matrix(module: Module, shape: Shape, args: Args) -> FileMatrix:
+def _plain_matrix(module: Module, shape: Shape, args: Args) -> StoredMatrix:
     """Signed codes, one a byte, of 8 bits or fewer."""
     module.need("weight", ("I8",), shape)
     lines = _scale_lines(module, shape, args)

@@ -1,10 +1,9 @@
 """What a compressed-tensors quantization_config says of each module (https://github.com/vllm-project/compressed-tensors)."""
 import dataclasses
-import logging
 
 from tpllm.checkpoint.formats.names import ModuleNames
 from tpllm.checkpoint.formats.settings import Settings
-from tpllm.errors import short
+from tpllm.errors import log, short
 
 PACKED, FP4, PLAIN = "weight_packed of int32", "weight_packed of 4-bit floats", "weight of 8 bits"
 LAYOUTS = {"pack-quantized": PACKED, "int-quantized": PLAIN, "float-quantized": PLAIN, "naive-quantized": PLAIN, "mxfp8-quantized": PLAIN,
@@ -12,8 +11,6 @@ LAYOUTS = {"pack-quantized": PACKED, "int-quantized": PLAIN, "float-quantized": 
 """How the formats that are read store a matrix."""
 STATUSES = ("initialized", "calibration", "frozen", "compressed", "decompressed")
 STRATEGIES = ("tensor", "channel", "group", "block", "tensor_group")
-
-log = logging.getLogger("tpllm")
 
 
 @dataclasses.dataclass(frozen=True)

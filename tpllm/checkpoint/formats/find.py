@@ -2,16 +2,14 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from tpllm.checkpoint.formats.auto_round import NAME as AUTO_ROUND
-from tpllm.checkpoint.formats.auto_round import auto_round
+from tpllm.checkpoint.formats.auto_round import AUTO_ROUND, auto_round
 from tpllm.checkpoint.formats.awq import Awq
 from tpllm.checkpoint.formats.bitsandbytes import BitsAndBytes
 from tpllm.checkpoint.formats.compressed import CompressedTensors
+from tpllm.checkpoint.formats.float4 import MXFP4_MARKS, Mxfp4
 from tpllm.checkpoint.formats.fp8 import Fp8
 from tpllm.checkpoint.formats.gptq import Gptq
-from tpllm.checkpoint.formats.module import Module, group_by_module
-from tpllm.checkpoint.formats.mxfp4 import MARKS as MXFP4_MARKS
-from tpllm.checkpoint.formats.mxfp4 import Mxfp4
+from tpllm.checkpoint.formats.matrix import Module, group_by_module
 from tpllm.checkpoint.formats.settings import Settings
 from tpllm.checkpoint.safetensors import TensorEntry
 from tpllm.checkpoint.stored import CheckpointFormat

@@ -4,24 +4,20 @@
 multiplies); ``weight_scale`` has one for the tensor, or one for each output (FBGEMM).
 """
 import functools
-import logging
 from collections.abc import Mapping
 
-import ml_dtypes
 import numpy as np
 
-from tpllm.checkpoint.formats.matrix import E8M0, FileMatrix, ScaleLines, matrix_of
-from tpllm.checkpoint.formats.module import FLOATS, Module, Shape
+from tpllm.checkpoint.convert import STORED
+from tpllm.checkpoint.formats.matrix import E8M0, FLOATS, Module, ScaleLines, Shape, matrix_of
 from tpllm.checkpoint.formats.settings import Settings
 from tpllm.checkpoint.read import TensorReader
-from tpllm.checkpoint.stored import RowReader
+from tpllm.checkpoint.stored import RowReader, StoredMatrix
+from tpllm.errors import log
 from tpllm.weights.scheme import QuantizedRows, Scheme
 
 KINDS = {"F8_E4M3": "e4m3", "F8_E5M2": "e5m2"}
-SCALE_DTYPES = {"F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
 SCALES = ("weight_scale_inv", "weight_scale")
-
-log = logging.getLogger("tpllm")
 
 
 class Fp8:
@@ -35,7 +31,7 @@ class Fp8:
             settings.names(key)
         log.info("%s: activations are not quantized (activation_scheme is %r)", self.name, settings.text("activation_scheme", default="dynamic"))
 
-    def find(self, weight: str, shape: tuple[int, ...]) -> FileMatrix | None:
+    def find(self, weight: str, shape: tuple[int, ...]) -> StoredMatrix | None:
         """See :meth:`tpllm.checkpoint.stored.CheckpointFormat.find`."""
         module = self._modules.get(weight.removesuffix(".weight"))
         if module is None or len(shape) != 2 or not is_float8(module):
@@ -50,7 +46,7 @@ def is_float8(module: Module) -> bool:
     return (weight is not None and weight.dtype.startswith("F8")) or module.has_any(*SCALES)
 
 
-def float8_matrix(module: Module, shape: tuple[int, int], *, part: str, block: tuple[int, int] | None) -> FileMatrix:
+def float8_matrix(module: Module, shape: tuple[int, int], *, part: str, block: tuple[int, int] | None) -> StoredMatrix:
     """The matrix of a module with 8-bit floats.
 
     Args:
@@ -69,7 +65,7 @@ def float8_matrix(module: Module, shape: tuple[int, int], *, part: str, block: t
         entry = module.need(part, dtypes, *output_shapes(N))
         lines = ScaleLines(entry, 1, N if entry.shape in TENSOR_SHAPES else 1)
     # Block scales are float32, as they are published: 0.25 bits of a weight, and no conversion in the product.
-    scale_dtype = np.dtype(np.float32) if block else SCALE_DTYPES.get(lines.entry.dtype, np.dtype(np.float32))
+    scale_dtype = np.dtype(np.float32) if block else STORED[lines.entry.dtype]
     group = block[1] if block and block[1] < K else 0
     kind = KINDS[weight.dtype]
     scheme = Scheme(f"fp8-{kind}" + (f"-g{group}" if group else ""), 8, group, kind=kind, scale_dtype=scale_dtype)

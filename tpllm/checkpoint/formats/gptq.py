@@ -3,7 +3,6 @@
 ``qweight`` int32 [K * bits / 32, N] has the codes along K, ``qzeros`` int32 [groups, N * bits / 32] the zeros along N, ``scales`` is
 [groups, N], and ``g_idx`` int32 [K] has each input's group. ``w = scale * (code - zero)``; the older ``gptq`` format stores zeros minus one.
 """
-import dataclasses
 import functools
 import re
 from collections.abc import Mapping
@@ -12,26 +11,17 @@ import numpy as np
 
 from tpllm.checkpoint.formats.bits import unpack
 from tpllm.checkpoint.formats.integers import IntegerScales, integer_scheme, middle
-from tpllm.checkpoint.formats.matrix import FileMatrix, complete_groups, group_order, matrix_of, read_scales, read_transposed
-from tpllm.checkpoint.formats.module import FLOATS, Module
+from tpllm.checkpoint.formats.matrix import FLOATS, Module, complete_groups, group_order, matrix_of, read_scales, read_transposed
 from tpllm.checkpoint.formats.names import compile_pattern
 from tpllm.checkpoint.formats.settings import Settings
 from tpllm.checkpoint.read import TensorReader
 from tpllm.checkpoint.safetensors import TensorEntry
-from tpllm.checkpoint.stored import RowReader
+from tpllm.checkpoint.stored import RowReader, StoredMatrix
 from tpllm.errors import CheckpointError
 from tpllm.weights.scheme import Scheme
 
 BITS = (2, 3, 4, 8)
 V1, V2 = "gptq", "gptq_v2"
-
-
-@dataclasses.dataclass(frozen=True)
-class _Layout:
-    """How one module is quantized: bits of a code, and inputs of a group, 0 for all."""
-
-    bits: int
-    group: int
 
 
 class Gptq:
@@ -46,14 +36,14 @@ class Gptq:
         self._layout = _read_layout(settings)
         self._overrides = _read_overrides(settings)
 
-    def find(self, weight: str, shape: tuple[int, ...]) -> FileMatrix | None:
+    def find(self, weight: str, shape: tuple[int, ...]) -> StoredMatrix | None:
         """See :meth:`tpllm.checkpoint.stored.CheckpointFormat.find`; it reads the zeros and the order of the inputs."""
         module = self._modules.get(weight.removesuffix(".weight"))
         if module is None or len(shape) != 2 or not module.has_any("qweight", "qzeros", "scales"):
             return None
         N, K = shape
-        layout = self._layout_of(module, K)
-        bits, num_groups = layout.bits, complete_groups(module, K, layout.group)
+        bits, group = self._layout_of(module, K)
+        num_groups = complete_groups(module, K, group)
         if K * bits % 32:
             raise CheckpointError(f"module {module.name!r}: {K} inputs of {bits} bits do not fill 32-bit words; GPTQ has no layout for it")
         module.need("qweight", ("I32",), (K * bits // 32, N))
@@ -61,8 +51,8 @@ class Gptq:
         scales = module.need("scales", FLOATS, (num_groups, N))
         with TensorReader(1) as reader:
             has_zeros = bool((self._read_zeros(reader, module, bits, N) != middle(bits)).any())
-            order = group_order(reader, self._group_index(module, K, layout), layout.group)
-        scheme = integer_scheme(bits, layout.group, scales.dtype, has_zeros=has_zeros)
+            order = group_order(reader, self._group_index(module, K, group), group)
+        scheme = integer_scheme(bits, group, scales.dtype, has_zeros=has_zeros)
         return matrix_of(module, (N, K), scheme, functools.partial(self._open, module, scheme, order=order), order=order)
 
     def _open(self, module: Module, scheme: Scheme, reader: TensorReader, *, order: np.ndarray | None) -> RowReader:
@@ -84,23 +74,24 @@ class Gptq:
             zeros_GN = (zeros_GN + np.uint8(1)) & np.uint8((1 << bits) - 1)
         return zeros_GN.T
 
-    def _group_index(self, module: Module, num_inputs: int, layout: _Layout) -> TensorEntry | None:
+    def _group_index(self, module: Module, num_inputs: int, group: int) -> TensorEntry | None:
         entry = module.parts.get("g_idx")
-        if (entry is None or entry.shape == (0,)) and not (self._has_order and layout.group):
+        if (entry is None or entry.shape == (0,)) and not (self._has_order and group):
             return None
         return module.need("g_idx", ("I32",), (num_inputs,))
 
-    def _layout_of(self, module: Module, num_inputs: int) -> _Layout:
+    def _layout_of(self, module: Module, num_inputs: int) -> tuple[int, int]:
+        """Of one module; see :func:`_read_layout`."""
         for pattern, is_quantized, settings in self._overrides:
             if pattern.match(module.name):
                 if not is_quantized:
                     raise CheckpointError(f"{settings.where} says that module {module.name!r} is not quantized, but {module.name}.qweight is "
                                           "there; remove one of the two")
-                layout = _read_layout(settings)
+                bits, group = _read_layout(settings)
                 break
         else:
-            layout = self._layout
-        return dataclasses.replace(layout, group=0) if layout.group == num_inputs else layout
+            bits, group = self._layout
+        return bits, 0 if group == num_inputs else group
 
 
 def _read_version(settings: Settings) -> str:
@@ -113,12 +104,13 @@ def _read_version(settings: Settings) -> str:
     return version
 
 
-def _read_layout(settings: Settings) -> _Layout:
+def _read_layout(settings: Settings) -> tuple[int, int]:
+    """(bits of a code, inputs of a group, 0 for all)."""
     bits, group = settings.integer("bits"), settings.integer("group_size", default=-1)
     settings.one_of("bits", bits, BITS)
     if group != -1 and group <= 0:
         raise settings.error("group_size", "it must be positive, or -1 for one group")
-    return _Layout(bits, max(group, 0))
+    return bits, max(group, 0)
 
 
 def _read_overrides(settings: Settings) -> list[tuple[re.Pattern, bool, Settings]]:

@@ -1,12 +1,10 @@
 """Integer codes with a scale, and perhaps a zero, for each output and group, as a scheme keeps them."""
 import dataclasses
 
-import ml_dtypes
 import numpy as np
 
+from tpllm.checkpoint.convert import STORED
 from tpllm.weights.scheme import QuantizedRows, Scheme
-
-SCALE_DTYPES = {"F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16), "F32": np.dtype(np.float32)}
 
 
 def integer_scheme(bits: int, group: int, stored: str, *, has_zeros: bool, quantizes_input: bool = False) -> Scheme:
@@ -24,7 +22,7 @@ def integer_scheme(bits: int, group: int, stored: str, *, has_zeros: bool, quant
         quantizes_input: see :class:`~tpllm.weights.scheme.Scheme`.
     """
     name = f"int{bits}" + (f"-g{group}" if group else "") + ("-zeros" if has_zeros else "")
-    dtype = SCALE_DTYPES[stored]
+    dtype = STORED[stored]
     if bits == 8:
         mins, dtype = ("float", np.dtype(np.float32)) if has_zeros else ("none", dtype)
         return Scheme(name, bits, group, mins=mins, scale_dtype=dtype, quantizes_input=quantizes_input)

@@ -1,50 +1,78 @@
-"""What the matrices of all formats share: the object that the loader gets, and reading scales."""
+"""What all formats share: the tensors of a module, checked as they are asked for, the matrix that is made of them, and reading scales."""
 import dataclasses
-import logging
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from tpllm.checkpoint.formats.module import Module
 from tpllm.checkpoint.read import TensorReader
 from tpllm.checkpoint.safetensors import TensorEntry
-from tpllm.checkpoint.stored import RowReader
-from tpllm.errors import CheckpointError
+from tpllm.checkpoint.stored import RowReader, StoredMatrix
+from tpllm.errors import CheckpointError, log
 from tpllm.weights.scheme import E8M0_NAN, Scheme, power_scales
 
+FLOATS = ("F16", "BF16", "F32")
 E8M0 = ("U8", "F8_E8M0")
 """Dtypes of scales that are powers of two: ``2 ** (code - 127)`` (OCP Microscaling Formats 1.0, section 5.4)."""
 TRANSPOSED_ROWS = 16
 """Written at a time: of int32, a cache line of the transposed matrix."""
+Shape = tuple[int, ...]
 
-log = logging.getLogger("tpllm")
+
+@dataclasses.dataclass(frozen=True)
+class Module:
+    """A module's tensors.
+
+    Attributes:
+        name: such as ``model.layers.0.mlp.up_proj``.
+        parts: what follows the name and a dot -> tensor.
+    """
+
+    name: str
+    parts: Mapping[str, TensorEntry]
+
+    def need(self, part: str, dtypes: tuple[str, ...], *shapes: Shape) -> TensorEntry:
+        """A tensor of one of some dtypes and of one of some shapes.
+
+        Raises:
+            CheckpointError: it is missing, or is neither; the message has both.
+        """
+        entry, wanted = self.parts.get(part), f"{' or '.join(dtypes)} of shape {' or '.join(map(str, shapes))}"
+        if entry is None:
+            path = next(iter(self.parts.values())).path
+            raise CheckpointError(f"{path.parent}: tensor {self.name}.{part} ({wanted}) is missing, while {self.name}.{min(self.parts)} is there; "
+                                  "download or convert the checkpoint again")
+        if entry.dtype not in dtypes or entry.shape not in shapes:
+            raise CheckpointError(f"{entry.path}: tensor {entry.name!r} is {entry.dtype} of shape {entry.shape}; it must be {wanted}, by "
+                                  "config.json's sizes and quantization_config: correct that, or take the checkpoint as it was published")
+        return entry
+
+    def has_any(self, *parts: str) -> bool:
+        """Whether at least one of some tensors is there."""
+        return any(part in self.parts for part in parts)
+
+    def bits_per_weight(self, shape: Shape) -> float:
+        """What all tensors but the bias take for a matrix of some shape."""
+        return 8 * sum(entry.num_bytes for part, entry in self.parts.items() if part != "bias") / max(1, math.prod(shape))
+
+    def names(self) -> tuple[str, ...]:
+        """Of all tensors but the bias."""
+        return tuple(entry.name for part, entry in self.parts.items() if part != "bias")
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class FileMatrix:
-    """A :class:`~tpllm.checkpoint.stored.StoredMatrix` made of one module's tensors; vectors, too, are read by it."""
-
-    names: tuple[str, ...]
-    shape: tuple[int, ...]
-    scheme: Scheme | None
-    bits_per_weight: float
-    order: np.ndarray | None
-    opener: Callable[[TensorReader], RowReader]
-    kind: str = ""
-
-    def __post_init__(self) -> None:
-        if not self.kind:
-            object.__setattr__(self, "kind", "dequantized" if self.scheme is None else self.scheme.name)
-
-    def open(self, reader: TensorReader) -> RowReader:
-        """See :meth:`tpllm.checkpoint.stored.StoredMatrix.open`."""
-        return self.opener(reader)
+def group_by_module(tensors: Mapping[str, TensorEntry]) -> dict[str, Module]:
+    """Every module that has tensors, by its name."""
+    parts: dict[str, dict[str, TensorEntry]] = {}
+    for name, entry in tensors.items():
+        module, _, part = name.rpartition(".")
+        parts.setdefault(module, {})[part] = entry
+    return {name: Module(name, entries) for name, entries in parts.items()}
 
 
 def matrix_of(module: Module, shape: tuple[int, int], scheme: Scheme | None, opener: Callable[[TensorReader], RowReader],
-              *, order: np.ndarray | None = None) -> FileMatrix:
+              *, order: np.ndarray | None = None) -> StoredMatrix:
     """The matrix of a module whose tensors are all read for it."""
-    return FileMatrix(module.names(), shape, scheme, module.bits_per_weight(shape), order, opener)
+    return StoredMatrix(module.names(), shape, scheme, module.bits_per_weight(shape), order, opener)
 
 
 @dataclasses.dataclass(frozen=True)

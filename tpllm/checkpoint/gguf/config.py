@@ -1,22 +1,18 @@
 """A GGUF file's metadata as the config.json that the model had (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, "LLM")."""
 import collections
-import dataclasses
-import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 
 from tpllm.checkpoint.gguf.header import GgufFile
-from tpllm.checkpoint.gguf.metadata import count, count_or_none, is_zero, needed_count, number, number_or_none, same_in_every_layer
-from tpllm.checkpoint.gguf.rope import FACTOR_TENSORS, rope_fields
-from tpllm.errors import CheckpointError
+from tpllm.checkpoint.gguf.metadata import count, count_or_none, is_zero, needed, needed_count, number, number_or_none, same_in_every_layer
+from tpllm.checkpoint.gguf.rope import rope_fields
+from tpllm.errors import CheckpointError, log
 
 DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 EMBEDDING, NORM_EPS = "token_embd.weight", "attention.layer_norm_rms_epsilon"
 TOKEN_IDS = ("bos", "eos", "padding")
-
-log = logging.getLogger("tpllm")
 
 
 def config_from_gguf(gguf: GgufFile) -> dict[str, Any]:
@@ -29,22 +25,22 @@ def config_from_gguf(gguf: GgufFile) -> dict[str, Any]:
         raise CheckpointError(f"{gguf.path}: general.architecture is {gguf.arch!r}, which is not known; known: {', '.join(ARCHITECTURES)}")
     if EMBEDDING not in gguf.tensors or len(gguf.tensors[EMBEDDING].shape) != 2:
         raise CheckpointError(f"{gguf.path}: tensor {EMBEDDING!r} is missing or no matrix; a vocabulary without a model cannot be run")
-    architecture, hidden_size = ARCHITECTURES[gguf.arch], needed_count(gguf, "embedding_length")
+    (name, model_type, more), hidden_size = ARCHITECTURES[gguf.arch], needed_count(gguf, "embedding_length")
     num_heads, head_dim = _heads(gguf, hidden_size)
     fields = {
-        "architectures": [architecture.name], "model_type": architecture.model_type, "vocab_size": gguf.tensors[EMBEDDING].shape[0],
+        "architectures": [name], "model_type": model_type, "vocab_size": gguf.tensors[EMBEDDING].shape[0],
         "hidden_size": hidden_size, "num_hidden_layers": _num_layers(gguf), "num_attention_heads": num_heads,
         "num_key_value_heads": same_in_every_layer(gguf, "attention.head_count_kv") or num_heads, "head_dim": head_dim,
         "intermediate_size": _inner_size(gguf), "max_position_embeddings": needed_count(gguf, "context_length"),
-        "rms_norm_eps": _needed(gguf, number(gguf, NORM_EPS), NORM_EPS), "hidden_act": "silu", "torch_dtype": _dtype(gguf),
+        "rms_norm_eps": needed(gguf, number(gguf, NORM_EPS), NORM_EPS), "hidden_act": "silu", "torch_dtype": _dtype(gguf),
         "tie_word_embeddings": "output.weight" not in gguf.tensors, **_token_ids(gguf), **rope_fields(gguf, head_dim)}
-    fields |= architecture.more(gguf, fields)
-    return {**fields, "intermediate_size": _needed(gguf, fields["intermediate_size"], "feed_forward_length")}
+    fields |= more(gguf, fields)
+    return {**fields, "intermediate_size": needed(gguf, fields["intermediate_size"], "feed_forward_length")}
 
 
 def _heads(gguf: GgufFile, hidden_size: int) -> tuple[int, int]:
     """(query heads, head dim)."""
-    num_heads = _needed(gguf, same_in_every_layer(gguf, "attention.head_count"), "attention.head_count")
+    num_heads = needed(gguf, same_in_every_layer(gguf, "attention.head_count"), "attention.head_count")
     head_dim = count(gguf, "attention.key_length", max(1, hidden_size // num_heads))
     if (value_dim := count(gguf, "attention.value_length", head_dim)) != head_dim:
         raise CheckpointError(f"{gguf.path}: {gguf.arch}.attention.value_length is {value_dim} and key_length {head_dim}; they must be equal")
@@ -62,17 +58,6 @@ def _num_layers(gguf: GgufFile) -> int:
     if num_layers > len(gguf.tensors):
         raise CheckpointError(f"{gguf.path}: {gguf.arch}.block_count is {num_layers}; the file has {len(gguf.tensors)} tensors. Convert it again")
     return num_layers
-
-
-def _needed(gguf: GgufFile, value: Any, key: str) -> Any:
-    if value is None:
-        raise CheckpointError(f"{gguf.path}: {gguf.arch}.{key} is missing; the file does not describe a decoder. Convert the model again")
-    return value
-
-
-def harmless_tensors(gguf: GgufFile) -> set[str]:
-    """Tensors that the configuration holds, so that no parameter is read from them."""
-    return FACTOR_TENSORS & gguf.tensors.keys()
 
 
 def _dtype(gguf: GgufFile) -> str:
@@ -174,26 +159,12 @@ def _gpt_oss(gguf: GgufFile, fields: Mapping[str, Any]) -> dict[str, Any]:
             "rope_scaling": {"rope_type": "default"} if "rope_scaling" not in fields else fields["rope_scaling"] | {"truncate": False}}
 
 
-@dataclasses.dataclass(frozen=True)
-class Architecture:
-    """What an architecture of GGUF's is in config.json.
-
-    Attributes:
-        name: of ``architectures``.
-        model_type: the field.
-        more: fields that differ from or go beyond the common ones, of the file and those.
-    """
-
-    name: str
-    model_type: str
-    more: Callable[[GgufFile, Mapping[str, Any]], dict[str, Any]]
-
-
-ARCHITECTURES: dict[str, Architecture] = {
-    "llama": Architecture("LlamaForCausalLM", "llama", _llama), "qwen2": Architecture("Qwen2ForCausalLM", "qwen2", _qwen2),
-    "qwen3": Architecture("Qwen3ForCausalLM", "qwen3", _qwen3), "qwen2moe": Architecture("Qwen2MoeForCausalLM", "qwen2_moe", _qwen_moe),
-    "qwen3moe": Architecture("Qwen3MoeForCausalLM", "qwen3_moe", _qwen_moe), "gemma": Architecture("GemmaForCausalLM", "gemma", _gemma),
-    "gemma2": Architecture("Gemma2ForCausalLM", "gemma2", _gemma2), "gemma3": Architecture("Gemma3ForCausalLM", "gemma3_text", _gemma3),
-    "phi3": Architecture("Phi3ForCausalLM", "phi3", _phi3), "gpt-oss": Architecture("GptOssForCausalLM", "gpt_oss", _gpt_oss),
+ARCHITECTURES: dict[str, tuple[str, str, Callable[[GgufFile, Mapping[str, Any]], dict[str, Any]]]] = {
+    "llama": ("LlamaForCausalLM", "llama", _llama), "qwen2": ("Qwen2ForCausalLM", "qwen2", _qwen2),
+    "qwen3": ("Qwen3ForCausalLM", "qwen3", _qwen3), "qwen2moe": ("Qwen2MoeForCausalLM", "qwen2_moe", _qwen_moe),
+    "qwen3moe": ("Qwen3MoeForCausalLM", "qwen3_moe", _qwen_moe), "gemma": ("GemmaForCausalLM", "gemma", _gemma),
+    "gemma2": ("Gemma2ForCausalLM", "gemma2", _gemma2), "gemma3": ("Gemma3ForCausalLM", "gemma3_text", _gemma3),
+    "phi3": ("Phi3ForCausalLM", "phi3", _phi3), "gpt-oss": ("GptOssForCausalLM", "gpt_oss", _gpt_oss),
 }
-"""By ``general.architecture``."""
+"""By ``general.architecture``: config.json's ``architectures`` and ``model_type``, and the fields, made of the file and the common ones, that differ
+from those or go beyond them."""

@@ -1,6 +1,6 @@
 """Reading the values of a GGUF file one after the other: each length is checked against the bytes that are left before anything is made of it."""
+import io
 import struct
-from pathlib import Path
 
 import numpy as np
 
@@ -26,13 +26,12 @@ class Cursor:
     """A place in a file's header.
 
     Args:
-        fd: open to read.
-        path: for messages.
-        size: of the file.
+        file: open to read.
+        size: of it.
     """
 
-    def __init__(self, fd: int, path: Path, size: int):
-        self.path, self._fd = path, fd
+    def __init__(self, file: io.FileIO, size: int):
+        self.path, self._file = file.name, file
         self._limit = min(size, MAX_HEADER_BYTES)
         self._window, self._begin, self._at = b"", 0, 0
 
@@ -145,7 +144,7 @@ class Cursor:
             raise CheckpointError(f"{self.path}: {what} needs {num_bytes} bytes at byte {self.position}; {max(self.num_left, 0)} are left "
                                   f"{self._of_what()}. It is truncated or damaged. {AGAIN}")
         self._begin, self._at = self.position, 0
-        self._window = read_exactly(self._fd, self.path, start=self._begin, num_bytes=min(max(num_bytes, WINDOW_BYTES), self.num_left))
+        self._window = read_exactly(self._file, start=self._begin, num_bytes=min(max(num_bytes, WINDOW_BYTES), self.num_left))
 
     def _of_what(self) -> str:
         return f"of the {MAX_HEADER_BYTES} that metadata may take" if self._limit == MAX_HEADER_BYTES else "in the file"

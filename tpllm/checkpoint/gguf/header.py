@@ -4,6 +4,7 @@ Nothing in the file is trusted: every count, length, shape and offset is checked
 """
 import dataclasses
 import hashlib
+import io
 import math
 import os
 import re
@@ -14,7 +15,7 @@ from typing import Any
 
 from tpllm.checkpoint.gguf.cursor import AGAIN, MAX_KEY_BYTES, Cursor, Value
 from tpllm.checkpoint.gguf.ggml_types import GGML_TYPES, GgmlType
-from tpllm.checkpoint.safetensors import TensorEntry, open_regular, read_exactly
+from tpllm.checkpoint.safetensors import Header, TensorEntry, open_regular, read_exactly
 from tpllm.errors import CheckpointError, short
 
 MAGIC, VERSIONS, MAX_DIMS, DEFAULT_ALIGNMENT = b"GGUF", (2, 3), 4, 32
@@ -24,37 +25,19 @@ _SPLIT = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
 
 
 @dataclasses.dataclass(frozen=True)
-class GgufTensor:
-    """Where one tensor lies, and as what.
+class GgufTensor(TensorEntry):
+    """Where one tensor lies, and as what. The dtype is ggml's name of the type, which for plain values is that of safetensors.
 
     Attributes:
-        name: as in the file, such as ``"blk.0.attn_q.weight"``.
-        path: the file.
         type: of its blocks.
-        shape: in numpy's order: a matrix is [N, K], outputs by inputs.
-        start, stop: bytes from the beginning of the file.
     """
 
-    name: str
-    path: Path
     type: GgmlType
-    shape: tuple[int, ...]
-    start: int
-    stop: int
-
-    @property
-    def num_bytes(self) -> int:
-        """Size in the file."""
-        return self.stop - self.start
 
     @property
     def num_rows(self) -> int:
         """Rows of the last dim's values: N of a matrix, 1 of a vector."""
         return math.prod(self.shape[:-1])
-
-    def plain(self) -> TensorEntry | None:
-        """The tensor as a safetensors file would have it; None where its values lie in blocks."""
-        return TensorEntry(self.name, self.path, self.type.dtype, self.shape, self.start, self.stop) if self.type.dtype else None
 
     def blocks(self) -> TensorEntry:
         """Its bytes: U8 [rows, bytes of a row]."""
@@ -62,22 +45,14 @@ class GgufTensor:
 
 
 @dataclasses.dataclass(frozen=True)
-class GgufHeader:
-    """One file's metadata and table of tensors.
+class GgufHeader(Header):
+    """One file's metadata and table of tensors. The digest is of all before the tensors' values.
 
     Attributes:
-        path: the file.
-        size: of the whole file, in bytes.
-        digest: SHA-256 of all before the tensors' values.
         metadata: key -> value; read-only.
-        tensors: name -> tensor; read-only.
     """
 
-    path: Path
-    size: int
-    digest: str
     metadata: Mapping[str, Value]
-    tensors: Mapping[str, GgufTensor]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,10 +125,9 @@ def open_gguf(path: Path | str) -> GgufFile:
 
 def read_gguf_header(path: Path) -> GgufHeader:
     """One file by itself; see :func:`open_gguf`."""
-    fd = open_regular(path)
-    try:
-        size = os.fstat(fd).st_size
-        cursor = Cursor(fd, path, size)
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        cursor = Cursor(file, size)
         num_tensors, num_keys = _read_counts(cursor)
         metadata = _read_metadata(cursor, num_keys)
         alignment = _alignment(path, metadata)
@@ -161,9 +135,7 @@ def read_gguf_header(path: Path) -> GgufHeader:
         base = -(-cursor.position // alignment) * alignment
         tensors = [_tensor(path, *line, base=base, alignment=alignment, size=size) for line in lines]
         _check_overlap(path, tensors)
-        digest = _digest(fd, path, cursor.position)
-    finally:
-        os.close(fd)
+        digest = _digest(file, cursor.position)
     table = MappingProxyType({tensor.name: tensor for tensor in tensors})
     return GgufHeader(path=path, size=size, digest=digest, metadata=MappingProxyType(metadata), tensors=table)
 
@@ -236,7 +208,7 @@ def _tensor(path: Path, name: str, shape: tuple[int, ...], number: int, offset: 
     if stop > size:
         raise CheckpointError(f"{path} is truncated: tensor {short(name)} ({kind.name}, shape {shape}) needs bytes {start} to {stop}, "
                               f"the file has {size}. {AGAIN}")
-    return GgufTensor(name, path, kind, shape, start, stop)
+    return GgufTensor(name, path, kind.name, shape, start, stop, kind)
 
 
 def _check_overlap(path: Path, tensors: list[GgufTensor]) -> None:
@@ -248,10 +220,10 @@ def _check_overlap(path: Path, tensors: list[GgufTensor]) -> None:
         position = tensor.stop
 
 
-def _digest(fd: int, path: Path, size: int) -> str:
+def _digest(file: io.FileIO, size: int) -> str:
     digest = hashlib.sha256()
     for start in range(0, size, 2**20):
-        digest.update(read_exactly(fd, path, start=start, num_bytes=min(2**20, size - start)))
+        digest.update(read_exactly(file, start=start, num_bytes=min(2**20, size - start)))
     return digest.hexdigest()
 
 

@@ -33,12 +33,16 @@ def is_zero(value: Any) -> bool:
     return isinstance(value, int | np.ndarray) and not isinstance(value, bool) and not np.any(value)
 
 
-def needed_count(gguf: GgufFile, key: str) -> int:
-    """As :func:`count`, of a key that must be there."""
-    value = count(gguf, key)
+def needed(gguf: GgufFile, value: Any, key: str) -> Any:
+    """What was read of a key that must be there."""
     if value is None:
         raise CheckpointError(f"{gguf.path}: {gguf.arch}.{key} is missing; the file does not describe a decoder. Convert the model again")
     return value
+
+
+def needed_count(gguf: GgufFile, key: str) -> int:
+    """As :func:`count`, of a key that must be there."""
+    return needed(gguf, count(gguf, key), key)
 
 
 def number(gguf: GgufFile, key: str, default: float | None = None) -> float | None:

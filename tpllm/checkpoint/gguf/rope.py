@@ -3,7 +3,6 @@
 Llama 3's rule is stored as its result, a factor for each pair of dims (``rope_freqs.weight``); the rule is found again from them.
 """
 import math
-import os
 from typing import Any
 
 import numpy as np
@@ -15,6 +14,7 @@ from tpllm.checkpoint.safetensors import open_regular, read_exactly
 from tpllm.errors import CheckpointError
 
 FACTOR_TENSORS = {"rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"}
+"""No parameter is read from them."""
 MAX_FACTORS = 2**16
 TOLERANCE = 1e-4
 
@@ -49,11 +49,8 @@ def read_factors(gguf: GgufFile, name: str) -> np.ndarray:
     if tensor.type.dtype not in STORED or size > MAX_FACTORS:
         raise CheckpointError(f"{tensor.path}: tensor {name!r} is {tensor.type.name} of shape {tensor.shape}; it must be plain floats, at most "
                               f"{MAX_FACTORS}. Convert the model again")
-    fd = open_regular(tensor.path)
-    try:
-        raw = read_exactly(fd, tensor.path, start=tensor.start, num_bytes=tensor.num_bytes)
-    finally:
-        os.close(fd)
+    with open_regular(tensor.path) as file:
+        raw = read_exactly(file, start=tensor.start, num_bytes=tensor.num_bytes)
     factors = np.frombuffer(raw, STORED[tensor.type.dtype]).astype(np.float64)
     if not (np.isfinite(factors) & (factors > 0)).all():
         raise CheckpointError(f"{tensor.path}: tensor {name!r} holds values that are not above 0. Convert the model again")
@@ -100,9 +97,8 @@ def _fitted(factors: np.ndarray, theta: float, dim: int) -> list[dict[str, Any]]
 
 def _longrope(gguf: GgufFile) -> dict[str, Any]:
     """Phi-3's two sets of factors (LongRoPE: Ding et al. 2024, arXiv:2402.13753)."""
-    missing = [name for name in ("rope_factors_short.weight",) if name not in gguf.tensors]
-    if missing:
-        raise CheckpointError(f"{gguf.path}: tensor {missing[0]!r} is missing beside rope_factors_long.weight. Convert the model again")
+    if "rope_factors_short.weight" not in gguf.tensors:
+        raise CheckpointError(f"{gguf.path}: tensor 'rope_factors_short.weight' is missing beside rope_factors_long.weight. Convert the model again")
     long, short = (read_factors(gguf, f"rope_factors_{kind}.weight").tolist() for kind in ("long", "short"))
     scaling = {"rope_type": "longrope", "type": "longrope", "long_factor": long, "short_factor": short}
     if attention_factor := number(gguf, "rope.scaling.attn_factor"):

@@ -3,23 +3,19 @@
 Two things are undone that llama.cpp's converter (convert_hf_to_gguf.py) does: where its rope turns neighbouring dims (architecture ``llama``), it
 lays the two halves of each query and key head alternately; and it adds 1 to Gemma's norms.
 """
-import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import numpy as np
 
 from tpllm.checkpoint.convert import STORED
-from tpllm.checkpoint.formats.matrix import FileMatrix
-from tpllm.checkpoint.gguf.blocks import KEPT
-from tpllm.checkpoint.gguf.dense import DENSE, OF_GGUF, has_gguf
+from tpllm.checkpoint.gguf.blocks import DENSE, KEPT, OF_GGUF, has_gguf
 from tpllm.checkpoint.gguf.header import GgufFile, GgufTensor
 from tpllm.checkpoint.gguf.metadata import heads_of_layer
 from tpllm.checkpoint.gguf.rope import read_factors
 from tpllm.checkpoint.read import TensorReader
-from tpllm.checkpoint.safetensors import TensorEntry
-from tpllm.checkpoint.stored import RowReader
-from tpllm.errors import CheckpointError
+from tpllm.checkpoint.stored import RowReader, StoredMatrix
+from tpllm.errors import CheckpointError, log
 from tpllm.weights.scheme import E8M0_NAN, QuantizedRows, Scheme, dequantize
 
 ALTERNATING = ("llama",)
@@ -27,27 +23,22 @@ ALTERNATING = ("llama",)
 NORMS_PLUS_ONE = ("gemma", "gemma2", "gemma3")
 HEAD_COUNTS = {"attn_q": "attention.head_count", "attn_k": "attention.head_count_kv"}
 
-log = logging.getLogger("tpllm")
-
 
 class GgufFormat:
     """See :class:`~tpllm.checkpoint.stored.CheckpointFormat`; weights are asked for by their names in the file (:mod:`.names`).
 
     Attributes:
         name: ``"gguf"``.
-        tensors: every tensor, with ggml's name of its type as the dtype.
+        tensors: every tensor.
     """
 
     name = "gguf"
 
     def __init__(self, gguf: GgufFile):
-        self._gguf, self._arch = gguf, gguf.arch
-        self.tensors: Mapping[str, TensorEntry] = {
-            name: TensorEntry(name, tensor.path, tensor.type.name, tensor.shape, tensor.start, tensor.stop)
-            for name, tensor in gguf.tensors.items()}
+        self._gguf, self._arch, self.tensors = gguf, gguf.arch, gguf.tensors
         self._log_dequantized()
 
-    def find(self, weight: str, shape: tuple[int, ...]) -> FileMatrix | None:
+    def find(self, weight: str, shape: tuple[int, ...]) -> StoredMatrix | None:
         """See :meth:`tpllm.checkpoint.stored.CheckpointFormat.find`; ``None`` for tensors of plain floats whose values are as the model wants them.
 
         A stack of matrices [E, N, K] (experts) counts as one of [E * N, K] where a matrix is asked for. Vectors that are changed come with
@@ -73,7 +64,7 @@ class GgufFormat:
             rows = _in_halves(rows, head_dim) if head_dim else rows
             return _without_one(rows) if is_shifted else rows
         kept = scheme if scales is None else None
-        return FileMatrix((weight, *names), found, kept, 8 * tensor.type.block_bytes / tensor.type.block, None, open_rows)
+        return StoredMatrix((weight, *names), found, kept, 8 * tensor.type.block_bytes / tensor.type.block, None, open_rows)
 
     def _scales(self, tensor: GgufTensor) -> tuple[np.ndarray | None, tuple[str, ...]]:
         """(float32 [1] or [experts] that multiply a matrix, None where there are none or they are 1; names of the tensors that go with it). NVFP4
@@ -133,7 +124,7 @@ def _vector_rows(reader: TensorReader, tensor: GgufTensor) -> RowReader:
     if tensor.type.dtype not in STORED:
         raise CheckpointError(f"{tensor.path}: tensor {tensor.name!r} is a vector of {tensor.type.name}; vectors must be plain floats. "
                               "Convert the model again")
-    return lambda first, last: _as_float32(reader.read_raw(tensor.plain(), first, last))
+    return lambda first, last: _as_float32(reader.read_raw(tensor, first, last))
 
 
 def _as_float32(values: np.ndarray) -> np.ndarray:

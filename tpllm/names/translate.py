@@ -12,6 +12,7 @@ from typing import Any
 from tpllm.errors import TpllmError, log, short
 from tpllm.names.others import OTHERS
 
+
 @dataclasses.dataclass(frozen=True)
 class Same:
     """A name that works here as it is; ``note`` says where its meaning differs."""

@@ -6,14 +6,11 @@ import dataclasses
 import difflib
 import functools
 import inspect
-import logging
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
-from tpllm.errors import TpllmError, short
+from tpllm.errors import TpllmError, log, short
 from tpllm.names.others import OTHERS
-
-log = logging.getLogger("tpllm")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,6 +1,4 @@
 """What transformers' tokenizers can do, under its names, so that scripts for them go on."""
-from __future__ import annotations
-
 import numbers
 import operator
 from collections.abc import Iterable, Mapping, Sequence

@@ -120,7 +120,7 @@ wheel-%: $(VENV)/.wheels
 	$(STEP) "build the wheel for $*" env CMAKE_ARGS="$(CROSS)" $(PIP) wheel --no-deps --config-settings=build-dir=build/native/wheel-$* \
 		-w build/wheels/built/$* .
 	@$(VENV)/bin/python -m wheel tags --remove --platform-tag linux_$* build/wheels/built/$*/tpllm-*.whl > /dev/null
-	$(STEP) "check the wheel for $*" $(VENV)/bin/auditwheel repair --plat manylinux_2_28_$* -w build/wheels build/wheels/built/$*/tpllm-*.whl
+	$(STEP) "check the wheel for $*" env PATH="$(CURDIR)/$(VENV)/bin:$$PATH" auditwheel repair --plat manylinux_2_28_$* -w build/wheels build/wheels/built/$*/tpllm-*.whl
 
 # On each Python that is found, in a virtual environment outside of the repository: the wheel's kernels are in use, and the demo model writes.
 wheels-try: $(foreach version,3.11 3.12 3.13,$(if $(call find_python,$(version)),try-wheel-$(version)))

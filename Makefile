@@ -108,7 +108,7 @@ native-neon: $(VENV)/.cmake
 	qemu-aarch64 -L /usr/aarch64-linux-gnu build/native/aarch64/native_driver
 
 # In build/wheels: a wheel for this machine's architecture and, where Debian's g++-aarch64-linux-gnu is installed, one for 64-bit ARM. One serves every
-# Python, for ctypes opens the library. auditwheel refuses symbols that Linux with glibc 2.28 (RHEL 8, Debian 10, Ubuntu 20.04) lacks.
+# Python, for ctypes opens the library. auditwheel finds what they need: no newer Linux than those with glibc 2.28.
 ARCHITECTURE := $(shell uname -m)
 wheels: $(sort wheel-$(ARCHITECTURE) $(if $(shell command -v aarch64-linux-gnu-g++),wheel-aarch64))
 
@@ -120,7 +120,8 @@ wheel-%: $(VENV)/.wheels
 	$(STEP) "build the wheel for $*" env CMAKE_ARGS="$(CROSS)" $(PIP) wheel --no-deps --config-settings=build-dir=build/native/wheel-$* \
 		-w build/wheels/built/$* .
 	@$(VENV)/bin/python -m wheel tags --remove --platform-tag linux_$* build/wheels/built/$*/tpllm-*.whl > /dev/null
-	$(STEP) "check the wheel for $*" $(VENV)/bin/auditwheel repair --plat manylinux_2_28_$* -w build/wheels build/wheels/built/$*/tpllm-*.whl
+	$(STEP) "check the wheel for $*" sh -ec 'PATH="$(CURDIR)/$(VENV)/bin:$$PATH" auditwheel repair --plat auto -w build/wheels \
+		build/wheels/built/$*/tpllm-*.whl; ls build/wheels/tpllm-*manylinux_2_2[0-8]_$*.whl'
 
 # On each Python that is found, in a virtual environment outside of the repository: the wheel's kernels are in use, and the demo model writes.
 wheels-try: $(foreach version,3.11 3.12 3.13,$(if $(call find_python,$(version)),try-wheel-$(version)))

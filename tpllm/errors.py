@@ -56,8 +56,8 @@ def short(value: object, *, most: int = MAX_SHOWN) -> str:
     return text if len(text) <= most else f"{text[:most]}..."
 
 
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """``"did you mean 'int4'? "``, with the known word that is nearest to ``word``; empty where none is near."""
+def did_you_mean(word: str, known: Iterable[str], form: str = "{}") -> str:
+    """``"did you mean 'int4'? "``, with the known word that is nearest to ``word``, in that form; empty where none is near."""
     import difflib  # an error is rare, and the command line has to begin at once
     near = difflib.get_close_matches(word, list(known), 1)
-    return f"did you mean {near[0]!r}? " if near else ""
+    return f"did you mean {form.format(near[0])!r}? " if near else ""

@@ -69,7 +69,7 @@ def test_the_command_line_sets_any_key(load, words, key, value):
     (JOB + "rows_per_part: 4.5\n", r"rows_per_part is 4.5; it must be a whole number"),
     (JOB + "seed: '7'\n", r"seed is '7'; it must be a whole number"),
     (JOB + "seed: .inf\n", r"seed is inf; it must be a whole number"),
-    (JOB + "seed: 18446744073709551616\n", r"64 bits"),
+    (JOB + "seed: 18446744073709551616\n", r"seed is 18446744073709551616; it must be from -9223372036854775808 to 18446744073709551615"),
     (JOB + "engine: 3\n", r"engine is 3; it must be a mapping"),
     (JOB + "mesh: 3\n", r"mesh is 3; it must be text such as"),
     (JOB + "allow_environment_change: 1\n", r"must be true or false"),

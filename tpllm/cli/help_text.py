@@ -22,19 +22,24 @@ class Parser(argparse.ArgumentParser):
 
     Attributes:
         is_partial: whether another parser reads the words that this one does not know.
+        takes_keys: whether options with a dot, as in ``--engine.page-size 32``, and their values are left to the command, as ``keys``; ``_`` in an
+            option's name is then as good as ``-``.
     """
 
-    is_partial = False
+    is_partial = takes_keys = False
 
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None):
         """Parse the words as argparse does, but refuse what is unknown: an unknown option before a required argument that is missing."""
         words = sys.argv[1:] if args is None else list(args)
         if self.is_partial:
             return super().parse_known_args(words, namespace)
+        keys = self._take_keys(words) if self.takes_keys else []
         self._refuse_unknown_options(words)
         namespace, rest = super().parse_known_args(words, namespace)
         if rest:
             self.error(f"unknown {'option' if rest[0].startswith('-') else 'argument'} {short(rest[0])}")
+        if self.takes_keys:
+            namespace.keys = keys
         return namespace, rest
 
     def error(self, message: str) -> NoReturn:
@@ -51,6 +56,20 @@ class Parser(argparse.ArgumentParser):
             if name.startswith("--") and " " not in name and name not in self._option_string_actions:
                 known = (option for option in self._option_string_actions if option.startswith("--"))
                 self.error(f"unknown option {name!r}; {did_you_mean(name, known)}")
+
+    @staticmethod
+    def _take_keys(words: list[str]) -> list[str]:
+        """Take the options with a dot out of the words; each with its value, which has a word of its own or follows ``=``."""
+        keys, rest = [], words[:]
+        words.clear()
+        while rest:
+            name, equals, value = rest.pop(0).partition("=")
+            word = (name.replace("_", "-") if name.startswith("--") else name) + equals + value
+            is_key = name.startswith("--") and "." in name
+            (keys if is_key else words).append(word)
+            if is_key and not equals and rest and not rest[0].startswith("--"):
+                keys.append(rest.pop(0))
+        return keys
 
     def _check_value(self, action: argparse.Action, value: object) -> None:
         if action.choices is not None and value not in action.choices:

@@ -15,7 +15,7 @@ COMMANDS = {
     "generate": "answer a prompt, printed as it is generated",
     "chat": "talk with a model in the terminal",
     "run": "run a batch job: a file of prompts in, completions out",
-    "job": "see how far a batch job is, or merge its shards",
+    "job": "see how far a batch job is, run its failed rows again, or merge its shards",
     "list": "show the models that are on this machine",
     "fetch": "download a model",
     "rm": "delete a downloaded model",

@@ -21,19 +21,19 @@ DEFAULTS: dict[str, dict[str, Any]] = {COMPLETIONS: {"max_tokens": 16}, CHAT: {}
 """OpenAI's own, where they differ from :class:`SamplingParams`."""
 
 SAMPLING = tuple(field.name for field in dataclasses.fields(SamplingParams) if field.name != "logprobs")
-WITHOUT_EFFECT = ("metadata", "parallel_tool_calls", "prompt_cache_key", "prompt_cache_options", "prompt_cache_retention", "safety_identifier",
-                  "service_tier", "store", "user")
-"""What concerns only OpenAI's own service."""
+WITHOUT_EFFECT = ("cache_salt", "metadata", "parallel_tool_calls", "prediction", "priority", "prompt_cache_key", "prompt_cache_options",
+                  "prompt_cache_retention", "request_id", "safety_identifier", "service_tier", "store", "stream_options", "user")
+"""What cannot matter to an answer: what concerns only the service that gives it, and how fast it comes."""
 OWN = {
     COMPLETIONS: ("model", "prompt", "logprobs", "echo", "best_of", "parse_special"),
     CHAT: ("model", "messages", "logprobs", "top_logprobs", "max_completion_tokens", "tools", "tool_choice", "chat_template_kwargs",
-           "add_generation_prompt", "parse_special"),
+           "reasoning_effort", "add_generation_prompt", "parse_special"),
 }
 LIMITED: dict[str, dict[str, tuple[Any, ...]]] = {
-    COMPLETIONS: {"stream": (False,), "stream_options": (), "suffix": ("",), "add_special_tokens": (True,)},
-    CHAT: {"stream": (False,), "stream_options": (), "response_format": ({"type": "text"},), "audio": (), "modalities": (["text"],),
-           "prediction": (), "functions": ([],), "function_call": ("none",), "web_search_options": (), "moderation": (), "reasoning_effort": (),
-           "verbosity": ("medium",), "echo": (False,), "add_special_tokens": (False,)},
+    COMPLETIONS: {"stream": (False,), "suffix": ("",), "add_special_tokens": (True,)},
+    CHAT: {"stream": (False,), "response_format": ({"type": "text"},), "audio": (), "modalities": (["text"],), "functions": ([],),
+           "function_call": ("none",), "web_search_options": (), "moderation": (), "verbosity": ("medium",), "echo": (False,),
+           "add_special_tokens": (False,)},
 }
 """Keys of which only these values can be served: what would be done anyway."""
 NUMBERS = {**SAMPLING_KINDS, **dict.fromkeys(("logprobs", "top_logprobs", "max_completion_tokens", "best_of"), int)}
@@ -128,7 +128,8 @@ def _checked_keys(endpoint: str, body: Mapping[str, Any]) -> dict[str, Any]:
                            code="unsupported_value")
     given = {key: value for key, value in body.items() if value is not None and key not in limited and key not in WITHOUT_EFFECT}
     given = {key: as_kind(value, NUMBERS.get(key)) for key, value in given.items()}
-    for key, kind, text in (("model", str, "text"), ("echo", bool, "true or false"), ("best_of", int, "a whole number")):
+    for key, kind, text in (("model", str, "text"), ("reasoning_effort", str, "text"), ("echo", bool, "true or false"),
+                            ("best_of", int, "a whole number")):
         if key in given and type(given[key]) is not kind:
             raise ApiError(f"{key} is {shortened(given[key])}; it must be {text}", param=key, code="invalid_type")
     return given

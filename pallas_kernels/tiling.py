@@ -28,7 +28,7 @@ _log = logging.getLogger(__name__)
 Tiles = TypeVar("Tiles")
 KIB = 1024
 ON_CHIP_BYTES = {"NVIDIA H100": 227 * KIB, "NVIDIA H200": 227 * KIB, "TPU v5 lite": 128 * KIB**2, "TPU v5": 64 * KIB**2, "TPU v6": 128 * KIB**2}
-"""By the beginning of a device's kind (the longest counts): shared memory that a block of a GPU can have, or vector memory of a TPU's core."""
+"""The memory on the chip by the beginning of a device's kind (the longest counts): shared memory of a GPU's block, or a TPU core's vector memory."""
 HOPPER = (9, 0)
 NUM_SAMPLES, SAMPLE_SECONDS = 7, 5e-3  # of one candidate's measurement; a sample is as many calls as take about that long
 
@@ -54,7 +54,7 @@ class Device:
 
     @property
     def on_chip_bytes(self) -> int | None:
-        """Of :data:`ON_CHIP_BYTES`; None where that is not known."""
+        """The device's entry of :data:`ON_CHIP_BYTES`; None where there is none."""
         known = [kind for kind in ON_CHIP_BYTES if self.kind.startswith(kind)]
         return ON_CHIP_BYTES[max(known, key=len)] if known else None
 
@@ -137,7 +137,7 @@ def _fitting(op, device, key, candidates, on_chip_bytes):
 
 
 def _median_seconds(run: Callable[[], Any]) -> float:
-    """Of one call, when calls follow each other; :func:`tune` has warmed it up."""
+    """The median seconds of one call when calls follow each other; :func:`tune` has warmed it up."""
     num_calls, samples = 1, []
     while len(samples) < NUM_SAMPLES:
         start = time.perf_counter()

@@ -1,4 +1,4 @@
-"""From logical axes to a ``NamedSharding``."""
+"""Makes a ``NamedSharding`` of logical axes."""
 import math
 from collections.abc import Mapping, Sequence
 

@@ -1,6 +1,5 @@
 """Every test runs on eight virtual CPU devices, with strict dtype promotion, a compile cache shared between runs, and the compile guard on."""
 import gc
-import itertools
 import os
 import pathlib
 from collections.abc import Iterator
@@ -15,25 +14,29 @@ import pytest
 
 from tpllm.native import library
 
+gc.disable()  # until all tests are collected: what that makes stays, and looking through it takes a third of the time
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_compilation_cache_dir", os.environ["TPLLM_CACHE_DIR"])
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)  # writing a smaller program down takes longer than it saves
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+jax.config.update("jax_traceback_in_locations_limit", 0)  # of each operation that is lowered
 
 MAPPINGS = pathlib.Path("/proc/self/maps")
-MODULES_A_COLLECTION = 10
-modules = itertools.count(1)
 MAX_MAPPINGS = 25_000  # Linux allows a process 65 530 mappings of memory, and every compiled program takes some: beyond, XLA crashes
+MAX_OBJECTS = 1_500_000  # with what JAX holds of them outside of Python this is 2 to 3 GB, and to look through them takes a second
+
+
+def pytest_collection_finish() -> None:
+    """Python's garbage collections begin with the first test."""
+    gc.enable()
 
 
 @pytest.fixture(scope="module", autouse=True)
 def few_compiled_programs() -> Iterator[None]:
-    """Between modules: forgets compiled programs where they are many, and now and then collects the garbage that :func:`small_garbage` left out."""
+    """Between modules: forgets compiled programs where they are many, and collects the garbage that :func:`small_garbage` left out."""
     yield
-    has_many = MAPPINGS.exists() and MAPPINGS.read_bytes().count(b"\n") > MAX_MAPPINGS
-    if has_many:
+    if gc.get_freeze_count() > MAX_OBJECTS or (MAPPINGS.exists() and MAPPINGS.read_bytes().count(b"\n") > MAX_MAPPINGS):
         jax.clear_caches()
-    if has_many or next(modules) % MODULES_A_COLLECTION == 0:
         gc.unfreeze()
         gc.collect()
 

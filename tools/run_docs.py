@@ -28,6 +28,7 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import io
+import itertools
 import multiprocessing
 import os
 import pathlib
@@ -36,6 +37,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 import traceback
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -81,7 +83,7 @@ class Page:
 
     def run(self) -> Report:
         """Run its blocks in order."""
-        for block, below in zip(self.blocks, [*self.blocks[1:], None], strict=True):
+        for block, below in itertools.zip_longest(self.blocks, self.blocks[1:]):
             for verb, path, body in block.comments:
                 if verb == "file":
                     pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -179,12 +181,15 @@ def run_page(path: pathlib.Path) -> Report:
 def lend_environment(place: pathlib.Path) -> None:
     """Let ``place`` be the running environment, for make one that is up to date; what a page installs all the same goes elsewhere."""
     place.mkdir()
+    stamps, now = {".installed"}, time.time()
     for entry in pathlib.Path(sys.prefix).iterdir():
         if entry.name.startswith("."):
-            (place / entry.name).touch()  # a stamp of the Makefile's
+            stamps.add(entry.name)  # the Makefile's
         else:
             (place / entry.name).symlink_to(entry)
-    (place / ".installed").touch()
+    for name in stamps:
+        (place / name).touch()
+        os.utime(place / name, (now, now))  # all alike: make builds again what is older than what it needs
     os.environ["PATH"] = f"{place / 'bin'}:{os.environ['PATH']}"
     os.environ["PIP_TARGET"] = str(place / "installed-by-a-page")
 

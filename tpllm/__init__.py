@@ -13,6 +13,7 @@ _WHERE = {
     "LLM": "tpllm.llm", "AsyncLLM": "tpllm.async_llm", "SamplingParams": "tpllm.engine.sampling_params", "RequestOutput": "tpllm.engine.outputs",
     "CompletionOutput": "tpllm.engine.outputs", "load_model": "tpllm.loading", "init_cache": "tpllm.model.kv_cache",
     "forward": "tpllm.model.decoder",
+    "TextPrompt": "tpllm.inputs", "TokensPrompt": "tpllm.inputs", "RequestOutputKind": "tpllm.engine.sampling_params",
 }
 __all__ = ["LLM", "AsyncLLM", "CompletionOutput", "RequestOutput", "SamplingParams", "__version__", "forward", "init_cache", "load_model"]
 
@@ -28,9 +29,11 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str):
-    if name not in _WHERE:
-        raise AttributeError(f"module 'tpllm' has no attribute {name!r}")
     import importlib
+    if name not in _WHERE:
+        from tpllm.names import missing
+        from tpllm.names.vllm import TYPES
+        raise AttributeError(missing(name, of="module 'tpllm'", known=_WHERE, table=TYPES))
     return getattr(importlib.import_module(_WHERE[name]), name)
 
 

@@ -11,10 +11,10 @@ from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 from tpllm.engine.metrics import Snapshot
-from tpllm.engine.outputs import RequestOutput, failed_output
+from tpllm.engine.outputs import RequestOutput, failed_output, new_part
 from tpllm.engine.prompts import Prompt
 from tpllm.engine.request import Request
-from tpllm.engine.sampling_params import SamplingParams
+from tpllm.engine.sampling_params import RequestOutputKind, SamplingParams
 from tpllm.errors import ConfigError, TpllmError
 from tpllm.llm import LLM
 from tpllm.tokenizer import Tokenizer
@@ -42,7 +42,7 @@ class AsyncLLM:
         self._is_closed, self._closing = False, threading.RLock()
         self._thread.start()
 
-    async def generate(self, prompt: Prompt, sampling_params: SamplingParams | None = None, *, request_id: str | None = None,
+    async def generate(self, prompt: Prompt, sampling_params: SamplingParams | None = None, request_id: str | None = None, *,
                        priority: int = 0) -> AsyncIterator[RequestOutput]:
         """Complete one prompt.
 
@@ -53,11 +53,13 @@ class AsyncLLM:
             priority: lower ones come first.
 
         Yields:
-            The output so far, each time it has grown; the last one is finished. Leaving the iterator early aborts the request.
+            The output so far, each time it has grown, or what is new in it, as ``output_kind`` of the parameters says; the last one is finished.
+            Leaving the iterator early aborts the request.
 
         Raises:
             ConfigError: it is closed, or a request of this id runs.
         """
+        kind, before = getattr(sampling_params, "output_kind", RequestOutputKind.CUMULATIVE), None
         stream = _Stream(uuid.uuid4().hex if request_id is None else request_id, prompt, asyncio.get_running_loop())
         if self._streams.setdefault(stream.request_id, stream) is not stream:
             raise ConfigError(f"a request {request_id!r} runs already; give each its own request_id")
@@ -67,7 +69,10 @@ class AsyncLLM:
             while not is_finished:
                 output = await stream.next()
                 is_finished = output.finished
-                yield output
+                if kind == RequestOutputKind.FINAL_ONLY and not is_finished:
+                    continue
+                yield new_part(output, before) if kind == RequestOutputKind.DELTA else output
+                before = output
         finally:
             self._forget(stream)
             with contextlib.suppress(ConfigError):  # closing ends it, too

@@ -1,5 +1,6 @@
 """What users are told: errors, each a ``ValueError`` whose message names the value, the limit and the fix; the log; and how values stand in both."""
 import logging
+from collections.abc import Iterable
 
 log = logging.getLogger("tpllm")
 
@@ -53,3 +54,10 @@ def short(value: object, *, most: int = MAX_SHOWN) -> str:
     except (RecursionError, ValueError):  # nested too deeply, or a number of more digits than Python writes
         text = f"a {type(value).__name__}"
     return text if len(text) <= most else f"{text[:most]}..."
+
+
+def did_you_mean(word: str, known: Iterable[str], form: str = "{}") -> str:
+    """``"did you mean 'int4'? "``, with the known word that is nearest to ``word``, in that form; empty where none is near."""
+    import difflib  # an error is rare, and the command line has to begin at once
+    near = difflib.get_close_matches(word, list(known), 1)
+    return f"did you mean {form.format(near[0])!r}? " if near else ""

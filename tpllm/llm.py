@@ -2,44 +2,43 @@
 import contextlib
 import dataclasses
 import gc
-import itertools
+import secrets
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+import time
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 from jax.sharding import Mesh
 
 from sharding_rules import Rules, mesh_text
-from tpllm.engine.calls import OnError, complete, stream
+from tpllm.completing import Completing
 from tpllm.engine.description import Description, describe, kernels_of
 from tpllm.engine.engine import Engine
 from tpllm.engine.metrics import Snapshot
 from tpllm.engine.options import EngineOptions, build_engine
-from tpllm.engine.outputs import CompletionDelta, RequestOutput
-from tpllm.engine.prompts import Messages, Prompt, Requests
-from tpllm.engine.request import Request
 from tpllm.engine.runner import Runner
-from tpllm.engine.sampling_params import SamplingParams
+from tpllm.engine.sampling_params import MAX_LOGPROBS, SamplingParams
 from tpllm.engine.shapes import EngineShapes, least_cache_bytes
 from tpllm.engine.slots import TARGET
 from tpllm.environment.compile_cache import enable_compile_cache
 from tpllm.environment.software import describe_environment
 from tpllm.errors import ConfigError
 from tpllm.loading import choose_cache_dtype, load_weights, open_model
+from tpllm.metrics_reader import Metric, metrics_of
 from tpllm.model.config import ModelConfig
 from tpllm.model.params import DecoderParams
+from tpllm.model_files import ModelFiles
+from tpllm.names import Renamed, missing, takes, translated
+from tpllm.names.vllm import ARGUMENTS, METHODS
 from tpllm.ops import uses_native
-from tpllm.progress import progress_bar
 from tpllm.tokenizer import Tokenizer
 from tpllm.tokenizer.generation_defaults import GenerationDefaults
 from tpllm.weights.linear import weight_of
 from tpllm.weights.policy import Quantization
 
-ONE = (SamplingParams, int, type(None))  # what is given once for all prompts
 
-
-class LLM:
+class LLM(Completing):
     """A model, its KV cache and an engine over them.
 
     The memory of both goes back with ``close()``, at the end of a ``with`` block, or with the last reference. ``llm = LLM(...)`` a second time
@@ -49,17 +48,22 @@ class LLM:
 
     Threads may share one: each call's rows are computed beside those of the others, step by step.
 
+    vLLM's names of the arguments work as well (``tensor_parallel_size``, ``block_size``). One that changes no result here is taken with a line in
+    the log, and one of something that is not there is refused with what to use.
+
     Args:
-        model: a folder in Hugging Face layout, a hub id, or ``"demo"``.
+        model: a folder in Hugging Face layout, a GGUF file, a hub id (``"owner/name"``, of GGUF files ``"owner/name:Q4_K_M"``, with ``hf.co/``
+            before it or without), or ``"demo"``.
         mesh: ``"auto"`` (every local device on the tensor axis, as far as the heads allow), ``"tp=4"``, ``"dp=2,tp=4"``, a mapping, or a
             ``jax.sharding.Mesh``.
         rules: how logical axes map to mesh axes; by default tensor parallel over ``tp``, rows over ``dp``.
-        dtype: ``"auto"`` (the checkpoint's own), ``"float32"``, ``"bfloat16"``, ``"float16"``: of activations, and of weights that are not
-            quantized.
+        dtype: ``"auto"`` (the checkpoint's own), ``"float32"``, ``"bfloat16"``, ``"float16"``, or such a dtype of torch, numpy or JAX: of
+            activations, and of weights that are not quantized.
         quantization: how matrices are quantized while they are loaded: ``"int8"`` (one scale an output), ``"w8a8"`` (activations too),
             ``"llm.int8"`` (all but the 16 largest of a row), ``"fp8"``,
             ``"fp8-e5m2"``, ``"int4"`` (one scale for 32 inputs), ``"int4-g64"``, ``"int4-g128"``, ``"q4_k"``, ``"none"``, or one of them for each
-            pattern of parameter names, as in ``{"*.mlp.*": "int4", "*": "none"}``. None keeps what the checkpoint holds.
+            pattern of parameter names, as in ``{"*.mlp.*": "int4", "*": "none"}``. None keeps what the checkpoint holds, as does the name of the
+            format that it is in.
         kv_cache_dtype: of keys and values: the same choices, of which ``"auto"`` follows ``dtype``, or ``"int8"`` or ``"fp8"`` (e4m3), with one
             float32 scale for each head and token.
         max_model_len: tokens a row can hold, prompt and completion together; None for the model's context, at most 4096.
@@ -69,14 +73,24 @@ class LLM:
         kv_cache_tokens: tokens that the KV cache has room for, of all rows together; None for as many as ``memory_share`` allows.
         memory_share: of the memory that the weights leave free on a device, how much the KV cache gets: above 0, at most 1. None for 0.9, and on a
             CPU for what ``max_num_seqs`` rows of ``max_model_len`` need, at most half of the free memory.
+        gpu_memory_utilization: instead of ``memory_share``: of all the memory that JAX has on a device, how much this process may use, weights
+            and KV cache together; on a CPU of the machine's.
         enable_prefix_caching: whether rows share the keys and values of what their prompts have in common.
         preemption: what becomes of a row whose pages are needed by those before it: ``"recompute"`` computes its keys and values again,
             ``"swap"`` keeps them on the host, ``"auto"`` recomputes where that gives the same bits.
         batch_invariant: give a row the same tokens whatever shares its batch. Native CPU kernels always do; elsewhere decode always computes
             ``max_num_seqs`` rows for it, and False computes only as many as are busy.
-        seed: chooses the randomness of requests that bring no seed.
+        max_logprobs: most log probabilities that a request may ask for of each token; -1 for the whole vocabulary.
+        seed: chooses the randomness of requests that bring no seed; None draws it.
         revision: of a hub id.
+        tokenizer: a folder, GGUF file or hub id whose tokenizer is taken instead of the model's; ``tokenizer_revision`` of a hub id.
         skip_tokenizer_init: do without the tokenizer, whose files need not be there: prompts are token ids only, and outputs have no text.
+        chat_template: Jinja text, or the path of a file, instead of the model's.
+        hf_overrides: values that replace those of config.json; of a dict within it each by its key.
+        hf_token: for models that are not open to everybody; None for the one that the hub's client knows.
+        download_dir: where models of the hub are kept; None for its client's cache.
+        generation_config: where ``default_sampling`` comes from: ``"auto"`` is the model's generation_config.json, ``"vllm"`` nothing, else a folder.
+        override_generation_config: values that go before it, such as ``{"temperature": 0.5, "max_new_tokens": 100}``.
 
     Raises:
         TpllmError: a model that cannot be opened, or does not fit the memory or the mesh.
@@ -88,22 +102,31 @@ class LLM:
     _owns_params = False
     _quantization: Quantization = None
 
+    @takes(ARGUMENTS, error=ConfigError)
     def __init__(self, model: str, *, mesh: str | Mapping[str, int] | Mesh = "auto", rules: Rules | None = None, dtype: str = "auto",
                  quantization: Quantization = None, kv_cache_dtype: str = "auto", max_model_len: int | None = None, max_num_seqs: int | None = None,
                  prefill_chunk_size: int | None = None, page_size: int | None = None, kv_cache_tokens: int | None = None,
-                 memory_share: float | None = None, enable_prefix_caching: bool = True, preemption: str = "auto", batch_invariant: bool = True,
-                 seed: int = 0, revision: str | None = None, skip_tokenizer_init: bool = False):
+                 memory_share: float | None = None, gpu_memory_utilization: float | None = None, enable_prefix_caching: bool | None = True,
+                 preemption: str = "auto", batch_invariant: bool = True, max_logprobs: int = MAX_LOGPROBS, seed: int | None = 0,
+                 revision: str | None = None, tokenizer: str | None = None, tokenizer_revision: str | None = None, skip_tokenizer_init: bool = False,
+                 chat_template: str | None = None, hf_overrides: Mapping[str, Any] | None = None, hf_token: str | bool | None = None,
+                 download_dir: str | None = None, generation_config: str = "auto", override_generation_config: Mapping[str, Any] | None = None):
+        started = time.perf_counter()
         options = EngineOptions(max_model_len=max_model_len, max_num_seqs=max_num_seqs, prefill_chunk_size=prefill_chunk_size, page_size=page_size,
-                                kv_cache_tokens=kv_cache_tokens, memory_share=memory_share, enable_prefix_caching=enable_prefix_caching,
-                                preemption=preemption, batch_invariant=batch_invariant)
-        opened = open_model(model, mesh, rules=rules, dtype=dtype, quantization=quantization, revision=revision, skips_tokenizer=skip_tokenizer_init)
+                                kv_cache_tokens=kv_cache_tokens, memory_share=memory_share, gpu_memory_utilization=gpu_memory_utilization,
+                                enable_prefix_caching=enable_prefix_caching is not False, preemption=preemption, batch_invariant=batch_invariant,
+                                max_logprobs=max_logprobs)
+        files = ModelFiles(revision=revision, tokenizer=tokenizer, tokenizer_revision=tokenizer_revision, skip_tokenizer_init=skip_tokenizer_init,
+                           chat_template=chat_template, hf_overrides=hf_overrides, hf_token=hf_token, download_dir=download_dir,
+                           generation_config=generation_config, override_generation_config=override_generation_config)
+        opened = open_model(model, mesh, rules=rules, dtype=dtype, quantization=quantization, files=files)
         shapes = options.shapes(opened.config, has_invariant_kernels=uses_native(opened.config.partition))
         cache_dtype = choose_cache_dtype(kv_cache_dtype, opened.dtype)
-        self._model_fingerprint, self._quantization = opened.checkpoint.fingerprint(), quantization
+        self._model_fingerprint, self._quantization = opened.fingerprint(), quantization
         params = load_weights(opened, cache_bytes_per_device=least_cache_bytes(opened.config, shapes, cache_dtype, kv_cache_tokens=kv_cache_tokens))
         try:
             self._start(opened.config, params, opened.tokenizer, options=options, shapes=shapes, cache_dtype=cache_dtype, seed=seed,
-                        model=str(model), family=opened.checkpoint.family.name, generation=opened.generation)
+                        model=str(model), family=opened.checkpoint.family.name, generation=opened.generation, started=started)
         except BaseException:  # a notebook keeps its traceback, and that keeps this frame
             for leaf in jax.tree.leaves(params):
                 leaf.delete()
@@ -117,11 +140,12 @@ class LLM:
         """An engine over parameters that are already on their mesh, such as ``load_model`` or ``init_params`` gives.
 
         Without a tokenizer prompts must be token ids, and outputs have no text. The parameters stay the caller's: ``close()`` lets go of them
-        but does not delete them. ``engine`` takes the options from ``max_model_len`` to ``batch_invariant`` of the class.
+        but does not delete them. ``engine`` takes the options from ``max_model_len`` to ``max_logprobs`` of the class.
         """
         if config.partition.mesh is None:
             raise ConfigError("from_params needs a config that is fitted to a mesh; use fit_to_mesh(config, mesh, rules)")
-        options = EngineOptions(**engine)
+        known = {field.name: field.default for field in dataclasses.fields(EngineOptions)}
+        options = EngineOptions(**translated(engine, known=known, table=ARGUMENTS, error=ConfigError))
         enable_compile_cache()
         llm = cls.__new__(cls)
         llm._model_fingerprint = {}
@@ -130,90 +154,16 @@ class LLM:
         return llm
 
     def _start(self, config: ModelConfig, params: DecoderParams, tokenizer: Tokenizer | None, *, options: EngineOptions, shapes: EngineShapes,
-               cache_dtype, seed: int, model: str | None = None, family: str | None = None, generation: GenerationDefaults | None = None) -> None:
+               cache_dtype, seed: int, model: str | None = None, family: str | None = None, generation: GenerationDefaults | None = None,
+               started: float | None = None) -> None:
+        seed = secrets.randbits(63) if seed is None else seed
         self.config, self.shapes, self.seed, self._tokenizer = config, shapes, seed, tokenizer
         self._generation = generation or (tokenizer.generation if tokenizer else GenerationDefaults())
         engine = build_engine(config, params, tokenizer, options=options, shapes=shapes, cache_dtype=cache_dtype, seed=seed,
                               eos_ids=self._generation.eos_token_ids)
         self._description = describe(config, params, shapes=shapes, num_pages=engine.runner.num_pages, cache_dtype=cache_dtype, model=model,
-                                     family=family)
+                                     family=family, load_s=None if started is None else time.perf_counter() - started)
         self._engine = engine
-
-    def generate(self, prompts: Prompt | Requests, sampling_params: SamplingParams | Iterable[SamplingParams] | None = None, *,
-                 priority: int | Iterable[int] = 0, show_progress: bool | None = None) -> list[RequestOutput]:
-        """Complete prompts.
-
-        Args:
-            prompts: one or many: text, ``{"prompt": ...}``, ``{"prompt_token_ids": [...]}`` or ``{"messages": [...]}``; of many each may be a pair
-                of a prompt and its own :class:`SamplingParams`.
-            sampling_params: one for all that bring none, or one each; None takes the model's own defaults (``default_sampling``).
-            priority: one for all, or one each; lower ones come first, and among equals those that came first.
-            show_progress: a progress bar on standard error; None shows it for more than one prompt on a terminal.
-
-        Returns:
-            One output a prompt, in their order.
-
-        Raises:
-            PromptError, SamplingError: a prompt or parameter that cannot be used; nothing is generated then.
-        """
-        engine, prompts = self.engine, [prompts] if isinstance(prompts, str | Mapping) else list(prompts)
-        given = [_listed(values, len(prompts), name) for values, name in ((sampling_params, "sampling_params"), (priority, "priorities"))]
-        prepared = [engine.prepare(prompt, params, priority=one) for prompt, params, one in self._requests(prompts, *given)]
-        order = sorted(range(len(prompts)), key=lambda index: prepared[index].priority)
-        outputs: list[RequestOutput | None] = [None] * len(prompts)
-        completed = complete(engine, iter([prepared[index] for index in order]), on_error="raise")
-        with progress_bar(len(prompts), is_shown=show_progress) as advance, contextlib.closing(completed):
-            for output in completed:
-                index = order[int(output.request_id)]
-                output.request_id, outputs[index] = str(index), output
-                advance(output)
-        return outputs
-
-    def generate_iter(self, prompts: Requests, sampling_params: SamplingParams | Iterable[SamplingParams] | None = None, *,
-                      priority: int | Iterable[int] = 0, on_error: OnError = "raise") -> Iterator[RequestOutput]:
-        """Complete prompts, each given back as soon as it ends.
-
-        Prompts are read as slots become free, so their number does not matter for memory. Closing the iterator gives up what is running.
-
-        Args:
-            prompts, sampling_params, priority: as for :meth:`generate`; any iterables.
-            on_error: ``"raise"``, or ``"return"`` to give back a bad prompt as an output whose ``finish_reason`` is ``"error"``.
-
-        Yields:
-            Outputs; ``request_id`` is the prompt's position, as text.
-        """
-        yield from complete(self.engine, self._requests(prompts, sampling_params, priority), on_error=on_error)
-
-    def stream(self, prompt: Prompt | Messages, sampling_params: SamplingParams | None = None) -> Iterator[CompletionDelta]:
-        """Complete one prompt, or one chat, token by token.
-
-        Args:
-            prompt: as for :meth:`generate`, or a list of chat messages.
-            sampling_params: None takes the model's own defaults.
-
-        Yields:
-            The new text and tokens of one completion at a time.
-        """
-        prompt = {"messages": prompt} if isinstance(prompt, list) else prompt
-        yield from stream(self.engine, prompt, self._or_default(sampling_params))
-
-    def chat(self, messages: Messages | list[Messages], sampling_params: SamplingParams | None = None, *,
-             template_kwargs: Mapping[str, Any] | None = None, tools: list[dict[str, Any]] | None = None, add_generation_prompt: bool = True,
-             show_progress: bool | None = None) -> list[RequestOutput]:
-        """Answer one conversation or several, through the model's own chat template.
-
-        Args:
-            messages: a list of ``{"role": ..., "content": ...}``, or a list of such lists.
-            sampling_params: as for :meth:`generate`.
-            template_kwargs: more variables for the template, such as ``enable_thinking``.
-            tools: JSON schemas of the functions that the model may call; its template must know of them.
-            add_generation_prompt: end the prompt with the header of the answer; False goes on with the last message.
-            show_progress: as for :meth:`generate`.
-        """
-        chats = messages if messages and isinstance(messages[0], list) else [messages]
-        options = {"template_kwargs": template_kwargs, "tools": tools, "add_generation_prompt": add_generation_prompt}
-        prompts = [{"messages": chat, **options} for chat in chats]
-        return self.generate(prompts, sampling_params, show_progress=show_progress)
 
     def warm_up(self, *, has_prompt_logprobs: bool = False) -> None:
         """Compile every program now; afterwards nothing compiles."""
@@ -221,9 +171,13 @@ class LLM:
 
     def metrics(self) -> Snapshot:
         """What the engine is doing and has done; ``metrics().to_prometheus()`` is the text that Prometheus scrapes."""
-        engine = self.engine
+        engine, model = self.engine, self._description
         with contextlib.nullcontext() if engine.is_in_turn else engine.turn():  # what is called within a step may look, too
-            return engine.metrics.snapshot(engine.scheduler)
+            return engine.metrics.snapshot(engine.scheduler, kernels=model.kernels, quantization=model.quantization, load_s=model.load_s)
+
+    def get_metrics(self) -> list[Metric]:
+        """The same under vLLM's names, such as ``vllm:generation_tokens``: a list of :mod:`tpllm.metrics_reader`'s."""
+        return metrics_of(self.metrics())
 
     def reset_prefix_cache(self) -> None:
         """Forget the keys and values of earlier prompts; rows that run keep theirs."""
@@ -254,6 +208,13 @@ class LLM:
     def _repr_html_(self) -> str | None:
         return None if self._description is None else self._description.to_html(is_open=self._engine is not None)
 
+    def __getattr__(self, name: str) -> Any:
+        """What vLLM calls otherwise; what is not there is told what to use."""
+        meaning = METHODS.get(name)
+        if isinstance(meaning, Renamed):
+            return getattr(self, meaning.ours)
+        raise AttributeError(missing(name, of="LLM", known=[one for one in dir(type(self)) if not one.startswith("_")], table=METHODS))
+
     def __enter__(self) -> "LLM":
         return self
 
@@ -279,11 +240,12 @@ class LLM:
 
     def fingerprint(self) -> dict[str, Any]:
         """Everything a result depends on besides the request: model, software, hardware, mesh and shapes. JSON-able."""
-        runner = self.engine.runner
+        runner, shapes = self.engine.runner, dataclasses.asdict(self.shapes)
+        del shapes["max_logprobs"]  # it changes what is told of tokens, and no token
         device = self.config.partition.mesh.devices.flat[0]
         return {"model": self._model_fingerprint, "environment": describe_environment(device.platform, device.device_kind),
                 "mesh": mesh_text(self.config.partition.mesh), "rules": dict(self.config.partition.rules.entries),
-                "shapes": dataclasses.asdict(self.shapes), "dtype": str(self.params.dtype), "kv_cache_dtype": str(runner.cache_dtype),
+                "shapes": shapes, "dtype": str(self.params.dtype), "kv_cache_dtype": str(runner.cache_dtype),
                 "quantization": self._quantization, "kernels": kernels_of(self.params)}
 
     @property
@@ -293,39 +255,8 @@ class LLM:
             raise ConfigError("this LLM is closed; make a new one")
         return self._engine
 
-    def submit(self, request_id: str, prompt: Prompt, params: SamplingParams | None = None, *, priority: int = 0) -> Request:
-        """Queue a request with the engine, for those who step it themselves; see :class:`.AsyncLLM` for services."""
-        engine = self.engine
-        return engine.add_request(request_id, engine.prepare(prompt, self._or_default(params), priority=priority))
-
-    def _requests(self, prompts: Requests, sampling_params: SamplingParams | Iterable[SamplingParams] | None,
-                  priority: int | Iterable[int]) -> Iterator[tuple[Prompt, SamplingParams, int]]:
-        """Each prompt with its parameters and priority, as they are asked for; the shortest of several iterables ends them."""
-        default = self._or_default(None)
-        for prompt, params, one in zip(prompts, _each(sampling_params), _each(priority), strict=False):
-            prompt, own = prompt if isinstance(prompt, tuple) and len(prompt) == 2 else (prompt, None)
-            params = params if own is None else own
-            yield prompt, default if params is None else params, one
-
-    def _or_default(self, params: SamplingParams | None) -> SamplingParams:
-        """The model's own where there are none; what is no parameters is left for the check that names it."""
-        return SamplingParams(**self.default_sampling) if params is None else params
-
 
 def _wait_for(runner: Runner) -> None:
     """Wait for the programs in flight: one that still reads the parameters would give them back later, when nobody collects any more."""
     with contextlib.suppress(Exception):  # of a program whose result nobody wants
         runner.executor.wait()
-
-
-def _each(values: Any | Iterable[Any]) -> Iterator[Any]:
-    """One value again and again, or each of several."""
-    return itertools.repeat(values) if isinstance(values, ONE) else iter(values)
-
-
-def _listed(values: Any | Iterable[Any], count: int, name: str) -> list[Any]:
-    """Each of several, or one value so often."""
-    found = [values] * count if isinstance(values, ONE) else list(values)
-    if len(found) != count:
-        raise ConfigError(f"{count} prompts but {len(found)} {name}; give one for all, or one each")
-    return found

@@ -1,4 +1,4 @@
-"""From the name of a model to its configuration, parameters and tokenizer on a mesh, and from there to a store that loads again."""
+"""Loads a model by its name: configuration, parameters and tokenizer on a mesh. Saves it as a store that loads again."""
 import collections
 import dataclasses
 import functools
@@ -16,8 +16,10 @@ import numpy as np
 from jax.sharding import Mesh
 
 from sharding_rules import DATA_TENSOR, Partition, Rules, make_mesh, parse_mesh
-from tpllm.checkpoint import Checkpoint, check_memory, find_entries, load_params, needed_bytes, open_checkpoint, stored_schemes
-from tpllm.checkpoint.entries import ParamEntry
+from tpllm.checkpoint.entries import ParamEntry, find_entries
+from tpllm.checkpoint.folder import Checkpoint
+from tpllm.checkpoint.load import load_params, stored_schemes
+from tpllm.checkpoint.memory import check_memory, needed_bytes
 from tpllm.checkpoint.new_folder import new_folder
 from tpllm.checkpoint.safetensors import TensorEntry
 from tpllm.checkpoint.save import copied_files, unquantized_config
@@ -27,10 +29,10 @@ from tpllm.errors import ConfigError, short
 from tpllm.model.config import ModelConfig
 from tpllm.model.params import DecoderParams
 from tpllm.model.partition import fit_to_mesh, largest_tensor_axis
+from tpllm.model_files import AS_THEY_ARE, ModelFiles
 from tpllm.ops import uses_native
 from tpllm.tokenizer import Tokenizer
 from tpllm.tokenizer.generation_defaults import GenerationDefaults
-from tpllm.tokenizer.gguf import defaults_from_gguf, tokenizer_from_gguf
 from tpllm.weights.policy import AS_STORED, Policy, Quantization, parse_policy
 from tpllm.weights.storage import Storage
 
@@ -38,10 +40,12 @@ log = logging.getLogger("tpllm")
 
 DTYPES = ("float32", "bfloat16", "float16")
 ALIASES = {"float": "float32", "half": "float16", "double": "float64"}
-"""Of torch."""
+"""The names that torch has for dtypes."""
 COMPUTED_IN = {"F64": "float32", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
-"""By the dtype of a tensor."""
-SMALL_CACHES = {"int8": np.dtype(np.int8), "fp8": np.dtype(ml_dtypes.float8_e4m3fn)}
+"""The dtype to compute in, for each dtype of a tensor."""
+FORMATS = ("awq", "awq_marlin", "gptq", "gptq_marlin", "bitsandbytes", "compressed-tensors", "auto-round", "gguf", "mxfp4")
+"""Of quantized checkpoints, as vLLM calls them: they are found without being named."""
+SMALL_CACHES = {"int8": np.dtype(np.int8), "fp8": np.dtype(ml_dtypes.float8_e4m3fn), "fp8_e4m3": np.dtype(ml_dtypes.float8_e4m3fn)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +59,7 @@ class OpenedModel:
         generation: what its files say of generating, with a tokenizer and without one.
         dtype: of activations, and of weights that are not quantized.
         policy: how matrices are quantized while they are loaded.
+        files: what was asked for.
     """
 
     checkpoint: Checkpoint
@@ -63,6 +68,11 @@ class OpenedModel:
     generation: GenerationDefaults
     dtype: np.dtype
     policy: Policy = AS_STORED
+    files: ModelFiles = AS_THEY_ARE
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What tells it from any other model, as JSON; see :meth:`.Checkpoint.fingerprint`."""
+        return {**self.checkpoint.fingerprint(), **self.files.fingerprint()}
 
     @functools.cached_property
     def entries(self) -> dict[str, ParamEntry]:
@@ -80,7 +90,7 @@ def load_model(model: str, mesh: str | Mapping[str, int] | Mesh = "auto", *, rul
     """Load a model for use with ``init_cache`` and ``forward``.
 
     Args:
-        model: a folder in Hugging Face layout, a hub id, or ``"demo"``.
+        model: a folder in Hugging Face layout, a GGUF file, a hub id, or a name such as ``"demo"``.
         mesh: ``"auto"``, ``"tp=4"``, ``{"dp": 2, "tp": 4}`` or a ``jax.sharding.Mesh``.
         rules: how logical axes map to mesh axes; by default tensor parallel over ``tp``, rows over ``dp``.
         dtype: of weights and activations: ``"auto"``, ``"float32"``, ``"bfloat16"`` or ``"float16"``.
@@ -95,30 +105,23 @@ def load_model(model: str, mesh: str | Mapping[str, int] | Mesh = "auto", *, rul
     Raises:
         TpllmError: a model that cannot be opened, does not fit the memory or the mesh.
     """
-    opened = open_model(model, mesh, rules=rules, dtype=dtype, quantization=quantization, packed=packed, revision=revision)
+    opened = open_model(model, mesh, rules=rules, dtype=dtype, quantization=quantization, packed=packed, files=ModelFiles(revision=revision))
     return opened.config, load_weights(opened, packed=packed), opened.tokenizer
 
 
 def open_model(model: str, mesh: str | Mapping[str, int] | Mesh = "auto", *, rules: Rules | None = None, dtype: str = "auto",
-               quantization: Quantization = None, packed: bool = True, revision: str | None = None, skips_tokenizer: bool = False) -> OpenedModel:
+               quantization: Quantization = None, packed: bool = True, files: ModelFiles = AS_THEY_ARE) -> OpenedModel:
     """As :func:`load_model`, up to the weights; its tokenizer's files need not be there where they are skipped."""
     enable_compile_cache()
-    policy = parse_policy(quantization)
-    checkpoint = open_checkpoint(model, revision=revision)
+    is_format = quantization in FORMATS if isinstance(quantization, str) else False
+    policy = AS_STORED if is_format else parse_policy(quantization)
+    checkpoint, tokenizer, generation = files.open(model)
+    if is_format and checkpoint.weights is None:
+        raise ConfigError(f"quantization is {quantization!r}, the name of a checkpoint's format, but {model!r} holds plain weights; leave it out, or "
+                          "use one that quantizes while loading, such as 'int8' or 'int4'")
     config = fit_to_mesh(checkpoint.config, choose_mesh(mesh, checkpoint.config), DATA_TENSOR if rules is None else rules)
-    with checkpoint.reads.recording():
-        tokenizer = None if skips_tokenizer else _tokenizer(checkpoint)
-        generation = tokenizer.generation if tokenizer else _generation(checkpoint)
     chosen = choose_dtype(dtype, checkpoint.hf_config, config.partition, packed=packed, tensors=checkpoint.tensors)
-    return OpenedModel(checkpoint, config, tokenizer, generation, chosen, policy)
-
-
-def _tokenizer(checkpoint: Checkpoint) -> Tokenizer:
-    return Tokenizer.from_folder(checkpoint.folder) if checkpoint.gguf is None else tokenizer_from_gguf(checkpoint.gguf)
-
-
-def _generation(checkpoint: Checkpoint) -> GenerationDefaults:
-    return GenerationDefaults.from_folder(checkpoint.folder) if checkpoint.gguf is None else defaults_from_gguf(checkpoint.gguf)
+    return OpenedModel(checkpoint, config, tokenizer, generation, chosen, policy, files)
 
 
 def load_weights(opened: OpenedModel, *, cache_bytes_per_device: int = 0, packed: bool = True) -> DecoderParams:
@@ -181,10 +184,12 @@ def choose_cache_dtype(kv_cache_dtype: str, weight_dtype: np.dtype) -> np.dtype:
     return weight_dtype if kv_cache_dtype == "auto" else _known_dtype("kv_cache_dtype", kv_cache_dtype, (*DTYPES, *SMALL_CACHES))
 
 
-def _known_dtype(name: str, dtype: str, known: Sequence[str] = DTYPES) -> np.dtype:
-    if dtype not in known:
+def _known_dtype(name: str, dtype: Any, known: Sequence[str] = DTYPES) -> np.dtype:
+    """Of a name, torch's included, or of a dtype of torch, numpy or JAX."""
+    text = getattr(dtype, "__name__", None) or str(dtype).removeprefix("torch.")
+    if ALIASES.get(text, text) not in known:
         raise ConfigError(f"{name} is {dtype!r}; it must be one of auto, {', '.join(known)}")
-    return np.dtype(dtype)
+    return np.dtype(ALIASES.get(text, text))
 
 
 def save_store(model: str, out: str | Path, *, quantization: Quantization = None, mesh: str | Mapping[str, int] | Mesh = "tp=1", dtype: str = "auto",
@@ -205,7 +210,8 @@ def save_store(model: str, out: str | Path, *, quantization: Quantization = None
     Raises:
         TpllmError: a model that cannot be opened, a folder that is there, or a disk that is too small.
     """
-    opened = open_model(model, mesh, dtype="float32" if dtype == "auto" else dtype, quantization=quantization, packed=False, revision=revision)
+    opened = open_model(model, mesh, dtype="float32" if dtype == "auto" else dtype, quantization=quantization, packed=False,
+                        files=ModelFiles(revision=revision))
     checkpoint = opened.checkpoint
     if checkpoint.gguf is not None:
         raise ConfigError(f"{checkpoint.folder} is a GGUF file, whose tokenizer has no files to take along; store the checkpoint it was made of")

@@ -3,17 +3,19 @@ import contextlib
 import sys
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 from tpllm.engine.outputs import RequestOutput
 
 
 @contextlib.contextmanager
-def progress_bar(total: int, *, is_shown: bool | None) -> Iterator[Callable[[RequestOutput], None]]:
+def progress_bar(total: int, *, is_shown: bool | Callable[..., Any] | None) -> Iterator[Callable[[RequestOutput], None]]:
     """A bar on standard error of prompts done and tokens a second.
 
     Args:
         total: prompts.
-        is_shown: None shows it on a terminal or in a notebook, for more than one prompt.
+        is_shown: None shows it on a terminal or in a notebook, for more than one prompt. A class or function makes another bar: it is called with
+            ``total`` and ``desc``, as ``tqdm`` is, and what it gives has ``update`` and ``close``.
 
     Yields:
         A function to call with each finished output.
@@ -22,6 +24,10 @@ def progress_bar(total: int, *, is_shown: bool | None) -> Iterator[Callable[[Req
         is_shown = total > 1 and (sys.stderr.isatty() or "ipykernel" in sys.modules)
     if not is_shown:
         yield lambda output: None
+        return
+    if callable(is_shown):
+        with contextlib.closing(is_shown(total=total, desc="prompts")) as bar:
+            yield lambda output: bar.update(1)
         return
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn

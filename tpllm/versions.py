@@ -22,12 +22,14 @@ USER_ERROR = 2
 
 
 def check() -> None:
-    """Let only versions pass that were tried.
+    """Let only versions pass that were tried; `tpllm doctor` tells of others itself.
 
     Raises:
         VersionError: another one, or no jax.
         SystemExit: the same on the command line, where it is one line on standard error.
     """
+    if _is_command_line() and sys.argv[1:2] == ["doctor"]:
+        return
     message = python_refusal(".".join(map(str, sys.version_info[:3]))) or jax_refusal(find_jax())
     if message is None:
         return

@@ -162,7 +162,7 @@ def time_batch(llm: LLM, prompts: list[list[int]], output_len: int) -> dict[str,
     """Complete all prompts by ``output_len`` tokens each."""
     params = SamplingParams(temperature=0, max_tokens=output_len, ignore_eos=True)
     start = time.perf_counter()
-    outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], params, show_progress=False)
+    outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], params, use_tqdm=False)
     return _batch_speed([output.outputs[0].token_ids for output in outputs], output_len, time.perf_counter() - start)
 
 

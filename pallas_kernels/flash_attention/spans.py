@@ -26,7 +26,7 @@ class Spans:
     ranks_BS: jax.Array  # noqa: N815
 
     def pad(self, num_queries: int, num_keys: int) -> "Spans":
-        """With padding behind, up to these numbers."""
+        """The spans with padding behind them, up to these numbers."""
         rows, columns = ((0, 0), (0, num_queries - self.low_BT.shape[1])), ((0, 0), (0, num_keys - self.ranks_BS.shape[1]))
         return Spans(jnp.pad(self.low_BT, rows, constant_values=NEVER), jnp.pad(self.high_BT, rows, constant_values=-1),
                      jnp.pad(self.ranks_BS, columns, constant_values=-1))

@@ -60,4 +60,4 @@ RARER_PACKED_CASES = (
 SHAPES = (Case(1, 4096, 14336), Case(16, 4096, 14336), Case(4096, 4096, 14336), Case(1, 4096, 14336, weight_format=INT8),
           Case(16, 4096, 14336, weight_format=INT4), Case(2048, 4096, 14336, weight_format=INT8),
           *(Case(8, 4096, 14336, weight_format=FORMATS[name]) for name in ("q4_k", "q5_k", "q6_k", "fp8")))
-"""Of production."""
+"""Shapes of models in use."""

@@ -20,7 +20,7 @@ ACTIVATIONS = {
 
 @dataclasses.dataclass(frozen=True)
 class ClampedGlu:
-    """In place of an activation: ``gate sigmoid(alpha gate) (up + 1)`` of a gate and an up that are cut off (gpt-oss: OpenAI 2025, arXiv:2508.10925).
+    """Replaces the activation: ``gate sigmoid(alpha gate) (up + 1)`` of a gate and an up that are cut off (gpt-oss: OpenAI 2025, arXiv:2508.10925).
 
     Attributes:
         limit: the most that gate is, and up in size.

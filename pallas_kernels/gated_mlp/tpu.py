@@ -16,9 +16,9 @@ DTYPES = ("bfloat16",)
 DIM_STEP = LANES = 128
 ROW_STEP = 16
 MAX_INPUTS = 2048
-"""Of one step: the compiler unrolls it."""
+"""The most inputs of one step: the compiler unrolls it."""
 SPARE = 2 * KIB**2
-"""Of vector memory, for the compiler's own use."""
+"""Bytes of vector memory left for the compiler's own use."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -69,11 +69,12 @@ class Case:
         return jnp.asarray(np.concatenate(rows)[None], jnp.int32), np.concatenate([*runs, padding])[None].astype(np.int32)
 
     def _cache(self, rng, is_written_PS) -> tuple[jax.Array, jax.Array | None]:
-        x_PSKH = jnp.asarray(rng.normal(size=(*is_written_PS.shape, self.kv_heads, self.head_dim)), jnp.float32)
-        if jnp.dtype(self.cache_dtype).itemsize == 1:
-            codes, scales = quantize_entries(x_PSKH, jnp.dtype(self.cache_dtype))
-            return codes.transpose(0, 2, 1, 3), jnp.where(is_written_PS[:, None], scales.transpose(0, 2, 1), jnp.nan)
-        return jnp.where(is_written_PS[:, None, :, None], x_PSKH.transpose(0, 2, 1, 3), jnp.nan).astype(self.cache_dtype), None
+        x_PSKH, dtype = rng.normal(size=(*is_written_PS.shape, self.kv_heads, self.head_dim)).astype(np.float32), jnp.dtype(self.cache_dtype)
+        if dtype.itemsize == 1:
+            codes_PSKH, scales_PSK = map(np.asarray, jax.jit(quantize_entries, static_argnums=1)(x_PSKH, dtype))
+            scales_PKS = np.where(is_written_PS[:, None], scales_PSK.transpose(0, 2, 1), np.float32(np.nan))
+            return jnp.asarray(codes_PSKH.transpose(0, 2, 1, 3)), jnp.asarray(scales_PKS)
+        return jnp.asarray(np.where(is_written_PS[:, None, :, None], x_PSKH.transpose(0, 2, 1, 3), np.nan).astype(dtype)), None
 
 
 DECODE = (

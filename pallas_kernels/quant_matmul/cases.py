@@ -27,7 +27,7 @@ FORMATS = {
     "fp8-a8": WeightFormat(kind="e4m3", activations="e4m3"),
     "fp8-g128-a8": WeightFormat(kind="e4m3", group=128, activations="e4m3"),
 }
-"""By the name of a quantization."""
+"""The formats by the name of a quantization."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,9 +94,9 @@ def random_weight(weight_format: WeightFormat, N: int, K: int, rng: np.random.Ge
 def random_arrays(case: Case, layout: Layout, seed: int) -> tuple[jax.Array, PackedArrays, jax.Array | None]:
     """(activations, packed weight, bias or None) of a case."""
     rng, f = np.random.default_rng(seed), with_layout(case.weight_format, layout)
-    weight = {name: jnp.asarray(array) for name, array in random_weight(f, case.N, case.K, rng).items()}
+    arrays = jax.tree.map(jnp.asarray, pack(f, **random_weight(f, case.N, case.K, rng)))
     x_MK = jnp.asarray(rng.standard_normal((case.M, case.K)), case.dtype)
-    return x_MK, pack(f, **weight), jnp.asarray(rng.standard_normal(case.N), jnp.float32) if case.has_bias else None
+    return x_MK, arrays, jnp.asarray(rng.standard_normal(case.N), jnp.float32) if case.has_bias else None
 
 
 def packed_shapes(weight_format: WeightFormat, N: int, K: int) -> PackedArrays:

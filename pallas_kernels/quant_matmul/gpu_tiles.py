@@ -13,7 +13,7 @@ WIDEST_SLICE = 64
 SPLIT_INPUTS = 512
 """What a part of K has at least."""
 PROCESSORS = 132
-"""Of an H100 or H200; each runs one block at a time."""
+"""The multiprocessors of an H100 or H200; each runs one block at a time."""
 SPLIT_ROWS = 32
 """Up to so many rows the parts of K run side by side."""
 
@@ -60,7 +60,7 @@ class Problem:
 
     @property
     def sum_dtype(self) -> str:
-        """Of a warp group's sums."""
+        """The dtype of a warp group's sums."""
         return "int32" if self.format.activations == "int8" else "float32"
 
     @property

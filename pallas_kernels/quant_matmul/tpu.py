@@ -17,7 +17,7 @@ from pallas_kernels.quant_matmul.packing import PackedArrays, WeightFormat
 from pallas_kernels.tiling import KIB, Device, choose_tiles
 
 MARGIN_BYTES = 4 * KIB**2
-"""Of vector memory, for what the compiler keeps there."""
+"""Bytes of vector memory left for what the compiler keeps there."""
 ROW_ALIGNMENT = 32
 
 

@@ -18,7 +18,7 @@ from pallas_kernels.quant_matmul.fragment_codes import WORD_TILE, high_place, un
 from pallas_kernels.registers import load_registers
 
 ROWS = 64
-"""Of a warp group's product."""
+"""The rows of a warp group's product."""
 MAGIC = {"bfloat16": (0x4300, 128), "float16": (0x6400, 1024)}
 """Bits of a 16-bit float that is a whole number once a code is in its lowest bits, and that number without it."""
 WIDEST_SWIZZLE = 128
@@ -98,7 +98,7 @@ class WarpGroup:
 
 
 def _unpack_registers(words, high, bits: int, dtype, bias_bits: int):
-    """Of each thread's registers: pair after pair of codes is shifted to where a mask leaves it in two mantissas."""
+    """Unpack each thread's registers: pair after pair of codes is shifted to where a mask leaves it in two mantissas."""
     i32 = ir.IntegerType.get_signless(32)
     pair_type = ir.VectorType.get((2,), mgpu_utils.dtype_to_ir_type(dtype))
     layout, num_tiles = plgpu.Layout.WGMMA.to_mgpu(), words.shape[1] // WORD_TILE

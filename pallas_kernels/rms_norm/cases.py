@@ -39,4 +39,4 @@ CASES = (
 
 SHAPES = (Case((1,), 4096, has_residual=True), Case((64,), 4096, has_residual=True, quantized="int8"),
           Case((8192,), 4096, has_residual=True), Case((2048,), 8192, quantized="float8_e4m3fn"))
-"""Of production."""
+"""Shapes of models in use."""

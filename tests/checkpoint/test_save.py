@@ -8,8 +8,10 @@ import pytest
 from tests.support.checkpoint_files import write_folder
 from tests.support.quantized_folders import SIZES, make_folder
 from tests.support.tiny_models import TinyModel, cached_greedy, config_json
-from tpllm.checkpoint import load_params, open_checkpoint, save, stored_schemes
+from tpllm.checkpoint import save
 from tpllm.checkpoint.entries import find_entries
+from tpllm.checkpoint.folder import open_checkpoint
+from tpllm.checkpoint.load import load_params, stored_schemes
 from tpllm.checkpoint.save import quantize_checkpoint
 from tpllm.cli.main import main
 from tpllm.errors import CheckpointError, ConfigError

@@ -10,7 +10,9 @@ from sharding_rules import DATA_TENSOR, make_mesh
 from tests.support.checkpoint_files import write_folder
 from tests.support.tiny_models import TinyModel, config_json
 from tpllm import LLM, SamplingParams
-from tpllm.checkpoint import find_entries, load_params, open_checkpoint, stored_schemes
+from tpllm.checkpoint.entries import find_entries
+from tpllm.checkpoint.folder import open_checkpoint
+from tpllm.checkpoint.load import load_params, stored_schemes
 from tpllm.checkpoint.save import quantize_checkpoint
 from tpllm.checkpoint.store import MANIFEST, WEIGHTS, write_store
 from tpllm.cli.main import main
@@ -65,7 +67,7 @@ def test_the_command_saves_a_model_that_gives_the_same_tokens(tmp_path, scheme, 
     tokens = []
     for model, quantization in ((str(tmp_path / "out"), None), ("demo", scheme)):
         with LLM(model, mesh="tp=2", quantization=quantization, **DEMO) as llm:
-            tokens.append([output.outputs[0].token_ids for output in llm.generate(["def ", "class A:"], greedy, show_progress=False)])
+            tokens.append([output.outputs[0].token_ids for output in llm.generate(["def ", "class A:"], greedy, use_tqdm=False)])
     assert tokens[0] == tokens[1]
     assert main(["inspect", str(tmp_path / "out"), "--mesh", "tp=2"]) == 0
     assert "orbax of" in capsys.readouterr().out

@@ -1,4 +1,5 @@
 """The command line: quick to start, and one line for every error of the user's."""
+import dataclasses
 import io
 import json
 import subprocess
@@ -11,6 +12,7 @@ from tests.jobs.fake_llm import FakeLLM
 from tests.jobs.small_job import all_rows, rows_text
 from tpllm import __version__
 from tpllm.cli.main import main
+from tpllm.engine.sampling_params import SamplingParams
 
 
 @pytest.fixture
@@ -33,9 +35,9 @@ def error_line(capsys) -> str:
     return line
 
 
-def exit_code(*words: str) -> int:
+def exit_code(*words: str, make_llm=FakeLLM) -> int:
     try:
-        return main(words, make_llm=FakeLLM)
+        return main(words, make_llm=make_llm)
     except SystemExit as stop:
         return stop.code
 
@@ -51,6 +53,58 @@ def test_run_runs_a_job_and_says_where_its_rows_are(job_file, tmp_path, capsys):
 def test_run_takes_overrides_of_any_key(job_file, tmp_path):
     assert exit_code("run", job_file, "--sampling.max-tokens", "3", "--output=other", "--engine.max-num-seqs", "2") == 0
     assert all(len(completion["token_ids"]) == 3 for row in all_rows(tmp_path / "other") for completion in row["outputs"])
+
+
+ROWS = ("run", "-i", "rows.jsonl", "-o", "new", "-m", "fake")
+
+
+def test_a_job_needs_no_file_and_the_same_command_its_folder_or_its_file_goes_on_with_it(job_file, tmp_path, capsys):
+    words = [*ROWS, "--temp", "0", "--max-tokens", "3", "--stop", "x", "--stop", "\n", "--n", "2", "--logprobs", "1", "--engine.max-num-seqs", "2",
+             "--rows_per_part=2"]
+    assert exit_code(*words) == 0
+    manifest = json.loads((tmp_path / "new" / "manifest.json").read_text())
+    assert manifest["job"] == {"model": "fake", "output_format": "jsonl", "mesh": "auto", "dtype": "auto", "seed": 0, "rows_per_part": 2,
+                               "engine": {"max_num_seqs": 2},
+                               "sampling": {"temperature": 0, "max_tokens": 3, "stop": ["x", "\n"], "n": 2, "logprobs": 1}}
+    (tmp_path / "new" / "part-00001.jsonl").unlink()
+    assert exit_code(*words) == 0
+    assert "(2 new)" in capsys.readouterr().err
+    for again in (words, ["run", "new"], ["run", str(tmp_path / "new"), "--dry-run"]):
+        (tmp_path / "folder" / "job.yaml").write_text(json.dumps({**manifest["job"], "input": "rows.jsonl", "output": "new"}))
+        assert exit_code(*again) == 0
+    assert exit_code("run", job_file, make_llm=None) == 0
+    out, err = capsys.readouterr()
+    assert err.count("complete: 5 rows in new (nothing was left to do)") == 3
+    assert "nothing is left to do" in out
+    assert exit_code("run", "new", "--max-tokens", "4") == 2
+    assert "sampling.max_tokens was 3 and is now 4" in error_line(capsys)
+
+
+def test_a_job_goes_on_from_its_folder_in_any_working_directory_also_a_shards(job_file, tmp_path, monkeypatch):
+    assert exit_code(*ROWS, "--shard", "1/2", "--rows-per-part", "2") == 0
+    (tmp_path / "new" / "shard-00001-of-00002" / "part-00001.jsonl").unlink()
+    monkeypatch.chdir(tmp_path / "new" / "shard-00001-of-00002")
+    assert exit_code("run", ".") == 0
+    assert len(all_rows(tmp_path / "new" / "shard-00001-of-00002")) == 1
+
+
+@pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(SamplingParams) if field.name not in ("seed", "output_kind")])
+def test_every_sampling_parameter_is_an_option_of_a_job_and_its_seed_is_the_jobs_own(job_file, tmp_path, field):
+    values = {"logit_bias": "{3: 1}", "allowed_token_ids": "[1, 2]", "stop_token_ids": "[1]", "bad_words": "x", "stop": "x"}
+    flag = "--" + field.replace("_", "-")
+    words = [flag] if field in ("ignore_eos", "include_stop_str_in_output", "skip_special_tokens", "detokenize") else [flag, values.get(field, "1")]
+    assert exit_code(*ROWS, *words, "--seed", "7") == 0
+    job = json.loads((tmp_path / "new" / "manifest.json").read_text())["job"]
+    assert (list(job["sampling"]), job["seed"]) == ([field], 7)
+
+
+def test_inputs_may_be_several_and_model_options_are_those_of_the_engine(job_file, tmp_path):
+    (tmp_path / "more.jsonl").write_text('{"prompt": "more"}\n')
+    words = ["run", "-i", "rows.jsonl", "more.jsonl", "-o", "new", "-m", "fake", "--revision", "1234567", "--quantization", "int8"]
+    assert exit_code(*words) == 0
+    manifest = json.loads((tmp_path / "new" / "manifest.json").read_text())
+    assert manifest["input"]["num_rows"] == 6
+    assert manifest["job"]["engine"] == {"quantization": "int8", "revision": "1234567"}
 
 
 @pytest.mark.parametrize(("words", "message"), [
@@ -76,43 +130,42 @@ def test_a_duplicate_custom_id_is_one_line_with_both_rows(job_file, tmp_path, ca
 
 @pytest.mark.parametrize(("words", "message"), [
     ([], "the following arguments are required: COMMAND"),
-    (["frobnicate"], "frobnicate"),
-    (["run"], "the following arguments are required: JOB.yaml"),
+    (["generat"], "argument COMMAND: unknown value 'generat'; did you mean 'generate'? known: generate, chat, run, job, "),
+    (["--verbos", "generate"], "unknown option '--verbos'; did you mean '--verbose'? see tpllm --help"),
+    (["run"], "model and input and output are missing; give --model ..., or a job file"),
+    (["run", "-i", "x.jsonl", "-o", "out", "--temprature", "0"], "unknown option '--temprature'; did you mean '--temperature'? see tpllm run --help"),
+    (["run", "-i", "x.jsonl", "-o", "out", "-m", "fake", "--top-p", "0"], "top_p is 0"),
+    (["run", "prompts.jsonl"], "prompts.jsonl holds rows and is no job file; give it as the input: -i prompts.jsonl -o OUTPUT -m MODEL"),
+    (["run", "."], ". holds no job: there is no manifest.json in it; give a job file, or the output folder of a job"),
+    (["job", "retry", "none"], "none holds no job"),
     (["run", "none.yaml"], "cannot read the job file none.yaml"),
-    (["generate"], "--model"),
-    (["generate", "--model", "fake", "--prompt", "x", "--top-p", "0"], "top_p is 0"),
-    (["generate", "--model", "fake", "--prompt", "x", "--temperature", "hot"], "temperature is 'hot'"),
-    (["generate", "--model", "fake", "--n", "2"], "--n"),
+    (["generate", "-p", "x"], "no model is named; name one as the first argument or with --model"),
+    (["generate", "fake", "-m", "other", "-p", "x"], "two models are named, 'fake' and 'other' (--model); name one"),
+    (["generate", "fake", "--max-token", "3"], "unknown option '--max-token'; did you mean '--max-tokens'? see tpllm generate --help"),
+    (["generate", "--modle=fake"], "unknown option '--modle'; did you mean '--model'? see tpllm generate --help"),
+    (["generate", "fake", "-p", "x", "-c", "4096"], "unknown option '-c'; see tpllm generate --help"),
+    (["generate", "fake", "-p", "x", "word"], "unknown argument 'word'; see tpllm generate --help"),
+    (["generate", "fake", "-p", "x", "-t", "0"], "argument -t/--threads: '0' is no whole number of at least 1; see tpllm generate --help"),
+    (["generate", "fake", "-p", ""], "the prompt is empty"),
+    (["generate", "fake", "--prompt-file", "none.txt"], "cannot read the prompt from none.txt: No such file or directory; give a file"),
+    (["generate", "fake", "-p", "x", "--prompt-file", "y"], "argument --prompt-file: not allowed with argument -p/--prompt"),
+    (["generate", "fake", "-p", "x", "--raw", "--system", "Be brief."], "--system and --template-kwargs are for the chat template"),
+    (["generate", "fake", "-p", "x", "--template-kwargs", "[1]"], "--template-kwargs is '[1]'; give a JSON object"),
+    (["generate", "fake", "-p", "x", "--top-p", "0"], "top_p is 0"),
+    (["generate", "fake", "-p", "x", "--temperature", "hot"], "temperature is 'hot'"),
+    (["generate", "fake", "-p", "x", "--n", "2"], "unknown option '--n'"),
+    (["job", "status", "out", "--verfy"], "unknown option '--verfy'; did you mean '--verify'? see tpllm job status --help"),
+    (["completion", "bsh"], "argument shell: unknown value 'bsh'; did you mean 'bash'? known: bash"),
+    (["rm", "demo"], "model 'demo' is a part of tpllm and cannot be removed"),
+    (["inspect", "demo", "--quantization", "int-4"], "quantization is 'int-4'; did you mean 'int4'?"),
+    (["inspect", "dmo"], "there is no such folder or file; did you mean 'demo'? give a folder, a GGUF file, a hub id"),
     (["--cpu-devices", "0", "inspect", "demo"], "--cpu-devices is 0"),
     (["--cpu-devices", "many", "inspect", "demo"], "--cpu-devices"),
-    (["bench", "nothing"], "nothing"),
+    (["bench", "latncy"], "unknown value 'latncy'; did you mean 'latency'? known: latency, throughput, serve-sim, quality; see tpllm bench --help"),
 ])
 def test_a_command_that_cannot_run_is_one_line_and_code_2(capsys, words, message):
     assert exit_code(*words) == 2
     assert message in error_line(capsys)
-
-
-def test_generate_prints_the_text_of_the_prompt_it_is_given(capsys):
-    assert exit_code("generate", "--model", "fake", "--prompt", "a b", "--max-tokens", "7") == 0
-    assert capsys.readouterr().out == "[a b] max 7 t 0.5\n"
-
-
-def test_generate_takes_several_stop_strings_as_they_are_written(capsys):
-    seen = []
-
-    class Listening(FakeLLM):
-        def stream(self, prompt, params):
-            seen.append(params.stop)
-            return super().stream(prompt, params)
-    assert main(["generate", "--model", "fake", "--prompt", "a", "--stop", ":", "--stop", "1"], make_llm=Listening) == 0
-    assert seen == [(":", "1")]
-    assert capsys.readouterr().err == ""
-
-
-def test_generate_takes_the_prompt_from_standard_input_without_its_last_line_break(capsys, monkeypatch):
-    monkeypatch.setattr(sys, "stdin", io.StringIO("one\ntwo\n"))
-    assert exit_code("generate", "--model", "fake", "--temperature", "0") == 0
-    assert capsys.readouterr().out == "[one\ntwo] max None t 0\n"
 
 
 @pytest.mark.parametrize("words", [["generate", "--model", "fake"], ["chat", "--model", "fake"]])
@@ -139,11 +192,12 @@ def test_bench_gives_its_words_to_the_benchmark(monkeypatch, capsys):
     assert exit_code("bench", "latency", "--shape", "tinyllama-1.1b") == 0
     assert seen == ["tinyllama-1.1b"]
     assert exit_code("bench", "latency", "--shap") == 2
-    assert "unrecognized arguments: --shap;" in error_line(capsys)
+    assert "unknown option '--shap'; did you mean '--shape'? see tpllm bench latency --help" in error_line(capsys)
 
 
 @pytest.mark.parametrize("words", [
-    ["--help"], ["run", "--help"], ["generate", "--help"], ["chat", "--help"], ["inspect", "--help"], ["bench", "--help"], ["--version"]])
+    ["--help"], ["run", "--help"], ["generate", "--help"], ["chat", "--help"], ["inspect", "--help"], ["bench", "--help"], ["list", "--help"],
+    ["fetch", "--help"], ["rm", "--help"], ["doctor", "--help"], ["--version"], ["generate", "-V"]])
 def test_help_loads_no_jax(words):
     script = f"import sys\nfrom tpllm.cli.main import main\ntry:\n main({words!r})\nexcept SystemExit as stop:\n assert stop.code == 0\n" \
              "assert not {'jax', 'numpy', 'torch', 'rich'} & set(sys.modules)"

@@ -27,7 +27,7 @@ def completions(script, *words: str, folder=None) -> list[str]:
 
 @pytest.mark.parametrize(("words", "wanted"), [
     (("tpllm", "gen"), ["generate"]),
-    (("tpllm", "generate", "--temp"), ["--temperature"]),
+    (("tpllm", "generate", "--tempe"), ["--temperature"]),
     (("tpllm", "generate", "--dtype", "f"), ["float32", "float16"]),
     (("tpllm", "run", "job.yaml", "--sampling.max"), ["--sampling.max-tokens"]),
     (("tpllm", "run", "job.yaml", "--rows"), ["--rows-per-part"]),

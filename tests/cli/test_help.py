@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 
+from tpllm.cli.bench import BenchParser
 from tpllm.cli.help_text import HelpFormatter, attribute_texts
 from tpllm.cli.main import COMMANDS, main, make_parser
 from tpllm.cli.model_options import NOT_FOR_TEXT
@@ -33,6 +34,15 @@ def test_every_sampling_field_has_an_option_explained_by_its_docstring(capsys):
     for field in dataclasses.fields(SamplingParams):
         assert (f"\n  --{field.name.replace('_', '-')} " in shown.replace(",", " ")) == (field.name not in NOT_FOR_TEXT)
     assert "divides the logits; 0 takes the best token" in " ".join(shown.split())
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_no_line_of_a_help_is_wider_than_88_columns(name, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    for parser in subparsers(make_parser((name,))):
+        if isinstance(parser, BenchParser):
+            parser.load(parser.prog.split()[-1])
+        assert [line for line in parser.format_help().splitlines() if len(line) > 88] == []
 
 
 def test_the_docstring_of_the_sampling_parameters_tells_of_every_field():

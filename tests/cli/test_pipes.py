@@ -16,7 +16,7 @@ from tpllm.jobs.runner import run_job
 
 STATES = ("closed", "full", "gone")
 NO_SPACE, NO_FILE = "No space left on device", "Bad file descriptor"
-GENERATE = ("generate", "--model", "fake", "--prompt", "a")
+GENERATE = ("generate", "fake", "-p", "a", "--raw", "--quiet")
 TEXT = rows_text(5, bad=(2,))
 
 
@@ -65,7 +65,7 @@ def test_a_closed_standard_output_is_as_a_full_one():
 
 @pytest.mark.parametrize("stderr", STATES)
 def test_what_cannot_be_said_on_standard_error_changes_nothing(stderr):
-    assert command(*GENERATE, "--temperature", "0", stderr=stderr) == (0, "[a] max None t 0\n", "")
+    assert command(*GENERATE, "--temperature", "0", stderr=stderr) == (0, "[a] max 512 t 0\n", "")
     assert command("frobnicate", stderr=stderr) == (2, "", "")
     assert command(*GENERATE, stdout="full", stderr=stderr) == (1, "", "")
 

@@ -12,7 +12,7 @@ from tpllm import ops
 from tpllm.bench.shapes import random_params
 from tpllm.llm import LLM
 from tpllm.model.config import ModelConfig
-from tpllm.model.params import init_params
+from tpllm.model.params import abstract_params, init_params
 from tpllm.model.partition import fit_to_mesh
 from tpllm.tokenizer import Tokenizer
 from tpllm.weights.policy import parse_policy
@@ -29,7 +29,7 @@ def make_llm(mesh: dict[str, int] | None = None, *, config: ModelConfig = CONFIG
     fitted = fit_to_mesh(config, make_mesh(mesh or {"tp": 1}), DATA_TENSOR)
     params = init_params(dataclasses.replace(fitted, partition=ONE_DEVICE), 0)
     params = jax.tree.map(lambda leaf: leaf * 4 if leaf.ndim == 2 else leaf, params)  # logits that mean something
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, init_params(fitted, 0))
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_params(fitted, jnp.float32))
     return LLM.from_params(fitted, jax.device_put(params, shardings), **{**SHAPES, **options})
 
 

@@ -6,7 +6,7 @@ import pytest
 from tests.engine.conftest import CONFIG, make_llm, random_prompts
 from tests.engine.plain_loop import plain_tokens
 from tpllm import LLM, SamplingParams
-from tpllm.engine.prompts import find_bad_words
+from tpllm.engine.admission import find_bad_words
 from tpllm.errors import SamplingError
 
 GREEDY = SamplingParams(temperature=0, max_tokens=24)

@@ -43,19 +43,22 @@ class Cells(html.parser.HTMLParser):
 
 def description(**changes):
     fields = {"model": "m", "family": "Llama", "num_parameters": 1234567, "dtype": "bfloat16", "kv_cache_dtype": "float32", "mesh": "tp=4",
-              "devices": "4 gpu devices", "weight_bytes": 7_300_000_000, "cache_bytes": 21_000, "max_model_len": 4096, "max_num_seqs": 32}
+              "devices": "4 gpu devices", "weight_bytes": 7_300_000_000, "cache_bytes": 21_000, "max_model_len": 4096, "max_num_seqs": 32,
+              "kernels": "pallas", "quantization": "int4, int8", "load_s": 12.34}
     return Description(**{**fields, **changes})
 
 
 def test_the_table_holds_every_fact():
     assert Cells(description().to_html(is_open=True)).rows == {
-        "model": "m", "family": "Llama", "parameters": "1,234,567 in bfloat16", "mesh": "tp=4 (4 gpu devices)", "weights": "7.3 GB a device",
+        "model": "m", "family": "Llama", "parameters": "1,234,567 in bfloat16", "quantization": "int4, int8", "mesh": "tp=4 (4 gpu devices)",
+        "kernels": "pallas", "load time": "12.3 s", "weights": "7.3 GB a device",
         "KV cache": "21.0 kB a device, in float32", "max_model_len": "4,096 tokens a row", "max_num_seqs": "32 rows at once", "state": "open"}
 
 
 def test_the_line_holds_what_the_table_holds():
     line = description().to_text(is_open=True)
-    for fact in ("'m'", "1,234,567", "bfloat16", "tp=4", "4 gpu devices", "7.3 GB", "21.0 kB", "max_model_len=4096", "max_num_seqs=32", "open"):
+    for fact in ("'m'", "1,234,567", "bfloat16", "tp=4", "4 gpu devices", "7.3 GB", "21.0 kB", "max_model_len=4096", "max_num_seqs=32",
+                 "kernels pallas", "quantization int4, int8", "loaded in 12.3 s", "open"):
         assert fact in line
     assert "\n" not in line
 
@@ -104,6 +107,23 @@ def test_parameters_that_were_given_have_no_name():
     rows = Cells(make_llm()._repr_html_()).rows
     assert rows["model"] == "given as parameters"
     assert "family" not in rows
+
+
+def test_kernels_schemes_and_the_time_it_took_are_those_of_the_model():
+    with LLM("demo", mesh="tp=1", quantization={"*.mlp.*": "int4", "*.attn.q": "int8", "*": "none"}, max_num_seqs=1, max_model_len=64) as llm:
+        rows = Cells(llm._repr_html_()).rows
+        assert rows["quantization"] == "int4, int8"
+        assert rows["kernels"] == llm.fingerprint()["kernels"]
+        assert re.fullmatch(r"\d+\.\d s", rows["load time"])
+        metrics = llm.metrics()
+        assert (metrics.kernels, metrics.quantization, f"{metrics.load_s:.1f} s") == (rows["kernels"], rows["quantization"], rows["load time"])
+        assert "tpllm_load_s" in metrics.to_prometheus()
+
+
+def test_parameters_that_were_given_were_not_loaded_and_floats_have_no_scheme():
+    rows = Cells(make_llm()._repr_html_()).rows
+    assert "kernels" in rows
+    assert not {"quantization", "load time"} & set(rows)
 
 
 def test_repeated_heads_and_padding_are_no_parameters_but_take_bytes():

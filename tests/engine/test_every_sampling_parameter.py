@@ -193,13 +193,24 @@ def skip_special_tokens(asker):
     assert output.text == tokenizer.piece(special) * 3
 
 
+def detokenize(asker):
+    completion = asker.ask(detokenize=False, **GREEDY).outputs[0]
+    assert completion.token_ids
+    assert completion.text == ""
+
+
+def truncate_prompt_tokens(asker):
+    assert asker.ask(truncate_prompt_tokens=3, **GREEDY).prompt_token_ids == PROMPT[-3:]
+
+
 CASES = {function.__name__: function for function in (
     n, temperature, top_p, top_k, min_p, presence_penalty, frequency_penalty, repetition_penalty, logit_bias, allowed_token_ids, bad_words, seed,
-    stop, include_stop_str_in_output, stop_token_ids, ignore_eos, max_tokens, min_tokens, logprobs, prompt_logprobs, skip_special_tokens)}
+    stop, include_stop_str_in_output, stop_token_ids, ignore_eos, max_tokens, min_tokens, logprobs, prompt_logprobs, skip_special_tokens,
+    detokenize, truncate_prompt_tokens)}
 
 
 def test_every_field_has_a_case():
-    assert set(CASES) == {field.name for field in dataclasses.fields(SamplingParams)}
+    assert set(CASES) == {field.name for field in dataclasses.fields(SamplingParams)} - {"output_kind"}, "that one is AsyncLLM's"
 
 
 @pytest.mark.parametrize("field", CASES)

@@ -167,7 +167,7 @@ def test_scores_of_a_prompt_that_cannot_be_named_end_its_row_alone(text_llm, mon
 
 def test_a_question_that_fails_leaves_what_runs_alone(llm, monkeypatch):
     expected = tokens_of(llm.generate(PROMPTS, PARAMS))
-    monkeypatch.setattr("tpllm.engine.metrics.Metrics.snapshot", lambda metrics, scheduler: 1 / 0)
+    monkeypatch.setattr("tpllm.engine.metrics.Metrics.snapshot", lambda *_, **_known: 1 / 0)
     iterator, found = llm.generate_iter(PROMPTS, PARAMS), {}
     for output in iterator:
         found[int(output.request_id)] = output

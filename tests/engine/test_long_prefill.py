@@ -32,7 +32,7 @@ def peak():
 
 def prefill(count):
     ids = np.random.default_rng(0).integers(0, 512, count).tolist()
-    [output] = llm.generate([{"prompt_token_ids": ids}], SamplingParams(temperature=0, max_tokens=2, ignore_eos=True), show_progress=False)
+    [output] = llm.generate([{"prompt_token_ids": ids}], SamplingParams(temperature=0, max_tokens=2, ignore_eos=True), use_tqdm=False)
     assert len(output.outputs[0].token_ids) == 2, output.outputs[0].error
 
 prefill(600)

@@ -48,7 +48,7 @@ def valid_values(vocab_size: int):
         "seed": st.integers(-2**63, 2**64 - 1), "stop": st.one_of(text, lists(text, 3)), "include_stop_str_in_output": st.booleans(),
         "stop_token_ids": lists(st.integers(0, vocab_size + 9), 60), "ignore_eos": st.booleans(), "max_tokens": st.integers(1, 12),
         "min_tokens": st.sampled_from([0, 1, 2, 5, 12, 100, 2**31 - 1]), "logprobs": st.integers(0, 20), "prompt_logprobs": st.integers(0, 20),
-        "skip_special_tokens": st.booleans()})
+        "skip_special_tokens": st.booleans(), "truncate_prompt_tokens": st.sampled_from([-1, 1, 5, 100])})
 
 
 def valid_params(values: dict) -> SamplingParams:
@@ -176,7 +176,7 @@ ANYTHING = st.recursive(
     lambda inner: st.one_of(lists(inner, 3), lists(inner, 3).map(tuple),
                             st.dictionaries(st.one_of(st.text(max_size=3), st.integers()), inner, max_size=3)),
     max_leaves=5)
-PLAUSIBLE = st.sampled_from([None, True, False, 0, 1, 2, 0.5, 1.0, "a", "8", (), ["a", "b c"], [5], [5, 6], range(3), {}, {5: 1.0}, {"6": -2}])
+PLAUSIBLE = st.sampled_from([1, None, True, False, 0, 2, 0.5, 1.0, "a", "8", (), ["a", "b c"], [5], [5, 6], range(3), {}, {5: 1.0}, {"6": -2}])
 
 
 @pytest.mark.parametrize("num_requests", [100, pytest.param(2_000, marks=pytest.mark.slow)])
@@ -213,9 +213,10 @@ def test_whatever_a_prompt_is_it_works_or_is_refused_and_the_engine_goes_on(tiny
     @given(lists(st.one_of(ANYTHING, ANYTHING.map(lambda ids: {"prompt_token_ids": ids}), ANYTHING.map(lambda text: {"prompt": text})), 5, 5))
     def run(drawn):
         for prompt in drawn:
+            errors = (PromptError, *([SamplingError] if isinstance(prompt, tuple) and len(prompt) == 2 else []))  # a pair brings parameters
             try:
                 output = tiny_llm.generate([prompt, GOOD[0]], GOOD[1])[0]
-            except PromptError:
+            except errors:
                 continue
             check_output(tiny_llm, prompt, GOOD[1], output)
         assert tiny_llm.generate(*GOOD)[0].outputs[0].token_ids == expected

@@ -1,8 +1,8 @@
 """Random logits, histories and parameters, packed as the engine packs them: every decision of the device is the numpy sampler's."""
 import dataclasses
+import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -15,10 +15,13 @@ from tpllm.engine.slots import SlotState
 from tpllm.model import sampling
 from tpllm.model.logit_adjustments import History, adjust, remember
 from tpllm.model.per_row import empty_rows, pack_row
-from tpllm.model.sampling import STOP_IDS, SamplingRows, gumbel_noise, sample
+from tpllm.model.sampling import STOP_IDS, Sampled, SamplingRows, gumbel_noise, sample
 
 VOCAB, EOS_IDS, NUM_ROWS = 40, (2, 30), 20
 MARGIN = 1e-4  # a threshold that float32 and float64 see on the same side
+
+
+remembered, adjusted, noise_of = jax.jit(remember), jax.jit(adjust), jax.jit(gumbel_noise, static_argnums=3)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +103,7 @@ def history_of(completion: list[int]) -> History:
     """The history of one row."""
     history = empty_rows(History, 1, vocab=VOCAB)
     for token in completion:
-        history = remember(history, np.array([token], np.int32), np.array([True]))
+        history = remembered(history, np.array([token], np.int32), np.array([True]))
     return history
 
 
@@ -115,33 +118,46 @@ def probed(rows: list[Row]) -> tuple:
     return logits, parameters.replace(sample_index=np.tile(np.arange(VOCAB, dtype=np.uint32), len(rows))), positions, history
 
 
-def drawn(arguments: tuple, partition: Partition = ONE_DEVICE) -> np.ndarray:
-    """The tokens that the device draws."""
-    logits, parameters, positions, history = arguments
-    logits = jax.device_put(logits, partition.sharding((None, "vocab")))
-    sampled = jax.jit(lambda *args: sample(*args, vocab_size=VOCAB, partition=partition))(logits, parameters, positions, history)
-    assert np.asarray(sampled.has_choice & sampled.is_finite).all()
-    return np.asarray(sampled.token)
+@functools.cache
+def sampler(mesh: int, _noise) -> tuple[Partition, jax.stages.Wrapped]:
+    """(partition, :func:`sample` on it) over so many devices: one program for all tests that draw with one noise."""
+    partition = Partition(make_mesh({"tp": mesh}), TENSOR) if mesh > 1 else ONE_DEVICE
+    return partition, jax.jit(functools.partial(sample, vocab_size=VOCAB, partition=partition))
+
+
+def sampled(arguments: tuple, mesh: int = 1) -> Sampled:
+    """What the device draws."""
+    partition, run = sampler(mesh, sampling.gumbel_noise)
+    return run(jax.device_put(arguments[0], partition.sharding((None, "vocab"))), *arguments[1:])
+
+
+def drawn(arguments: tuple, mesh: int = 1) -> np.ndarray:
+    """The tokens that the device draws, of rows that all have a choice."""
+    found = sampled(arguments, mesh)
+    assert np.asarray(found.has_choice & found.is_finite).all()
+    return np.asarray(found.token)
 
 
 @pytest.mark.parametrize("seed", range(4))
 def test_adjusted_logits_are_the_oracles(seed):
     rows = random_rows(seed, min_tokens=0)
     logits, parameters, _, history = packed(rows)
-    ours = np.asarray(jax.jit(adjust)(logits, parameters.is_adjusted, parameters.adjustments, history))
+    ours = np.asarray(adjusted(logits, parameters.is_adjusted, parameters.adjustments, history))
     for row, ours_V in zip(rows, ours, strict=True):
         np.testing.assert_allclose(ours_V, row.adjusted(), rtol=2e-6, atol=2e-6)
     assert sum(row.params.adjusts_logits for row in rows) > NUM_ROWS // 2
 
 
-@pytest.mark.parametrize("mesh", [None, {"tp": 4}], ids=str)
+def noise_that_favours_one(seeds, sample_index_B, positions, vocab_size):
+    return 1e6 * jax.nn.one_hot(sample_index_B, vocab_size)  # beats every token that is kept, and none that is dropped
+
+
+@pytest.mark.parametrize("mesh", [1, 4])
 @pytest.mark.parametrize("seed", range(3))
 def test_the_tokens_that_can_be_drawn_are_the_oracles(seed, mesh, monkeypatch):
-    def noise_that_favours_one(seeds, sample_index_B, positions, vocab_size):
-        return 1e6 * jax.nn.one_hot(sample_index_B, vocab_size)  # beats every token that is kept, and none that is dropped
     monkeypatch.setattr(sampling, "gumbel_noise", noise_that_favours_one)
     rows = random_rows(10 + seed)
-    tokens = drawn(probed(rows), Partition(make_mesh(mesh), TENSOR) if mesh else ONE_DEVICE)
+    tokens = drawn(probed(rows), mesh)
     for row, tokens_V in zip(rows, tokens.reshape(NUM_ROWS, VOCAB), strict=True):
         assert set(np.flatnonzero(tokens_V == np.arange(VOCAB))) == set(np.flatnonzero(row.probabilities())), row.params
     for name in ("top_k", "top_p", "min_p", "temperature"):
@@ -153,18 +169,18 @@ def test_the_tokens_that_can_be_drawn_are_the_oracles(seed, mesh, monkeypatch):
 def test_the_drawn_token_is_the_oracles_under_the_same_noise(seed):
     rows = random_rows(20 + seed)
     logits, parameters, positions, history = probed(rows)
-    noise = np.asarray(gumbel_noise(parameters.seed, parameters.sample_index, jnp.asarray(positions), VOCAB)).reshape(NUM_ROWS, VOCAB, VOCAB)
+    noise = np.asarray(noise_of(parameters.seed, parameters.sample_index, positions, VOCAB)).reshape(NUM_ROWS, VOCAB, VOCAB)
     tokens = drawn((logits, parameters, positions, history)).reshape(NUM_ROWS, VOCAB)
     expected = [[numpy_sampler.draw(row.probabilities(), noise_V) for noise_V in noises] for row, noises in zip(rows, noise, strict=True)]
     assert tokens.tolist() == expected
     assert len({tuple(row) for row in expected}) > NUM_ROWS // 2
 
 
-@pytest.mark.parametrize("mesh", [None, {"tp": 4}], ids=str)
+@pytest.mark.parametrize("mesh", [1, 4])
 @pytest.mark.parametrize("seed", range(3))
 def test_the_greedy_token_is_the_oracles(seed, mesh):
     rows = random_rows(30 + seed, temperature=0)
-    tokens = drawn(packed(rows), Partition(make_mesh(mesh), TENSOR) if mesh else ONE_DEVICE)
+    tokens = drawn(packed(rows), mesh)
     assert tokens.tolist() == [int(row.adjusted().argmax()) for row in rows]
     assert tokens.tolist() != [int(row.logits_V.argmax()) for row in rows]
 
@@ -173,12 +189,12 @@ TOGETHER = {"temperature": 1.3, "min_p": 0.01, "top_k": 25, "top_p": 0.93, "pres
             "repetition_penalty": 1.2, "logit_bias": {5: 1.5, 6: -2.0}, "allowed_token_ids": range(3, 38), "min_tokens": 15, "ignore_eos": False}
 
 
-@pytest.mark.parametrize("mesh", [None, {"tp": 4}], ids=str)
+@pytest.mark.parametrize("mesh", [1, 4])
 def test_all_parameters_together_draw_the_oracles_distribution(mesh):
     num_draws, row = 20_000, random_rows(40, **TOGETHER)[0]
     logits, parameters, positions, history = jax.tree.map(lambda leaf: np.repeat(leaf, num_draws, axis=0), packed([row]))
     parameters = parameters.replace(sample_index=np.arange(num_draws, dtype=np.uint32))
-    tokens = drawn((logits, parameters, positions, history), Partition(make_mesh(mesh), TENSOR) if mesh else ONE_DEVICE)
+    tokens = drawn((logits, parameters, positions, history), mesh)
     counts, expected = np.bincount(tokens, minlength=VOCAB), row.probabilities() * num_draws
     is_kept = expected > 0
     assert counts[~is_kept].sum() == 0
@@ -192,9 +208,9 @@ def test_all_parameters_together_draw_the_oracles_distribution(mesh):
 def test_a_row_with_every_token_banned_says_that_it_has_no_choice(temperature):
     banned = Row(np.zeros(VOCAB, np.float32), SamplingParams(temperature=temperature, allowed_token_ids=[7]), [1], [9], [[9, 7]])
     free = dataclasses.replace(banned, bad_words=[])
-    sampled = sample(*packed([banned, free]), vocab_size=VOCAB, partition=ONE_DEVICE)
-    assert sampled.has_choice.tolist() == [False, True]
-    assert sampled.token[1] == 7
+    found = sampled(packed([banned, free] * (NUM_ROWS // 2)))
+    assert found.has_choice.tolist() == [False, True] * (NUM_ROWS // 2)
+    assert (found.token[1::2] == 7).all()
 
 
 @pytest.mark.parametrize(("values", "possible"), [
@@ -206,5 +222,5 @@ def test_a_value_beyond_float32_acts_as_its_limit(values, possible):
     logits_V = np.zeros(VOCAB, np.float32)
     logits_V[1:7] = [-1, 0, -0.5, 0.75, 0.5, 1]
     row = Row(logits_V, SamplingParams(**values, allowed_token_ids=range(1, 7)), [1, 4, 4], [4, 3], [])
-    tokens = drawn(jax.tree.map(lambda leaf: np.tile(leaf, (20, *[1] * (leaf.ndim - 1))), probed([row, row])))
+    tokens = drawn(probed([row] * NUM_ROWS))
     assert set(tokens.tolist()) == possible

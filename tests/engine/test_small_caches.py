@@ -20,24 +20,21 @@ TEXT = "def add(first, second):\n    \"\"\"The sum.\"\"\"\n    return first + se
 
 @functools.cache
 def prompt_logprobs(path, kv_cache_dtype, mesh="tp=1"):
-    """Of the fixture's path; it is only here to tell results apart."""
+    """Of a prompt of several chunks, which read what is in the cache; the fixture's path is only here to tell results apart."""
     llm = LLM("demo", mesh=mesh, dtype="float32", kv_cache_dtype=kv_cache_dtype, max_model_len=128, max_num_seqs=2, prefill_chunk_size=16)
-    [output] = llm.generate([TEXT], SamplingParams(temperature=0, max_tokens=24, ignore_eos=True, prompt_logprobs=0), show_progress=False)
+    [output] = llm.generate([TEXT], SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0), use_tqdm=False)
     tokens = output.prompt_token_ids
-    found = np.array([entry[token].logprob for entry, token in zip(output.prompt_logprobs[1:], tokens[1:], strict=True)])
-    return found, output.outputs[0].token_ids
+    return np.array([entry[token].logprob for entry, token in zip(output.prompt_logprobs[1:], tokens[1:], strict=True)])
 
 
 @pytest.mark.parametrize("kind", CLOSE)
 def test_log_probabilities_are_close_to_those_of_a_float32_cache(path, kind):
-    expected, _ = prompt_logprobs(path, "float32")
-    found, _ = prompt_logprobs(path, kind)
+    expected, found = (prompt_logprobs(path, dtype) for dtype in ("float32", kind))
     assert 0 < np.abs(found - expected).mean() < CLOSE[kind]
 
 
 def test_so_they_are_on_a_mesh(path):
-    found, _ = prompt_logprobs(path, "int8")
-    cut, _ = prompt_logprobs(path, "int8", mesh="tp=2")
+    found, cut = (prompt_logprobs(path, "int8", mesh) for mesh in ("tp=1", "tp=2"))
     np.testing.assert_allclose(cut, found, atol=CLOSE["int8"])
 
 

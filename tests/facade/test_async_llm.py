@@ -8,6 +8,7 @@ import pytest
 
 from tests.engine.conftest import make_llm, make_packed_llm, random_prompts
 from tpllm import AsyncLLM, SamplingParams
+from tpllm.engine.sampling_params import RequestOutputKind
 from tpllm.errors import ConfigError
 from tpllm.model.config import ALL_LAYERS
 
@@ -156,6 +157,24 @@ def test_two_requests_of_one_id_and_one_after_the_end_are_refused():
     llm.close()
 
 
+def test_each_kind_of_output_tells_the_same_in_the_end(token_by_token):
+    params = SamplingParams(temperature=0, max_tokens=6, logprobs=1, n=2)
+
+    async def ask(llm):
+        kinds = [dataclasses.replace(params, output_kind=kind) for kind in RequestOutputKind]
+        return [[output async for output in llm.generate(random_prompts(5)[0], kind, "x")] for kind in kinds]
+    cumulative, deltas, final = serve(ask)
+    assert len(cumulative) > 1
+    assert len(deltas) > 1
+    assert len(final) == 1
+    for index, whole in enumerate(final[0].outputs):
+        assert cumulative[-1].outputs[index] == whole
+        assert [token for output in deltas for token in output.outputs[index].token_ids] == whole.token_ids
+        assert [scores for output in deltas for scores in output.outputs[index].logprobs] == whole.logprobs
+        assert "".join(output.outputs[index].text for output in deltas) == whole.text
+    assert [output.finished for output in deltas] == [False] * (len(deltas) - 1) + [True]
+
+
 def test_metrics_count_what_was_done_and_prometheus_reads_them():
     from prometheus_client.parser import text_string_to_metric_families
     llm = make_packed_llm(page_size=16)
@@ -180,6 +199,8 @@ def test_metrics_count_what_was_done_and_prometheus_reads_them():
     assert buckets == sorted(buckets)
     assert buckets[-1] == 66
     assert metrics.to_dict()["ttft"]["num_values"] == 6
+    assert families["tpllm_model_info"].samples[0].labels == {"kernels": llm.fingerprint()["kernels"], "quantization": "none"}
+    assert "tpllm_load_s" not in families  # its parameters were given
 
 
 def test_rows_of_a_lower_priority_come_first():

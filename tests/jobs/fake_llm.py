@@ -73,6 +73,13 @@ def _digest(prompt, params):
     return hashlib.sha256((json.dumps(prompt) + repr(params)).encode()).hexdigest()
 
 
+class FailingLLM(FakeLLM):
+    """Refuses every third row, as an engine short of memory might."""
+
+    def _output(self, number, prompt, params):
+        return super()._output(number, prompt if number % 3 else "FAIL", params)
+
+
 class DyingLLM(FakeLLM):
     """One whose engine is gone after ``num_outputs`` outputs."""
 

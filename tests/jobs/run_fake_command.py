@@ -21,5 +21,5 @@ if __name__ == "__main__":
             self.shapes, self.config = SimpleNamespace(max_num_seqs=max_num_seqs, max_model_len=64), SimpleNamespace(vocab_size=1000)
 
         def get_tokenizer(self):
-            return SimpleNamespace(splits_special=False, encode=lambda text, **_: [1, 2, 3], encode_chat=lambda messages, **_: [1, 2, 3])
+            return SimpleNamespace(splits_special=False, encode=lambda text, **_: [1, 2, 3], chat_prompt=lambda messages, **_: ("", [1, 2, 3]))
     sys.exit(entry.main(make_llm=Engine))

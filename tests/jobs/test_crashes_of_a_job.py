@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from tests.jobs.fake_llm import FakeLLM
+from tests.jobs.fake_llm import FailingLLM, FakeLLM
 from tests.jobs.faulty_disk import MOMENTS, Death, FaultyDisk, PowerLossDisk, QuickDisk
 from tests.jobs.small_job import all_errors, all_rows, contents, rows_text
 from tpllm.errors import JobError
@@ -52,8 +52,36 @@ def test_a_process_that_exits_at_any_disk_call_is_resumed_byte_for_byte(tmp_path
     assert int(done.stdout) > sum(LEAST_CALLS.values())
 
 
+@pytest.mark.parametrize("output_format", ["jsonl", "parquet"])
+def test_a_retry_that_exits_at_any_disk_call_is_resumed_byte_for_byte(tmp_path, output_format):
+    (tmp_path / "rows.jsonl").write_text(rows_text(5, bad=(1,)))
+    command = [sys.executable, "-m", "tests.jobs.exit_at_every_retry_call", str(tmp_path / "rows.jsonl"), str(tmp_path / "out"), output_format]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) > (90 if output_format == "jsonl" else 30)
+
+
 @pytest.mark.parametrize("moment", MOMENTS)
-def test_a_loss_of_power_at_any_disk_call_is_resumed_byte_for_byte(make_job, wanted, moment):
+def test_a_loss_of_power_while_rows_are_retried_at_any_disk_call_is_resumed_byte_for_byte(make_job, run_text, moment):
+    text = rows_text(5, bad=(1,))
+    wanted = contents(run_text(text, output="uninterrupted"))
+    for number in itertools.count():
+        job, disk = make_job(text, output=f"out-{number}"), PowerLossDisk(number, moment)
+        folder = pathlib.Path(job.output)
+        run_job(job, make_llm=FailingLLM, disk=QuickDisk())
+        try:
+            run_job(job, make_llm=FakeLLM, disk=disk, sync_interval_s=0, retries_failed=True)
+        except Death:
+            disk.lose_power(folder)
+        assert run_job(job, make_llm=FakeLLM, disk=QuickDisk(), retries_failed=True).is_complete
+        assert {**contents(folder), "manifest.json": b""} == {**wanted, "manifest.json": b""}, number
+        if not disk.has_struck:
+            break
+    assert number > LEAST_CALLS[moment] / 2
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_a_loss_of_power_at_at_any_disk_call_is_resumed_byte_for_byte(make_job, wanted, moment):
     for number in itertools.count():
         job = make_job(TEXT, output=f"out-{number}")
         disk = PowerLossDisk(number, moment)
@@ -102,21 +130,6 @@ def test_a_sync_that_fails_in_the_background_stops_the_job(make_job):
         run_job(job, make_llm=FakeLLM, disk=NoSync(), sync_interval_s=0.01)
 
 
-class FailsAtFirst(FakeLLM):
-    """Refuses some rows until ``is_healthy``, as an engine short of memory might."""
-
-    is_healthy = False
-
-    def _output(self, number, prompt, params):
-        if not self.is_healthy and number % 3 == 0:
-            return super()._output(number, "FAIL", params)
-        return super()._output(number, prompt, params)
-
-
-class Healthy(FailsAtFirst):
-    is_healthy = True
-
-
 @pytest.mark.parametrize("sync_interval_s", [0, 3600])
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_a_row_that_fails_in_one_run_only_is_still_there_exactly_once(make_job, moment, sync_interval_s):
@@ -124,10 +137,10 @@ def test_a_row_that_fails_in_one_run_only_is_still_there_exactly_once(make_job, 
         job = make_job(rows_text(11), output=f"out-{number}")
         folder, disk = pathlib.Path(job.output), PowerLossDisk(number, moment)
         try:
-            run_job(job, make_llm=FailsAtFirst, disk=disk, sync_interval_s=sync_interval_s)
+            run_job(job, make_llm=FailingLLM, disk=disk, sync_interval_s=sync_interval_s)
         except Death:
             disk.lose_power(folder)
-        assert run_job(job, make_llm=Healthy, disk=QuickDisk()).is_complete
+        assert run_job(job, make_llm=FakeLLM, disk=QuickDisk()).is_complete
         ids = [row["custom_id"] for row in all_rows(folder) + all_errors(folder)]
         assert sorted(ids) == sorted(f"id-{i}" if i % 3 == 1 else str(i) for i in range(11)), number
         assert not list(folder.glob("*.tmp"))

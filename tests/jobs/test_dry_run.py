@@ -28,13 +28,13 @@ class Words:
 
     splits_special = False
 
-    def encode(self, text, *, parse_special=True):
+    def encode(self, text, *, parse_special=None):
         return [len(word) for word in text.split()]
 
-    def encode_chat(self, messages, *, template_kwargs=None):
+    def chat_prompt(self, messages, *, template_kwargs=None):
         if messages[0]["role"] != "user":
             raise TokenizerError("the template says: begin with the user")
-        return [1, *self.encode(messages[0]["content"])]
+        return messages[0]["content"], [1, *self.encode(messages[0]["content"])]
 
 
 class Paced(FakeLLM):

@@ -69,7 +69,7 @@ def test_the_command_line_sets_any_key(load, words, key, value):
     (JOB + "rows_per_part: 4.5\n", r"rows_per_part is 4.5; it must be a whole number"),
     (JOB + "seed: '7'\n", r"seed is '7'; it must be a whole number"),
     (JOB + "seed: .inf\n", r"seed is inf; it must be a whole number"),
-    (JOB + "seed: 18446744073709551616\n", r"64 bits"),
+    (JOB + "seed: 18446744073709551616\n", r"seed is 18446744073709551616; it must be from -9223372036854775808 to 18446744073709551615"),
     (JOB + "engine: 3\n", r"engine is 3; it must be a mapping"),
     (JOB + "mesh: 3\n", r"mesh is 3; it must be text such as"),
     (JOB + "allow_environment_change: 1\n", r"must be true or false"),
@@ -117,6 +117,17 @@ def test_a_missing_job_file_is_named(tmp_path):
 def test_a_job_cannot_give_up_that_its_rows_do_not_depend_on_their_batch(load):
     with pytest.raises(JobError, match=r"engine\.batch_invariant cannot be set in a job.*leave it out"):
         check_engine_options(load(JOB + "engine: {batch_invariant: false}\n"), lambda model, *, batch_invariant=True: None)
+
+
+def test_a_token_of_the_hubs_does_not_get_into_a_manifest(load):
+    with pytest.raises(JobError, match=r"unknown key 'engine\.hf_token'"):
+        check_engine_options(load(JOB + "engine: {hf_token: secret}\n"), lambda model, *, hf_token=None, seed=0: None)
+
+
+def test_more_log_probabilities_than_the_engine_reports_are_refused_with_the_file(load):
+    with pytest.raises(SamplingError, match=r"job.yaml: sampling: logprobs is -1; .* made with max_logprobs=-1"):
+        load(JOB + "sampling: {logprobs: -1}\n")
+    assert load(JOB + "sampling: {logprobs: -1}\nengine: {max_logprobs: -1}\n").sampling == {"logprobs": -1}
 
 
 def test_whole_floats_are_whole_numbers_wherever_one_is_asked_for(load):

@@ -246,7 +246,11 @@ def test_a_file_in_memory_runs_like_a_local_one(write):
         file.write(pathlib.Path("a.parquet").read_bytes())
     run_job(job("a.parquet"), make_llm=FakeLLM)
     run_job(job(url, output="far"), make_llm=FakeLLM)
-    assert contents(pathlib.Path("far")) == contents(pathlib.Path("out"))
+    near, far = contents(pathlib.Path("out")), contents(pathlib.Path("far"))
+    manifests = [json.loads(files.pop("manifest.json")) for files in (near, far)]
+    assert [manifest.pop("paths")["input"] for manifest in manifests] == ["a.parquet", url]
+    assert far == near
+    assert manifests[0] == manifests[1]
 
 
 class Ranges(http.server.BaseHTTPRequestHandler):

@@ -194,10 +194,10 @@ def test_zstandard_without_its_package_names_the_package(in_folder, monkeypatch)
     (["here.jsonl", "none-?.jsonl"], r"no file matches the input none-\?.jsonl"),
     (["here.jsonl", "*.jsonl"], r"the input has here.jsonl twice"),
     (["here.jsonl", "./here.jsonl"], r"the input has ./here.jsonl twice"),
-    ("folder", r"cannot read the input folder: it is a folder; write folder/\*.jsonl or folder/\*.parquet"),
-    ("table.csv", r"cannot read the input table.csv: it must be JSONL \(also .gz, .bz2, .xz or .zst\) or Parquet"),
+    ("folder", r"cannot read the input folder: it is a folder; write folder/\*.jsonl, \*.csv or \*.parquet"),
+    ("table.tsv", r"cannot read the input table.tsv: it must be JSONL or CSV \(also .gz, .bz2, .xz or .zst\), or Parquet"),
     ("rows.jsonl.zip", r"it must be JSONL"),
-    ("table.csv.gz", r"it must be JSONL"),
+    ("table.tsv.gz", r"it must be JSONL"),
     ("table.parquet.gz", r"Parquet \(which compresses inside\)"),
     (["here.jsonl", "table.parquet"], r"two kinds: here.jsonl is jsonl and table.parquet is parquet"),
     ("zz://bucket/rows.jsonl", r"cannot open zz://bucket/rows.jsonl: Protocol not known: zz; known protocols are s3, gs, hf"),
@@ -205,7 +205,7 @@ def test_zstandard_without_its_package_names_the_package(in_folder, monkeypatch)
     ("memory://nowhere/*.jsonl", r"no file matches the input memory://nowhere/\*.jsonl"),
 ])
 def test_an_input_that_cannot_be_is_refused(in_folder, given, message):
-    for name in ("here.jsonl", "table.csv", "rows.jsonl.zip", "table.csv.gz", "table.parquet.gz", "table.parquet"):
+    for name in ("here.jsonl", "table.tsv", "rows.jsonl.zip", "table.tsv.gz", "table.parquet.gz", "table.parquet"):
         in_folder(name, row("x"))
     pathlib.Path("folder").mkdir()
     with pytest.raises(JobError, match=message):
@@ -222,9 +222,9 @@ def test_a_protocol_without_its_package_names_the_package(monkeypatch, protocol,
 
 
 def test_a_line_without_an_end_is_refused_before_it_fills_the_memory(in_folder, monkeypatch):
-    monkeypatch.setattr("tpllm.jobs.sources.jsonl.MAX_LINE_BYTES", 1 << 20)
+    monkeypatch.setattr("tpllm.jobs.sources.line_rows.MAX_LINE_BYTES", 1 << 20)
     in_folder("rows.jsonl", row("x") + '{"prompt": "' + "x" * (2 << 20))
-    with pytest.raises(JobError, match=r"rows.jsonl: line 2 is longer than 1 MiB; write one JSON object a line"):
+    with pytest.raises(JobError, match=r"rows.jsonl: line 2 is longer than 1 MiB; write one row a line"):
         open_source("rows.jsonl").scan()
 
 

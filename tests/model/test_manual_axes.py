@@ -21,7 +21,7 @@ from tpllm.model.sampling import score
 from tpllm.weights.policy import parse_policy
 from tpllm.weights.storage import NATIVE, Storage
 
-CONFIG = ModelConfig(vocab_size=258, hidden_size=64, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=16, intermediate_size=128, max_position=64,
+CONFIG = ModelConfig(vocab_size=258, hidden_size=64, num_layers=1, num_heads=4, num_kv_heads=2, head_dim=16, intermediate_size=128, max_position=64,
                      has_qkv_bias=True, has_mlp_bias=True)
 SPARSE = dataclasses.replace(CONFIG, num_experts=4, num_experts_per_token=2, expert_size=64, has_expert_bias=True)
 NORMED = dataclasses.replace(CONFIG, has_qk_norm=True, qk_norm_spans_heads=True, norm="layer", has_qkv_bias=False)
@@ -69,8 +69,9 @@ def steps(case, sizes, dtype, *, is_packed):
 
 
 @pytest.mark.parametrize(("case", "sizes"), [
-    *((case, sizes) for case in CASES for sizes in ({"dp": 1, "tp": 1}, {"dp": 1, "tp": 2}, {"dp": 2, "tp": 2})),
-    ("experts", {"dp": 1, "ep": 2, "tp": 2})], ids=lambda value: value if isinstance(value, str) else "x".join(map(str, value.values())))
+    *((case, sizes) for case in CASES for sizes in ({"dp": 1, "tp": 1}, {"dp": 2, "tp": 2})),
+    ("dense", {"dp": 1, "tp": 2}), ("experts", {"dp": 1, "ep": 2, "tp": 2}),
+], ids=lambda value: value if isinstance(value, str) else "x".join(map(str, value.values())))
 def test_a_step_of_native_kernels_within_a_manual_axis_has_the_bits_of_one_on_the_plain_mesh(native_library, case, sizes):
     for found, expected in steps(case, sizes, jnp.float32 if case in IN_XLA else jnp.bfloat16, is_packed=True):
         assert found.tobytes() == expected.tobytes()

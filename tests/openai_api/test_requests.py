@@ -16,7 +16,7 @@ VALUES = {
     "n": 3, "temperature": 0.25, "top_p": 0.5, "top_k": 7, "min_p": 0.1, "presence_penalty": 1.5, "frequency_penalty": -1.5,
     "repetition_penalty": 1.25, "logit_bias": {"5": -100, "6": 1.5}, "allowed_token_ids": [1, 2], "bad_words": ["no"], "seed": 11, "stop": ["x", "y"],
     "include_stop_str_in_output": True, "stop_token_ids": [9], "ignore_eos": True, "max_tokens": 40, "min_tokens": 2, "prompt_logprobs": 1,
-    "skip_special_tokens": False,
+    "skip_special_tokens": False, "detokenize": False, "truncate_prompt_tokens": 5,
 }
 
 
@@ -29,7 +29,7 @@ def chat(**body):
 
 
 def test_every_sampling_parameter_has_a_value_here():
-    assert set(VALUES) == {field.name for field in dataclasses.fields(SamplingParams)} - {"logprobs"}
+    assert set(VALUES) == {field.name for field in dataclasses.fields(SamplingParams)} - {"logprobs", "output_kind"}
 
 
 @pytest.mark.parametrize("make", [completion, chat])
@@ -61,8 +61,10 @@ def test_null_counts_as_not_given(make):
 
 @pytest.mark.parametrize("make", [completion, chat])
 def test_what_concerns_only_openais_service_changes_nothing(make):
-    values = {"user": "u", "metadata": {"a": "b"}, "store": True, "service_tier": "flex", "parallel_tool_calls": False, "safety_identifier": "s",
-              "prompt_cache_key": "k", "prompt_cache_retention": "24h", "prompt_cache_options": {"mode": "implicit"}}
+    values = {"user": "u", "metadata": {"a": "b"}, "store": True, "service_tier": "flex", "parallel_tool_calls": False,
+              "safety_identifier": "s", "prompt_cache_key": "k", "prompt_cache_retention": "24h",
+              "prompt_cache_options": {"mode": "implicit"}, "priority": 3, "request_id": "r",
+              "cache_salt": "s", "stream_options": {"include_usage": True}, "prediction": {"type": "content", "content": "x"}}
     assert set(values) == set(WITHOUT_EFFECT)
     assert make(**values) == make()
 
@@ -88,6 +90,12 @@ def test_messages_become_a_chat_prompt_with_the_templates_variables():
     prompt, = chat(messages=parts, chat_template_kwargs={"enable_thinking": False}, add_generation_prompt=False, tools=tools).prompts
     assert prompt == {"messages": parts, "template_kwargs": {"enable_thinking": False}, "add_generation_prompt": False, "tools": tools}
     assert chat(tools=tools, tool_choice="none").prompts == chat().prompts
+
+
+@pytest.mark.parametrize(("kwargs", "effort"), [({}, "low"), ({"reasoning_effort": "high"}, "high"), ({"enable_thinking": True}, "low")])
+def test_the_effort_of_reasoning_is_a_variable_of_the_template_which_its_own_variables_go_before(kwargs, effort):
+    prompt, = chat(reasoning_effort="low", chat_template_kwargs=kwargs).prompts
+    assert prompt["template_kwargs"] == {**kwargs, "reasoning_effort": effort}
 
 
 def test_arguments_of_earlier_tool_calls_become_objects():
@@ -176,9 +184,11 @@ def test_what_would_be_done_anyway_may_be_asked_for():
     (TEXT, {"prompt": "a", "stream": True}, "stream", "unsupported_value", "stream is true, which is not supported yet; leave it out, or use false"),
     (CHAT, {"messages": USER, "stream": True}, "stream", "unsupported_value", "stream is true"),
     (CHAT, {"messages": USER, "stream": 0}, "stream", "unsupported_value", "stream is 0"),
-    (CHAT, {"messages": USER, "stream_options": {"include_usage": True}}, "stream_options", "unsupported_value", "leave it out"),
     (CHAT, {"messages": USER, "response_format": {"type": "json_object"}}, "response_format", "unsupported_value", "not supported yet"),
-    (CHAT, {"messages": USER, "reasoning_effort": "low"}, "reasoning_effort", "unsupported_value", "not supported yet"),
+    (CHAT, {"messages": USER, "reasoning_effort": 3}, "reasoning_effort", "invalid_type", "reasoning_effort is 3; it must be text"),
+    (TEXT, {"prompt": "a", "reasoning_effort": "low"}, "reasoning_effort", "unknown_parameter", "it belongs to /v1/chat/completions"),
+    (CHAT, {"messages": USER, "verbosity": "low"}, "verbosity", "unsupported_value", "verbosity is \"low\", which is not supported yet"),
+    (CHAT, {"messages": USER, "guided_json": {}}, "guided_json", "unknown_parameter", "unknown key 'guided_json'"),
     (CHAT, {"messages": USER, "tool_choice": "required"}, "tool_choice", "unsupported_value", 'only "auto" and "none" are supported'),
     (CHAT, {"messages": USER, "tool_choice": {"type": "function"}}, "tool_choice", "unsupported_value", "tool_choice is"),
     (CHAT, {"messages": USER, "tools": [{"type": "custom"}]}, "tools", "unsupported_value", r"tools\[0\] is of the type"),

@@ -19,7 +19,9 @@ from sharding_rules import DATA_TENSOR, make_mesh
 from tests.support.gguf_files import HF_LLAMA, write_gguf
 from tools.demo_training.corpus import held_out_windows
 from tpllm import LLM, SamplingParams, forward
-from tpllm.checkpoint import find_entries, load_params, open_checkpoint, stored_schemes
+from tpllm.checkpoint.entries import find_entries
+from tpllm.checkpoint.folder import open_checkpoint
+from tpllm.checkpoint.load import load_params, stored_schemes
 from tpllm.model.partition import fit_to_mesh
 from tpllm.tokenizer import Tokenizer
 from tpllm.weights.storage import NATIVE, Storage
@@ -186,5 +188,5 @@ def test_the_engine_gives_the_greedy_tokens_of_the_dequantized_weights(files, ki
     params = SamplingParams(temperature=0, max_tokens=64, ignore_eos=True)
     prompts = ["def ", "import os\n", "class Foo:\n    "]
     found = [LLM(str(files("demo", kind)), mesh="tp=1", dtype="float32", quantization=quantization, max_model_len=128).generate(
-        prompts, params, show_progress=False) for quantization in (None, "none")]
+        prompts, params, use_tqdm=False) for quantization in (None, "none")]
     assert [output.outputs[0].token_ids for output in found[0]] == [output.outputs[0].token_ids for output in found[1]]

@@ -1,5 +1,6 @@
 """The gated product's kernels, interpreted, against the reference in float32."""
 import dataclasses
+import functools
 import random
 
 import jax
@@ -11,11 +12,22 @@ from pallas_kernels.gated_mlp import gated_mlp, gated_mlp_reference, gated_produ
 from pallas_kernels.gated_mlp.cases import CASES, INT4, INT8, PACKED_CASES, RARER_PACKED_CASES, Case
 from pallas_kernels.quant_matmul.packing import layout_for
 from pallas_kernels.tiling import Device
+from tests.pallas_kernels import quick_interpreter
 from tests.pallas_kernels.newest import first_is_newest
 
 SEED = random.randrange(2**32)
 CPU, A100, H200, V5E = Device("cpu"), Device("gpu", "NVIDIA A100", (8, 0)), Device("gpu", "NVIDIA H200", (9, 0)), Device("tpu", "TPU v5 lite")
 KERNELS = {"mosaic_gpu": H200, "mosaic_tpu": V5E}
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch):
+    quick_interpreter.install(monkeypatch)
+
+
+def jitted(*arrays, **how):
+    """:func:`gated_product` in one program."""
+    return jax.jit(functools.partial(gated_product, **how))(*arrays)
 
 
 def assert_close(actual, expected, bound):
@@ -29,9 +41,9 @@ def check(case, implementation):
     x, weights, biases, weight_format = case.arrays(SEED, layout_for(device))
     how = {"activation": case.activation, "device": device, "biases": biases, "weight_format": weight_format,
            "num_outputs": None if weight_format is None else case.F}
-    out = gated_product(x, *weights, implementation=implementation, interpret=True, **how)
+    out = jitted(x, *weights, implementation=implementation, interpret=True, **how)
     assert (out.shape, out.dtype) == ((case.M, case.F), x.dtype)
-    assert_close(out, gated_product(x.astype(jnp.float32), *weights, implementation="reference", **how), 1e-2)
+    assert_close(out, jitted(np.asarray(x, np.float32), *weights, implementation="reference", **how), 1e-2)
 
 
 @pytest.mark.parametrize("case", first_is_newest(CASES), ids=str)
@@ -61,7 +73,7 @@ def test_more_rows_than_a_tile_and_an_odd_number_of_warp_groups(case):
 
 def test_a_row_has_the_same_bits_alone_and_among_others():
     x, weights, _, _ = Case(20, 128, 128).arrays(SEED)
-    one, all_ = (gated_product(rows, *weights, activation="silu", device=V5E, implementation="mosaic_tpu", interpret=True) for rows in (x[:1], x))
+    one, all_ = (jitted(rows, *weights, activation="silu", device=V5E, implementation="mosaic_tpu", interpret=True) for rows in (x[:1], x))
     np.testing.assert_array_equal(np.asarray(one[0], np.float32), np.asarray(all_[0], np.float32))
 
 
@@ -71,12 +83,13 @@ def test_the_whole_layer_takes_any_leading_dims_and_differentiates_as_the_refere
 
     def loss(implementation, *arrays):
         out = gated_mlp(*arrays, activation="silu", device=V5E, implementation=implementation, interpret=True)
-        return jnp.sum(jnp.sin(out.astype(jnp.float32)))
-    kernel, reference = (jax.grad(loss, argnums=(1, 2, 3, 4))(name, x, gate, up, down) for name in ("mosaic_tpu", "reference"))
+        return jnp.sum(jnp.sin(out.astype(jnp.float32))), out
+    differentiate = jax.jit(jax.grad(loss, argnums=(1, 2, 3, 4), has_aux=True), static_argnums=0)
+    (kernel, out), (reference, _) = (differentiate(name, x, gate, up, down) for name in ("mosaic_tpu", "reference"))
     for actual, expected in zip(kernel, reference, strict=True):
         assert_close(actual, expected, 2e-2)
-    out = gated_mlp(x, gate, up, down, activation="silu", device=V5E, implementation="mosaic_tpu", interpret=True)
-    assert_close(out.reshape(6, 128), gated_mlp_reference(x.reshape(6, 128), gate, up, down, activation="silu"), 1e-2)
+    wanted = jax.jit(functools.partial(gated_mlp_reference, activation="silu"))(x.reshape(6, 128), gate, up, down)
+    assert_close(out.reshape(6, 128), wanted, 1e-2)
 
 
 def test_activations_differentiate_through_quantized_weights():
@@ -85,7 +98,7 @@ def test_activations_differentiate_through_quantized_weights():
     def total(x, implementation):
         out = gated_product(x, *weights, activation="silu", device=V5E, weight_format=weight_format, implementation=implementation, interpret=True)
         return jnp.sum(out.astype(jnp.float32))
-    kernel, reference = (jax.grad(total)(x, name) for name in ("mosaic_tpu", "reference"))
+    kernel, reference = (jax.jit(jax.grad(total), static_argnums=1)(x, name) for name in ("mosaic_tpu", "reference"))
     assert_close(kernel, reference, 1e-2)
 
 

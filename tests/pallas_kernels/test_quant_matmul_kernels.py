@@ -34,6 +34,9 @@ def _quick(monkeypatch):
     quick_interpreter.install(monkeypatch)
 
 
+dequantize = jax.jit(dequantize_packed, static_argnums=0)
+
+
 def oracle_weight(name: str, weight) -> np.ndarray:
     f, K = FORMATS[name], weight["codes_NK"].shape[1]
 
@@ -74,20 +77,21 @@ def test_a_kernel_multiplies_as_the_formula_says(back_end, case):
     print("seed", seed)
     x, arrays, bias = random_arrays(case, layout, seed)
     f = with_layout(case.weight_format, layout)
-    y = quant_matmul(x, arrays, weight_format=f, device=device, num_outputs=case.N, bias=bias, implementation=back_end, interpret=True)
+    how = {"weight_format": f, "num_outputs": case.N, "bias": bias}
+    y = jax.jit(functools.partial(quant_matmul, device=device, implementation=back_end, interpret=True, **how))(x, arrays)
     assert y.shape == (case.M, case.N)
     assert y.dtype == x.dtype
-    weight = oracle_weight(case.name, random_weight(f, case.N, case.K, np.random.default_rng(seed)))
-    padded = jnp.pad(x, ((0, 0), (0, f.shape(arrays.codes)[1] - case.K)))
-    codes, scales = quantize_rows(padded, f)
+    canonical = random_weight(f, case.N, case.K, np.random.default_rng(seed))
+    padded = np.pad(x, ((0, 0), (0, f.shape(arrays.codes)[1] - case.K)))
+    codes, scales = jax.jit(quantize_rows, static_argnums=1)(padded, f)
     values = np.asarray(codes, np.float32) * (1 if scales is None else np.repeat(scales, f.group or padded.shape[1], axis=1))
-    expected = values[:, :case.K] @ weight.T + (0 if bias is None else np.asarray(bias))
+    expected = values[:, :case.K] @ oracle_weight(case.name, canonical).T + (0 if bias is None else np.asarray(bias))
     assert error(y, expected) < TOLERANCE[case.dtype]
-    reference = packed_matmul_reference(x, arrays, weight_format=f, num_outputs=case.N, bias=bias, dtype=jnp.float32)
+    reference = jax.jit(functools.partial(packed_matmul_reference, dtype=jnp.float32, **how))(x, arrays)
     assert error(reference, expected) < TOLERANCE["float32"]
     if f.activations == "int8" and bias is None:
-        canonical = random_weight(f, case.N, case.K, np.random.default_rng(seed))
-        assert (y == int8_matmul_reference(x, jnp.asarray(canonical["codes_NK"]), jnp.asarray(canonical["scales"][:, 0]))).all()
+        found = jax.jit(int8_matmul_reference)(x, canonical["codes_NK"], canonical["scales"][:, 0])
+        assert np.array_equal(y, found)
 
 
 @pytest.mark.parametrize("layout", ["rows", "columns", "fragments"])
@@ -97,7 +101,7 @@ def test_a_packed_weight_means_what_it_meant_before(name, layout):
     weight = random_weight(f, 130, 512, rng)
     for arrays in (pack(f, **weight), jax.jit(functools.partial(pack, f))(**{name: jnp.asarray(array) for name, array in weight.items()})):
         assert f.shape(arrays.codes) == (256, 512)
-        np.testing.assert_allclose(dequantize_packed(f, arrays)[:130], oracle_weight(name, weight), rtol=1e-6, atol=1e-6)
+        np.testing.assert_allclose(dequantize(f, arrays)[:130], oracle_weight(name, weight), rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["int8", "int4", "int4-g128-zeros", "q4_k", "q5_k", "q6_k", "fp8-g128"])
@@ -123,8 +127,8 @@ def test_a_shard_of_inputs_is_packed_by_itself_and_the_products_add_up():
 def test_a_row_comes_out_of_a_tpus_kernel_the_same_alone_and_among_many():
     case = Case("int4", 70, 128, 1024)
     x, arrays, _ = random_arrays(case, "columns", random.randrange(2**32))
-    run = functools.partial(quant_matmul, arrays=arrays, weight_format=with_layout(case.weight_format, "columns"), device=V5E,
-                            implementation="mosaic_tpu", interpret=True, dtype=jnp.float32)
+    run = jax.jit(functools.partial(quant_matmul, arrays=arrays, weight_format=with_layout(case.weight_format, "columns"), device=V5E,
+                                    implementation="mosaic_tpu", interpret=True, dtype=jnp.float32))
     many = run(x)
     for rows in (1, 9):
         np.testing.assert_array_equal(run(x[:rows]), many[:rows])
@@ -149,8 +153,7 @@ def test_the_gradient_is_that_of_the_dequantized_weight():
     def loss(run, x, bias):
         return jnp.sum(run(x, arrays, weight_format=f, bias=bias, dtype=jnp.float32) ** 2)
     kernel = functools.partial(quant_matmul, device=V5E, implementation="mosaic_tpu", interpret=True)
-    found = jax.grad(functools.partial(loss, kernel), argnums=(0, 1))(x, bias)
-    expected = jax.grad(functools.partial(loss, packed_matmul_reference), argnums=(0, 1))(x, bias)
+    found, expected = (jax.jit(jax.grad(functools.partial(loss, run), argnums=(0, 1)))(x, bias) for run in (kernel, packed_matmul_reference))
     assert all(error(a, b) < 2e-2 for a, b in zip(found, expected, strict=True))
 
 

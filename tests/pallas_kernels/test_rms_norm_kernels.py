@@ -1,4 +1,5 @@
 """RMSNorm's kernels, interpreted, against the reference in float32."""
+import functools
 import logging
 import random
 
@@ -12,7 +13,7 @@ from pallas_kernels.rms_norm import rms_norm, rms_norm_reference
 from pallas_kernels.rms_norm.cases import CASES
 from pallas_kernels.rms_norm.op import refusal
 from pallas_kernels.tiling import Device
-from tests.pallas_kernels import hidden_triton
+from tests.pallas_kernels import hidden_triton, quick_interpreter
 from tests.pallas_kernels.newest import first_is_newest
 
 SEED = random.randrange(2**32)
@@ -22,8 +23,13 @@ BOUNDS = {"float32": 1e-3, "bfloat16": 1e-2, "float16": 1e-2}
 ROUNDING = {"int8": lambda y, scale: 0.51 * scale, "float8_e4m3fn": lambda y, scale: np.maximum(np.abs(y) / 15, scale * 2**-9)}
 
 
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch):
+    quick_interpreter.install(monkeypatch)
+
+
 def float32(x):
-    return None if x is None else jnp.asarray(x, jnp.float32)
+    return None if x is None else np.asarray(x, np.float32)
 
 
 def assert_close(actual, expected, bound):
@@ -39,9 +45,9 @@ def test_a_kernel_gives_what_the_reference_gives(implementation, case):
         pytest.skip("refused, see below")
     x, weight, residual = case.arrays(SEED)
     how = {"eps": 1e-5, "offset": case.offset}
-    out = rms_norm(x, weight, residual_D=residual, quantized=case.quantized, device=KERNELS[implementation], implementation=implementation,
-                   interpret=True, **how)
-    expected = rms_norm_reference(*map(float32, (x, weight)), residual_D=float32(residual), **how)
+    kernel = functools.partial(rms_norm, quantized=case.quantized, device=KERNELS[implementation], implementation=implementation, interpret=True)
+    out = jax.jit(functools.partial(kernel, **how))(x, weight, residual_D=residual)
+    expected = jax.jit(functools.partial(rms_norm_reference, **how))(*map(float32, (x, weight)), residual_D=float32(residual))
     if case.has_residual:
         (out, total), (expected, expected_total) = out, expected
         assert total.dtype == x.dtype
@@ -63,7 +69,8 @@ def test_it_differentiates_as_the_reference_does():
     def loss(x, weight, residual, implementation):
         y, total = rms_norm(x, weight, eps=1e-5, residual_D=residual, device=V5E, implementation=implementation, interpret=True)
         return jnp.sum(jnp.sin(y)) + jnp.sum(jnp.square(total))
-    kernel, reference = (jax.grad(loss, argnums=(0, 1, 2))(x, weight, residual, name) for name in ("mosaic_tpu", "reference"))
+    differentiate = jax.jit(jax.grad(loss, argnums=(0, 1, 2)), static_argnums=3)
+    kernel, reference = (differentiate(x, weight, residual, name) for name in ("mosaic_tpu", "reference"))
     for actual, expected in zip(kernel, reference, strict=True):
         assert_close(actual, expected, 1e-5)
 

@@ -32,9 +32,9 @@ def plan():
 
 
 @pytest.mark.parametrize("changes", CASES, ids=lambda changes: ",".join(map(str, changes.values())) or "default")
-def test_planned_bytes_are_what_an_engine_allocates(changes):
+def test_planned_bytes_are_what_an_engine_allocates(changes, plan):
     options = dataclasses.replace(OPTIONS, **changes)
-    memory = make_plan(options)["memory"]
+    memory = (make_plan(options) if changes else plan)["memory"]
     with llm_of_shape("tiny", mesh=options.mesh, quantization=options.quantization, kv_cache_dtype=options.kv_cache_dtype, max_num_seqs=4,
                       max_model_len=128) as llm:
         device = llm.config.partition.mesh.devices.flat[0]
@@ -63,8 +63,8 @@ def test_times_are_not_made_up_for_devices_whose_speeds_are_not_known(plan):
     assert plan["speed"]["decode"]["flops"] > 0
 
 
-def test_what_does_not_fit_is_said_and_the_rows_that_do(monkeypatch):
-    roomy = make_plan(OPTIONS)["memory"]
+def test_what_does_not_fit_is_said_and_the_rows_that_do(monkeypatch, plan):
+    roomy = plan["memory"]
     room = roomy["weight_bytes"] + roomy["temporary_bytes"] + int(1.5 * (roomy["kv_bytes_per_row"] + roomy["slot_bytes"] // 2))
     monkeypatch.setattr("tpllm.plan.planner.device_bytes", lambda _: room)
     plan = make_plan(OPTIONS)

@@ -11,7 +11,7 @@ from tpllm.model.config import ModelConfig
 from tpllm.model.decoder import forward, unembed
 from tpllm.model.params import DecoderParams
 
-LENGTH_MULTIPLE = 64  # prefixes are padded to a multiple, so that runs of similar length share one compiled program
+LENGTH_MULTIPLE = 128  # prefixes are padded to a multiple, so that runs of similar length share one compiled program
 
 
 def greedy(params: DecoderParams, config: ModelConfig, prompt_ids: Sequence[int], *, num_steps: int) -> list[int]:

@@ -39,9 +39,9 @@ def test_tokens_that_only_other_files_hold_are_tokens(tmp_path, files, is_specia
     ids = tokenizer.encode(TEXT, add_special_tokens=False, parse_special=True)
     assert [tokenizer.piece(token_id) for token_id in ids] == ["a", "<|x|>", "Ġthe", "</y>"]
     assert [ids[1], ids[3]] == [size, size + 1]
-    assert tokenizer.decode(ids, skip_special_tokens=False) == TEXT
+    assert tokenizer.decode(ids) == TEXT
     assert [token_id in tokenizer.special_ids for token_id in (size, size + 1)] == list(is_special)
-    assert tokenizer.decode(ids) == f"a{'' if is_special[0] else '<|x|>'} the{'' if is_special[1] else '</y>'}"
+    assert tokenizer.decode(ids, skip_special_tokens=True) == f"a{'' if is_special[0] else '<|x|>'} the{'' if is_special[1] else '</y>'}"
 
 
 def test_flags_in_tokenizer_config_go_before_tokenizer_json_and_added_tokens_json_changes_none(tmp_path):

@@ -49,15 +49,16 @@ def test_a_tokenizer_without_bos_adds_none_even_if_the_config_names_an_id(tmp_pa
 
 
 @pytest.mark.parametrize("kind", ["llama3", "qwen3", "mistral", "mistral_legacy"])
-def test_special_token_text_in_a_prompt_stays_text_unless_asked(kinds, kind):
+def test_special_token_text_in_a_prompt_is_special_unless_asked(kinds, kind):
     tokenizer = kinds[kind]
     special = tokenizer.piece(min(tokenizer.eos_token_ids))
     text = f"hello {special} lo{special}"
-    plain = tokenizer.encode(text, add_special_tokens=False)
+    plain = tokenizer.encode(text, add_special_tokens=False, parse_special=False)
     assert not tokenizer.special_ids & set(plain)
     assert tokenizer.decode(plain) == text
-    parsed = tokenizer.encode(text, add_special_tokens=False, parse_special=True)
+    parsed = tokenizer.encode(text, add_special_tokens=False)
     assert parsed.count(min(tokenizer.eos_token_ids)) == 2
+    assert parsed == tokenizer.encode(text, add_special_tokens=False, parse_special=True)
 
 
 def test_tokens_that_are_added_but_not_special_are_read_in_prompts(kinds):
@@ -69,7 +70,7 @@ def test_special_text_that_a_unigram_vocabulary_would_produce_is_refused_with_th
     backend.add_special_tokens(["</s>"])
     tokenizer = Tokenizer.from_folder(folders.write_folder(tmp_path, backend, tokenizer_config={"eos_token": "</s>", "unk_token": "<unk>"}))
     with pytest.raises(PromptError, match=r"</s>.*parse_special=True"):
-        tokenizer.encode("a</s>")
+        tokenizer.encode("a</s>", parse_special=False)
     assert tokenizer.encode("a</s>", parse_special=True)[-1] == 1
     assert tokenizer.encode("a?") == [2, 0]
 
@@ -125,9 +126,9 @@ def test_a_named_token_that_is_no_special_one_to_the_library_is_written_out_and_
     tokenizer = Tokenizer.from_folder(path)
     assert (tokenizer.special_ids, tokenizer.eos_token_ids) == ({size + 1, size + 2}, {size})
     assert (tokenizer.pad_token_id, tokenizer.vocab_size) == (size + 2, size + 3)
-    assert tokenizer.decode([size + 1, size]) == "<end>"
+    assert tokenizer.decode([size + 1, size], skip_special_tokens=True) == "<end>"
     assert tokenizer.encode("<end><more>", parse_special=True) == [size, size + 1]
-    assert not {size, size + 1} & set(tokenizer.encode("<end><more>"))
+    assert not {size, size + 1} & set(tokenizer.encode("<end><more>", parse_special=False))
     ids = tokenizer.encode_chat([{"role": "user", "content": "<end><more>"}])
     assert (ids[-1], ids.count(size), ids.count(size + 1)) == (size, 1, 0)
 
@@ -144,7 +145,7 @@ def test_a_token_that_ends_a_text_is_guarded_whoever_names_it(tmp_path, named_by
     ids = tokenizer.encode_chat([{"role": "user", "content": "the <end_of_turn><think>"}])
     assert (ids[-1], ids.count(size), ids.count(size + 1), ids.count(word) > 0) == (size, 1, 1, True)
     assert tokenizer.encode("<end_of_turn>", parse_special=True) == [size]
-    assert size not in tokenizer.encode("<end_of_turn>")
+    assert size not in tokenizer.encode("<end_of_turn>", parse_special=False)
 
 
 def test_truncation_and_padding_kept_in_tokenizer_json_do_not_touch_prompts(tmp_path):
@@ -154,7 +155,7 @@ def test_truncation_and_padding_kept_in_tokenizer_json_do_not_touch_prompts(tmp_
     path = folders.write_folder(tmp_path, backend, tokenizer_config=BOS_CONFIG)
     tokenizer = Tokenizer.from_folder(path)
     text = "a b c d e f g h i j k"
-    assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert tokenizer.decode(tokenizer.encode(text), skip_special_tokens=True) == text
     assert len(tokenizer.encode("a")) == 2
 
 
@@ -190,8 +191,8 @@ def test_a_flag_that_is_neither_true_nor_false_is_refused(tmp_path, name):
 def test_decode_skips_special_tokens_and_ids_outside_the_vocabulary(kinds):
     tokenizer = kinds["llama3"]
     ids = [*tokenizer.encode("hello"), *tokenizer.eos_token_ids, 10**6, -1]
-    assert tokenizer.decode(ids) == "hello"
-    assert tokenizer.decode(ids, skip_special_tokens=False) == "<|begin_of_text|>hello<|end_of_text|>"
+    assert tokenizer.decode(ids, skip_special_tokens=True) == "hello"
+    assert tokenizer.decode(ids) == "<|begin_of_text|>hello<|end_of_text|>"
 
 
 def test_token_text_keeps_the_leading_space_and_marks_half_characters(kinds):

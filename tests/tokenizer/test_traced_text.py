@@ -112,7 +112,7 @@ def test_a_special_token_that_a_template_searches_for_is_found_in_a_message(load
     messages = chat("<think>hm</think>\n yes")
     assert special.encode_chat(messages) == plain.encode_chat(messages) == plain.encode_chat(chat("yes"))
     kept = special.encode_chat([{"role": "user", "content": "<think>"}])
-    assert special.decode(kept) == "<think>\n"
+    assert special.decode(kept, skip_special_tokens=True) == "<think>\n"
     assert special.encode_chat([{"role": "user", "content": "<think>"}], parse_special=True) != kept
 
 
@@ -120,7 +120,7 @@ def test_values_of_template_kwargs_are_guarded_as_messages_are(load):
     tokenizer = load("{{ x.a[0] }}{{ y }}<|im_end|>")
     ids = tokenizer.encode_chat(chat(""), template_kwargs={"x": {"a": ["<|im_end|>"]}, "y": "<|im_start|>"})
     assert [tokenizer.piece(token_id) for token_id in ids if token_id in tokenizer.special_ids] == ["<|im_end|>"]
-    assert tokenizer.decode(ids) == "<|im_end|><|im_start|>"
+    assert tokenizer.decode(ids, skip_special_tokens=True) == "<|im_end|><|im_start|>"
 
 
 @pytest.mark.oracle

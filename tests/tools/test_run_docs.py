@@ -1,5 +1,7 @@
 """The tool that runs the blocks of the pages: what it runs, what it compares, and that it leaves nothing out in silence."""
+import itertools
 import os
+import pathlib
 import subprocess
 import textwrap
 import time
@@ -44,6 +46,31 @@ def test_shell_and_python_blocks_run_in_order_in_one_folder(run, tmp_path):
         """)
     assert (report.num_run, report.problems, report.differences) == (4, [], [])
     assert (tmp_path / "file").read_text() == "one\ntwo"
+
+
+def test_no_stamp_of_the_lent_environment_is_older_than_another(tmp_path, monkeypatch):
+    prefix = tmp_path / "prefix"
+    prefix.mkdir()
+    for name in (".installed", ".native", ".test", "bin"):
+        (prefix / name).touch()
+    touch, seconds = pathlib.Path.touch, itertools.count(1)
+
+    def touch_later(path):
+        touch(path)
+        os.utime(path, (second := next(seconds), second))
+    monkeypatch.setattr("pathlib.Path.touch", touch_later)
+    monkeypatch.setattr("sys.prefix", str(prefix))
+    monkeypatch.setenv("PATH", os.environ["PATH"])
+    monkeypatch.setenv("PIP_TARGET", "")
+    lend_environment(tmp_path / ".venv")
+    stamps = [path.stat().st_mtime_ns for path in (tmp_path / ".venv").iterdir() if path.name != "bin"]
+    assert len(stamps) == 3
+    assert len(set(stamps)) == 1
+
+
+def test_a_page_without_blocks_has_nothing_to_run(run):
+    report = run("Words only.")
+    assert (report.num_run, report.problems, report.differences) == (0, [], [])
 
 
 @pytest.mark.parametrize(("block", "message"), [

@@ -10,7 +10,7 @@ from safetensors.numpy import save_file
 
 from tests.support.quantized_folders import KINDS, make_folder
 from tpllm import LLM, SamplingParams, forward
-from tpllm.checkpoint import open_checkpoint
+from tpllm.checkpoint.folder import open_checkpoint
 from tpllm.checkpoint.source import DEMO_FOLDER
 from tpllm.loading import load_model
 from tpllm.weights.native import NativeWeight
@@ -63,7 +63,7 @@ def test_the_engine_gives_the_greedy_tokens_of_the_dequantized_weights(folders, 
     prompts = [{"prompt_token_ids": [3, 1, 4, 1, 5]}, {"prompt_token_ids": [9, 2, 6]}]
     options = {"mesh": "tp=2", "dtype": "float32", "max_model_len": 32, "max_num_seqs": 2}
     sampling = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
-    found = [[output.outputs[0].token_ids for output in LLM(str(folder), **options).generate(prompts, sampling, show_progress=False)]
+    found = [[output.outputs[0].token_ids for output in LLM(str(folder), **options).generate(prompts, sampling, use_tqdm=False)]
              for folder in (quantized, plain)]
     assert found[0] == found[1]
 

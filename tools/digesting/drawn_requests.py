@@ -1,6 +1,7 @@
 """Requests that a seed draws: every sampling parameter, prompts of every kind, prefixes that several share."""
 from __future__ import annotations
 
+import dataclasses
 import random
 from collections.abc import Callable
 from typing import Any
@@ -47,6 +48,9 @@ FIELDS: dict[str, tuple[float, Draw]] = {
     "logprobs": (0.6, lambda rng: rng.choice([0, 1, 5, 20])),
     "prompt_logprobs": (0.2, lambda rng: rng.choice([0, 1, 5])),
     "skip_special_tokens": (0.2, lambda rng: False),
+    "detokenize": (0.1, lambda rng: False),
+    "truncate_prompt_tokens": (0.1, lambda rng: -1),
+    "output_kind": (0.1, lambda rng: 2),
 }
 """How often each sampling parameter is given, and what it is then; the others stay at their defaults."""
 
@@ -55,7 +59,8 @@ def draw(count: int) -> tuple[list[Any], list[Any], list[int]]:
     """(prompts, sampling parameters, priorities) of the first requests. Each field of each request has a generator of its own, so that another
     one does not change them."""
     from tpllm import SamplingParams
-    params = [SamplingParams(**values(number)) for number in range(count)]
+    known = {field.name for field in dataclasses.fields(SamplingParams)}  # a tree from before a field has the same tokens without it
+    params = [SamplingParams(**{name: value for name, value in values(number).items() if name in known}) for number in range(count)]
     return [_prompt(number) for number in range(count)], params, [_rng(number, "priority").choice([0, 0, 0, -1, 3]) for number in range(count)]
 
 
@@ -66,6 +71,8 @@ def values(number: int) -> dict[str, Any]:
         rng = _rng(number, name)
         if rng.random() < share:
             found[name] = one(rng)
+    if "stop" in found:
+        found.pop("detokenize", None)  # without text there is nothing to stop at
     return found
 
 

@@ -67,7 +67,7 @@ def greedy_digests(model: str, **options: Any) -> dict[str, str]:
     """Of a few prompts of text, each answered greedily."""
     from tpllm import LLM, SamplingParams
     with LLM(model, **SHAPES, **options) as llm:
-        outputs = llm.generate(list(TEXTS), SamplingParams(**GREEDY), show_progress=False)
+        outputs = llm.generate(list(TEXTS), SamplingParams(**GREEDY))
     return {"tokens": hashing.of_tokens(outputs), "logprobs": hashing.of_logprobs(outputs)}
 
 
@@ -76,7 +76,7 @@ def _answers(setup: Setup, folder: pathlib.Path) -> dict[str, str]:
     model = setup.model if setup.model == "demo" else str(tiny_folder(folder / "model", setup.model))
     prompts, params, priorities = draw(setup.num_requests)
     with LLM(model, **SHAPES, **setup.options) as llm:
-        outputs = llm.generate(prompts, params, priority=priorities, show_progress=False)
+        outputs = llm.generate(prompts, params, priority=priorities)
     return dict(_digests(outputs))
 
 

@@ -1,7 +1,6 @@
 """The machine a result was measured on, and the memory this process took at most."""
 import datetime
 import os
-import pathlib
 import platform
 import resource
 import sys
@@ -12,7 +11,7 @@ import jax
 import psutil
 
 import tpllm
-from tpllm.environment.software import describe_environment
+from tpllm.environment.software import cpu_model, describe_environment
 
 
 def describe_machine(device: jax.Device) -> dict[str, Any]:
@@ -20,15 +19,6 @@ def describe_machine(device: jax.Device) -> dict[str, Any]:
     return {"date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), "tpllm": tpllm.__version__,
             "python": platform.python_version(), **describe_environment(device.platform, device.device_kind), "cpu_model": cpu_model(),
             "num_cpus": os.cpu_count(), "memory_bytes": psutil.virtual_memory().total, "load_average": list(os.getloadavg())}
-
-
-def cpu_model() -> str:
-    """The processor's name, as far as the system tells."""
-    try:
-        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor())
 
 
 def peak_host_bytes() -> int:

@@ -51,7 +51,7 @@ def measure_pairs(run_ours: Callable[[], Mapping[str, float]], run_peer: Callabl
 
 
 def are_steady(pairs: Sequence[Pair]) -> list[bool]:
-    """For each pair whether every speed of the peer is at least 90 % of its best, of the later pairs too."""
+    """Whether every speed of the peer is, for each pair, at least 90 % of its best, of the later pairs too."""
     names = [name for name in pairs[0].peer if name.endswith(SPEED)] if pairs else []
     best = {name: max(pair.peer[name] for pair in pairs) for name in names}
     return [all(pair.peer[name] >= STEADY_SHARE * best[name] for name in names) for pair in pairs]

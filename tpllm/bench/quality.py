@@ -113,7 +113,7 @@ def draw_windows(tokenizer: Tokenizer, texts: Iterable[str], length: int, num_wi
     Raises:
         ConfigError: there are too few.
     """
-    encoded = (np.asarray(tokenizer.encode(text), np.int32) for text in texts)
+    encoded = (np.asarray(tokenizer.encode(text, parse_special=False), np.int32) for text in texts)
     windows = [tokens[start:start + length] for tokens in encoded for start in range(0, len(tokens) - length + 1, length)]
     if len(windows) < num_windows:
         raise ConfigError(f"the text has {len(windows)} windows of {length} tokens, fewer than {num_windows}; "
@@ -124,7 +124,7 @@ def draw_windows(tokenizer: Tokenizer, texts: Iterable[str], length: int, num_wi
 def predict(llm: LLM, windows_WT: np.ndarray) -> Predictions:
     """Predict every token of the windows but the first of each."""
     outputs = llm.generate([{"prompt_token_ids": tokens.tolist()} for tokens in windows_WT],
-                           SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=1), show_progress=False)
+                           SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=1), use_tqdm=False)
     entries = [list(zip(output.prompt_token_ids, output.prompt_logprobs, strict=True))[1:] for output in outputs]
     losses = [[-logprobs[token].logprob for token, logprobs in row] for row in entries]
     best = [[max(logprobs, key=lambda token: logprobs[token].logprob) for _, logprobs in row] for row in entries]

@@ -1,6 +1,6 @@
 """What users of a service would wait for: requests of mixed lengths that arrive at random times, in real time.
 
-  tpllm bench serve-sim --shape llama-160m --rate 1 2 3 --json out/serve.json --plot out/serve.png
+  tpllm bench serve-sim --shape llama-160m --rate 1 2 3 --json out.json --plot out.png
   tpllm bench serve-sim --shape llama-160m --long-prompt 1900
   tpllm bench serve-sim --shape llama-160m --shared-prefix 400
 

@@ -47,12 +47,12 @@ class Served:
 
     @property
     def spans(self) -> list[tuple[float, float, int]]:
-        """From each delivery to the next: (from when, until when, how many tokens came then)."""
+        """The spans between deliveries: (from when, until when, how many tokens came then)."""
         return [(before, now, num) for (before, _), (now, num) in zip(self.deliveries, self.deliveries[1:], strict=False)]
 
     @property
     def seconds_per_token(self) -> float:
-        """Of the tokens after the first delivery, in the mean; 0 where there are none."""
+        """The mean seconds of a token after the first delivery; 0 where there are none."""
         num_later = sum(num for *_, num in self.spans)
         return (self.deliveries[-1][0] - self.deliveries[0][0]) / num_later if num_later else 0.0
 

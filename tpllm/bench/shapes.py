@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from sharding_rules import DATA_TENSOR
-from tpllm.checkpoint import check_memory, needed_bytes
+from tpllm.checkpoint.memory import check_memory, needed_bytes
 from tpllm.checkpoint.placement import fill_by_rows, make_matrix, place
 from tpllm.engine.options import EngineOptions
 from tpllm.engine.shapes import least_cache_bytes

@@ -16,7 +16,7 @@ from tpllm.llm import LLM
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options that name the model."""
     subject = parser.add_mutually_exclusive_group(required=True)
-    subject.add_argument("--model", help="a folder, a hub id, or 'demo'")
+    subject.add_argument("--model", help="a folder, a GGUF file, a hub id, or a name such as 'demo'")
     subject.add_argument("--shape", metavar="NAME", help=f"random weights of a known shape: {', '.join(SHAPES)}")
     parser.add_argument("--mesh", default="auto", help="such as 'tp=4'; by default all local devices")
     parser.add_argument("--dtype", default="auto", help="float32, bfloat16 or float16")

@@ -1,6 +1,6 @@
 """Throughput of a workload of mixed lengths: continuous batching beside static batching with the same kernels and the same number of slots.
 
-  tpllm bench throughput --shape llama-160m --json out/throughput.json --plot out/occupancy.png
+  tpllm bench throughput --shape llama-160m --json out.json --plot out.png
 
 All requests are there from the start; outputs are greedy and go past the end-of-sequence token, so that lengths are exact. Static batching fills
 the slots only when the last of them is free. The gain that the lengths allow is computed: both kinds of batching are replayed, and their

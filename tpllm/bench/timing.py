@@ -83,7 +83,7 @@ class Workload:
         prompts = [{"prompt_token_ids": ids} for ids in self._rng.integers(0, self.vocab_size, (self.batch_size, self.prompt_len)).tolist()]
         params = SamplingParams(temperature=0.0, max_tokens=num_tokens, ignore_eos=True)
         start = time.perf_counter()
-        outputs = llm.generate(prompts, params, show_progress=False)
+        outputs = llm.generate(prompts, params, use_tqdm=False)
         seconds = time.perf_counter() - start
         for completion in (output.outputs[0] for output in outputs):
             if len(completion.token_ids) != num_tokens:

@@ -18,7 +18,7 @@ from tpllm.families.family import Columns
 from tpllm.weights.scheme import QuantizedRows
 
 EXPERTS_IN_MEMORY = 4
-"""Of one tensor: threads are at neighbouring rows, and so at two experts at most."""
+"""How many experts of one tensor are kept in memory: threads work on neighbouring rows, and so on two experts at most."""
 
 
 def plain_rows(entry: TensorEntry, shape: tuple[int, ...]) -> StoredMatrix:

@@ -51,19 +51,19 @@ class ParamEntry:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Of the tensors in the file."""
+        """The names of the tensors in the file."""
         return tuple(name for tensor in self.tensors for name in ((tensor.name,) if isinstance(tensor, TensorEntry) else tensor.names))
 
     @property
     def scheme(self) -> Scheme | None:
-        """Of quantized matrices; None where stacked ones differ, or have columns out of order: they become floats."""
+        """The scheme of quantized matrices; None where stacked ones differ, or have columns out of order: they become floats."""
         schemes = {None if isinstance(tensor, TensorEntry) else tensor.scheme for tensor in self.tensors}
         is_alike = len(schemes) == 1 and (len(self.tensors) == 1 or all(order_of(tensor) is None for tensor in self.tensors))
         return next(iter(schemes)) if is_alike else None
 
     @property
     def order(self) -> np.ndarray | None:
-        """Of a quantized matrix's columns, where they are out of order and it can stay quantized."""
+        """The order of a quantized matrix's columns, where they are out of order and it can stay quantized."""
         return order_of(self.tensor) if len(self.tensors) == 1 else None
 
     @property
@@ -82,7 +82,7 @@ class ParamEntry:
 
     @property
     def num_values(self) -> int:
-        """Of the parameter, before repeats and padding."""
+        """The number of values of the parameter, before repeats and padding."""
         return len(self.tensors) * self.num_rows * math.prod(self.tensor.shape[1:])
 
     def runs(self, first: int, last: int, spec: ParamSpec, config: ModelConfig) -> Iterator[tuple[int, int, int, int]]:
@@ -100,7 +100,7 @@ class ParamEntry:
 
 
 def order_of(tensor: TensorEntry | StoredMatrix) -> np.ndarray | None:
-    """Of a quantized matrix's columns, where they are out of order."""
+    """The order of a quantized matrix's columns, where they are out of order."""
     return None if isinstance(tensor, TensorEntry) else tensor.order
 
 
@@ -156,7 +156,7 @@ def _has(checkpoint: Checkpoint, name: str, shape: tuple[int, ...]) -> bool:
 
 
 def _num_values(spec: ParamSpec) -> int:
-    """Of a bias, without padding."""
+    """The number of values of a bias, without padding."""
     return spec.shape[0] if spec.stack is None else spec.stack.rows * spec.stack.num
 
 

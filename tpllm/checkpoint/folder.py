@@ -13,10 +13,10 @@ from tpllm.checkpoint.gguf.weights import GgufFormat
 from tpllm.checkpoint.index import read_index
 from tpllm.checkpoint.safetensors import Header, TensorEntry, digest_of_samples, sample_digest
 from tpllm.checkpoint.settle import settle_head, with_prefix
-from tpllm.checkpoint.source import GGUF, Reads, find_folder, only_gguf, read_json
+from tpllm.checkpoint.source import GGUF, OPEN_HUB, Hub, Reads, find_folder, only_gguf, read_json
 from tpllm.checkpoint.store import MANIFEST, StoreFormat
 from tpllm.checkpoint.stored import CheckpointFormat
-from tpllm.errors import CheckpointError, ConfigError, TpllmError, log
+from tpllm.errors import CheckpointError, ConfigError, TpllmError, log, short
 from tpllm.families.family import Family
 from tpllm.families.registry import find_family
 from tpllm.model.config import ModelConfig
@@ -29,7 +29,7 @@ class Checkpoint:
     Attributes:
         folder: where it lies; the file itself where it is GGUF.
         revision: the hub commit, or None for a folder.
-        hf_config: config.json, or what it would be.
+        hf_config: config.json, or what it would be, with what was given to override it.
         family: what it is to the loader.
         config: the model, not yet fitted to a mesh; whether it has a head of its own, the weights say.
         generation_config: generation_config.json, or empty.
@@ -65,7 +65,8 @@ class Checkpoint:
         return {"revision": self.revision, "files": self.reads.below(self.folder), "weights": weights}
 
 
-def open_checkpoint(model: str | Path, *, revision: str | None = None) -> Checkpoint:
+def open_checkpoint(model: str | Path, *, revision: str | None = None, hub: Hub = OPEN_HUB,
+                    hf_overrides: Mapping[str, Any] | None = None) -> Checkpoint:
     """Find a checkpoint, and read and check its configuration and the headers of its weights.
 
     Args:
@@ -73,24 +74,28 @@ def open_checkpoint(model: str | Path, *, revision: str | None = None) -> Checkp
             ``"demo-draft"`` (a folder of that name is ``"./demo"``).
         revision: of a hub id: branch, tag or commit; all files come from the one commit it resolves to. The hub's cache is used as its own
             client does, also with ``HF_HUB_OFFLINE=1``.
+        hub: how it is asked.
+        hf_overrides: values that replace those of config.json; of a mapping within it each by its key.
 
     Raises:
         CheckpointError: nothing there, a file damaged, missing or outside the folder, or weights in a format that is not read.
         ConfigError: an architecture that is not known, or a model that cannot be built.
     """
-    folder, commit = find_folder(model, revision)
+    if not isinstance(hf_overrides, Mapping | None):
+        raise ConfigError(f"hf_overrides is {short(hf_overrides)}; give a dict of values of config.json, such as {{'rope_theta': 1e6}}")
+    folder, commit = find_folder(model, revision, hub)
     reads = Reads()
     with reads.recording():
-        return dataclasses.replace(_open(folder, commit), reads=reads)
+        return dataclasses.replace(_open(folder, commit, hf_overrides or {}), reads=reads)
 
 
-def _open(folder: Path, commit: str | None) -> Checkpoint:
+def _open(folder: Path, commit: str | None, overrides: Mapping[str, Any]) -> Checkpoint:
     gguf = folder if folder.suffix == GGUF else only_gguf(folder)
     if gguf is not None:
-        return _open_gguf(gguf, commit)
+        return _open_gguf(gguf, commit, overrides)
     if not (folder / "config.json").exists():
         raise CheckpointError(f"{folder} holds no config.json; give the folder that holds it, beside the weights and the tokenizer")
-    hf_config = read_json(folder, "config.json")
+    hf_config = _overridden(read_json(folder, "config.json"), overrides)
     family, config = _read_config(folder, hf_config)
     if (folder / MANIFEST).exists():
         # Weights of a store have the names of our parameters.
@@ -102,6 +107,11 @@ def _open(folder: Path, commit: str | None) -> Checkpoint:
     weights = find_format(hf_config, tensors)
     return Checkpoint(folder=folder, revision=commit, hf_config=hf_config, family=family, config=config,
                       generation_config=_generation_config(folder), tensors=tensors, headers=headers, weights=weights)
+
+
+def _overridden(values: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    return {**values, **{name: _overridden(values[name], value) if isinstance(value, Mapping) and isinstance(values.get(name), Mapping) else value
+                         for name, value in overrides.items()}}
 
 
 def config_without_weights(model: str | Path) -> tuple[Mapping[str, Any], ModelConfig] | None:
@@ -117,10 +127,10 @@ def _generation_config(folder: Path) -> dict[str, Any]:
     return read_json(folder, "generation_config.json") if (folder / "generation_config.json").exists() else {}
 
 
-def _open_gguf(path: Path, commit: str | None) -> Checkpoint:
+def _open_gguf(path: Path, commit: str | None, overrides: Mapping[str, Any]) -> Checkpoint:
     """A GGUF file under the names that its family gives to a Hugging Face checkpoint."""
     gguf = open_gguf(path)
-    hf_config = config_from_gguf(gguf)
+    hf_config = _overridden(config_from_gguf(gguf), overrides)
     family, config = _read_config(path, hf_config)
     weights = GgufFormat(gguf)
     return Checkpoint(folder=path, revision=commit, hf_config=hf_config, config=config, generation_config={}, weights=weights, gguf=gguf,

@@ -25,7 +25,7 @@ ALIGNMENT = 64
 """Bytes; XLA's CPU client takes a host buffer as it is where it begins at a multiple of this, and copies it otherwise."""
 MAPPED_BYTES = 2**16
 CHUNK_BYTES = 2**20
-"""Of the rows that one thread reads, quantizes and lays out at a time."""
+"""How many bytes of rows one thread reads, quantizes and lays out at a time."""
 ROW_MULTIPLE = 32
 ROWS_AT_ONCE = 1024
 """Of rows that become a plain array."""

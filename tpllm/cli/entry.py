@@ -3,6 +3,7 @@ a ``KeyboardInterrupt`` in the middle of an import can be lost, or leave a trace
 any moment.
 """
 import atexit
+import contextlib
 import os
 import signal
 import sys
@@ -10,6 +11,8 @@ import sys
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 is_at_once = False
 """Whether signals end the process at once."""
+last_words = b""
+"""What is written to standard error before such an end."""
 
 
 def main(**options) -> int:
@@ -28,7 +31,13 @@ def end_at_once() -> None:
     global is_at_once
     is_at_once = True
     for number in SIGNALS:
-        signal.signal(number, lambda number, _: os._exit(128 + number))
+        signal.signal(number, _end)
+
+
+def say_at_the_end(words: bytes) -> None:
+    """Before a signal ends the process at once, write ``words`` to standard error: they erase a status line."""
+    global last_words
+    last_words = words
 
 
 def raise_interrupts() -> None:
@@ -38,6 +47,12 @@ def raise_interrupts() -> None:
     if is_at_once:
         is_at_once = False
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _end(number: int, _) -> None:
+    with contextlib.suppress(OSError):
+        os.write(2, last_words)
+    os._exit(128 + number)
 
 
 def _ignore_signals() -> None:

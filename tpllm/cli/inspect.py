@@ -10,12 +10,14 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from tpllm.cli.help_text import MODEL_TEXT
+
 COLUMNS = ("parameter", "count", "shape", "stored", "kept", "axes", "sharding", "bytes/device")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    parser.add_argument("model", metavar="MODEL", help="a folder, a GGUF file, a hub id, or 'demo'")
+    parser.add_argument("model", metavar="MODEL", help=MODEL_TEXT)
     parser.add_argument("--mesh", default="auto", help="such as 'tp=4'; by default all local devices")
     parser.add_argument("--dtype", default="auto", help="of the weights once loaded: float32, bfloat16 or float16")
     parser.add_argument("--quantization", help="how weights are quantized while they are loaded, such as int4, or '*.mlp.*=int4,*=none'")
@@ -45,8 +47,9 @@ def inspect_model(model: str, *, mesh: str = "auto", dtype: str = "auto", quanti
         TpllmError: a checkpoint that is damaged or does not fit the mesh.
     """
     from sharding_rules import DATA_TENSOR, mesh_text
-    from tpllm.checkpoint import find_entries, stored_schemes
+    from tpllm.checkpoint.entries import find_entries
     from tpllm.checkpoint.folder import open_checkpoint
+    from tpllm.checkpoint.load import stored_schemes
     from tpllm.loading import choose_dtype, choose_mesh
     from tpllm.model.kv_cache import cache_bytes_per_device
     from tpllm.model.params import named_leaves, param_specs

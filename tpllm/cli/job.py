@@ -1,6 +1,7 @@
-"""Look at a batch job, or put its shards together.
+"""Look at a batch job, run its failed rows again, or put its shards together.
 
   tpllm job status out/first
+  tpllm job retry out/first
   tpllm run JOB.yaml --shard 0/2        on one machine, and --shard 1/2 on another
   tpllm job merge out/first
 """
@@ -11,6 +12,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from tpllm.cli.help_text import HelpFormatter
+from tpllm.cli.run import run_and_report
 
 if TYPE_CHECKING:
     from tpllm.jobs.status import FolderStatus
@@ -28,6 +30,14 @@ MERGE_TEXT = """Put the shards of a job together, into the folder that the job w
 Everything is checked first: that the shards are of one job, all there, complete and not running. The shards' folders stay as they are; their
 files get a second name where the file system has hard links, and are copied elsewhere. A merge that was interrupted is completed by the same
 command, and so is one that is complete already."""
+RETRY_TEXT = """Run the failed rows of a job again. Rows that succeeded are kept and never computed again; rows that an incomplete job has not run
+yet are run too.
+
+The folder's manifest tells what the job is. A row that succeeds now moves from the errors file to its place in the part; a row that fails again
+stays in the errors file. A part's file stays where it is until the first of its rows is finished again. If the command is interrupted, at any moment,
+run it again.
+
+If the job ran in shards, give the folder of one shard, or the whole job's folder after the merge. The exit code is 1 if every row failed again."""
 COLUMNS = ("", "rows", "failed", "in journals", "parts", "state")
 
 
@@ -40,6 +50,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     status.add_argument("--verify", action="store_true", help="also compare the content of every part with the hash that the manifest has of it")
     status.add_argument("--json", action="store_true", help="print JSON")
     status.set_defaults(run_job_command=_status)
+    retry = commands.add_parser("retry", help="run the failed rows again", description=RETRY_TEXT, formatter_class=HelpFormatter, allow_abbrev=False)
+    retry.add_argument("output", metavar="OUTPUT", help="the job's output folder")
+    retry.add_argument("-i", "--input", metavar="INPUT", nargs="+", help="where the input is; by default where it was when the job began")
+    retry.add_argument("--max-failures", metavar="N", type=int, help="stop with exit code 1 once more rows than this have failed again")
+    retry.add_argument("--allow-environment-change", action="store_true",
+                       help="go on under other versions, hardware, mesh or max_num_seqs than the job began with; recorded in the manifest")
+    retry.set_defaults(run_job_command=_retry)
     merge = commands.add_parser("merge", help="put the shards of a job together", description=MERGE_TEXT, formatter_class=HelpFormatter,
                                 allow_abbrev=False)
     merge.add_argument("output", metavar="OUTPUT", help="the output folder of the whole job; made if it is not there")
@@ -51,10 +68,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, *, make_llm: Callable[..., Any] | None) -> int:
     """Run the command; returns the exit code."""
-    return args.run_job_command(args)
+    return args.run_job_command(args, make_llm)
 
 
-def _status(args: argparse.Namespace) -> int:
+def _status(args: argparse.Namespace, _: Callable[..., Any] | None) -> int:
     from tpllm.jobs.status import job_status
     status = job_status(args.output, counts_tokens=args.tokens, verifies=args.verify)
     folders = ([status.whole] if status.whole else []) + status.shards
@@ -94,7 +111,15 @@ def _row(name: str, folder: "FolderStatus") -> tuple[str, ...]:
     return name, f"{folder.num_done}/{num_rows}", str(folder.num_failed), str(folder.num_in_journals), f"{folder.num_committed}/{num_parts}", state
 
 
-def _merge(args: argparse.Namespace) -> int:
+def _retry(args: argparse.Namespace, make_llm: Callable[..., Any] | None) -> int:
+    from tpllm.jobs.config import make_job
+    from tpllm.jobs.job_of_folder import read_job_folder
+    options = {key: getattr(args, key) for key in ("input", "max_failures", "allow_environment_change")}
+    job = make_job({**read_job_folder(args.output), **{key: value for key, value in options.items() if value is not None}}, name=args.output)
+    return run_and_report(job, make_llm, retries_failed=True)
+
+
+def _merge(args: argparse.Namespace, _: Callable[..., Any] | None) -> int:
     from tpllm.jobs.merge import merge_shards
     result = merge_shards(args.output, args.shards, allow_environment_change=args.allow_environment_change)
     new = f"{result.num_new} of {result.num_parts} parts new" if result.num_new else "nothing was left to do"

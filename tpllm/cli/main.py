@@ -9,22 +9,28 @@ from typing import Any
 from tpllm import __version__
 from tpllm.cli.help_text import EXIT_NO_OUTPUT, EXIT_USER_ERROR, HelpFormatter, Parser
 from tpllm.cli.streams import OutputFailed, guarded_streams
+from tpllm.errors import TpllmError
 
 COMMANDS = {
-    "run": "run a batch job: a file of prompts in, completions out",
-    "job": "see how far a batch job is, or merge its shards",
-    "generate": "complete one prompt, printed as it is generated",
+    "generate": "answer a prompt, printed as it is generated",
     "chat": "talk with a model in the terminal",
+    "run": "run a batch job: a file of prompts in, completions out",
+    "job": "see how far a batch job is, run its failed rows again, or merge its shards",
+    "list": "show the models that are on this machine",
+    "fetch": "download a model",
+    "rm": "delete a downloaded model",
     "inspect": "show a model's configuration, parameters and memory; weights are not loaded",
     "plan": "say what a model takes on devices that need not be there",
     "quantize": "write a quantized checkpoint that tpllm and transformers open",
     "bench": "measure speed and memory",
+    "doctor": "show versions, devices, kernels and memory, for a bug report",
     "completion": "print the script by which a shell completes tpllm's commands",
 }
 DESCRIPTION = "Language-model inference on JAX/XLA: one program on one CPU, on GPUs and on a TPU slice."
 EXAMPLES = """examples:
-  tpllm generate --model demo --prompt "def " --max-tokens 32
-  tpllm chat --model demo
+  tpllm generate HuggingFaceTB/SmolLM2-135M-Instruct -p "What is the capital of France?"
+  tpllm chat model.Q4_K_M.gguf
+  tpllm generate demo --raw -p "def " -n 32
   tpllm run job.yaml --sampling.max-tokens 32
   tpllm inspect demo --cpu-devices 8 --mesh tp=8
 
@@ -40,8 +46,8 @@ def main(argv: Sequence[str] | None = None, *, make_llm: Callable[..., Any] | No
         make_llm: makes the engine; :class:`tpllm.LLM` by default.
 
     Returns:
-        The exit code: 0, 1 where the result cannot be written to standard output, 2 for an error of the user's, 128 + n when stopped by signal n,
-        and so 141 (SIGPIPE) where whoever read the output has gone.
+        The exit code: 0, 1 where the result cannot be generated or written to standard output, 2 for an error of the user's, 128 + n when stopped by
+        signal n, and so 141 (SIGPIPE) where whoever read the output has gone.
     """
     try:
         with guarded_streams():
@@ -69,14 +75,16 @@ def _run(argv: Sequence[str] | None, make_llm: Callable[..., Any] | None) -> int
         if type(error).__module__.partition(".")[0] not in OWN_PACKAGES:
             raise
         print(f"tpllm: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return EXIT_USER_ERROR
+        return EXIT_NO_OUTPUT if type(error) is TpllmError else EXIT_USER_ERROR  # its subclasses are of what was given
 
 
 def _global_options() -> Parser:
     """Options that may stand anywhere."""
     parser = Parser(prog="tpllm", add_help=False, allow_abbrev=False)
+    parser.is_partial = True
     parser.add_argument("--cpu-devices", type=int, metavar="N", help="make N virtual CPU devices, to try meshes without any other device")
     parser.add_argument("--verbose", action="store_true", help="say more on standard error")
+    parser.add_argument("-V", "--version", action="version", version=f"tpllm {__version__}", help="print the version and exit")
     return parser
 
 
@@ -84,7 +92,6 @@ def make_parser(names: Container[str]) -> Parser:
     """The parser of all commands; only those in ``names`` are imported, and only they have their arguments."""
     parser = Parser(prog="tpllm", description=DESCRIPTION, epilog=EXAMPLES, parents=[_global_options()],
                     allow_abbrev=False, formatter_class=HelpFormatter)
-    parser.add_argument("--version", action="version", version=f"tpllm {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for name, text in COMMANDS.items():
         command = importlib.import_module(f"tpllm.cli.{name}") if name in names else None

@@ -56,13 +56,18 @@ class _Stdout(_Output):
             raise OutputFailed(error.errno, error.strerror) from None
 
 
-class _Stderr(_Output):
-    """Standard error; what cannot be written is lost."""
+class Stderr(_Output):
+    """Standard error; what cannot be written is lost.
+
+    Attributes:
+        around_write: makes a context manager for each write: within it no status line stands on the terminal.
+    """
 
     fd = STDERR
+    around_write = contextlib.nullcontext
 
     def write(self, data) -> int:
-        with contextlib.suppress(OSError):
+        with self.around_write(), contextlib.suppress(OSError):
             return os.write(STDERR, data)
         return len(data)
 
@@ -81,7 +86,7 @@ def guarded_streams() -> Iterator[None]:
     if sys.stdout is sys.__stdout__:
         sys.stdout = _text(_Stdout(), former[1], errors="strict", is_line_buffered=os.isatty(STDOUT))
     if sys.stderr is sys.__stderr__:
-        sys.stderr = _text(_Stderr(), former[2], errors="backslashreplace", is_line_buffered=True)
+        sys.stderr = _text(Stderr(), former[2], errors="backslashreplace", is_line_buffered=True)
     try:
         yield
     finally:

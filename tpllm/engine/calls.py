@@ -2,8 +2,9 @@
 
 Iterators that are left half way, and other threads, share one engine. Whoever waits steps it, for everybody's requests.
 """
+import contextlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 from tpllm.engine.engine import Engine
@@ -74,6 +75,24 @@ def complete(engine: Engine, requests: Iterator[Prepared | tuple[Prompt, Samplin
                     yield failed_output(str(index), request[0] if isinstance(request[0], str) else None, str(error))
             for request in engine.wait(call.take_finished):
                 yield request.output
+
+
+def complete_all(engine: Engine, prepared: list[Prepared], done: Callable[[RequestOutput], None]) -> list[RequestOutput]:
+    """Outputs in the order of their requests, of which those of a lower priority value begin first.
+
+    Args:
+        engine: of all calls.
+        prepared: the requests.
+        done: is told of each output when it ends.
+    """
+    order = sorted(range(len(prepared)), key=lambda index: prepared[index].priority)
+    outputs: dict[int, RequestOutput] = {}
+    with contextlib.closing(complete(engine, (prepared[index] for index in order), on_error="raise")) as completed:
+        for output in completed:
+            index = order[int(output.request_id)]
+            output.request_id, outputs[index] = str(index), output
+            done(output)
+    return [outputs[index] for index in range(len(prepared))]
 
 
 def stream(engine: Engine, prompt: Prompt, params: SamplingParams) -> Iterator[CompletionDelta]:

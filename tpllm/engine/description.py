@@ -15,6 +15,7 @@ from tpllm.model.kv_cache import cache_bytes_per_device
 from tpllm.model.params import DecoderParams, bytes_per_device, named_leaves, param_specs
 from tpllm.native import instruction_set
 from tpllm.weights.linear import weight_of
+from tpllm.weights.weight import Weight
 
 # No colours: the page's own serve light and dark themes. Alignment is set because notebooks centre or right-align cells.
 _ROW = '<tr><th scope="row" style="text-align:left">{}</th><td style="text-align:left">{}</td></tr>'
@@ -34,6 +35,9 @@ class Description:
         devices: how many of which platform.
         weight_bytes, cache_bytes: on each device; replicas count on every device.
         max_model_len, max_num_seqs: the engine's limits.
+        kernels: what computes; see :func:`kernels_of`.
+        quantization: the schemes that weights are kept in, as in ``"int4, int8"``; None where all are floats.
+        load_s: seconds from the model's name to an engine over it; None where parameters were given.
     """
 
     model: str | None
@@ -47,10 +51,15 @@ class Description:
     cache_bytes: int
     max_model_len: int
     max_num_seqs: int
+    kernels: str
+    quantization: str | None
+    load_s: float | None
 
     def to_text(self, *, is_open: bool) -> str:
         """One line, as ``repr`` shows it."""
-        facts = [f"{self.num_parameters:,} parameters in {self.dtype}", f"mesh {self.mesh} ({self.devices})"]
+        facts = [f"{self.num_parameters:,} parameters in {self.dtype}", f"mesh {self.mesh} ({self.devices})", f"kernels {self.kernels}"]
+        facts += [f"quantization {self.quantization}"] if self.quantization else []
+        facts += [] if self.load_s is None else [f"loaded in {self.load_s:.1f} s"]
         if is_open:
             facts.append(f"a device holds {decimal(self.weight_bytes)} of weights and {decimal(self.cache_bytes)} of KV cache")
         facts += [f"max_model_len={self.max_model_len}", f"max_num_seqs={self.max_num_seqs}", "open" if is_open else "closed"]
@@ -59,7 +68,8 @@ class Description:
     def to_html(self, *, is_open: bool) -> str:
         """A table without scripts, colours or anything to fetch; every value is escaped."""
         rows = {"model": "given as parameters" if self.model is None else self.model, "family": self.family,
-                "parameters": f"{self.num_parameters:,} in {self.dtype}", "mesh": f"{self.mesh} ({self.devices})"}
+                "parameters": f"{self.num_parameters:,} in {self.dtype}", "quantization": self.quantization,
+                "mesh": f"{self.mesh} ({self.devices})", "kernels": self.kernels, "load time": self.load_s and f"{self.load_s:.1f} s"}
         if is_open:
             rows["weights"] = f"{decimal(self.weight_bytes)} a device"
             rows["KV cache"] = f"{decimal(self.cache_bytes)} a device, in {self.kv_cache_dtype}"
@@ -70,14 +80,14 @@ class Description:
 
 
 def describe(config: ModelConfig, params: DecoderParams, *, shapes: EngineShapes, num_pages: int, cache_dtype, model: str | None = None,
-             family: str | None = None) -> Description:
+             family: str | None = None, load_s: float | None = None) -> Description:
     """The description of an engine over ``params``.
 
     Args:
         config: fitted to its mesh.
         params: on the mesh.
         shapes, num_pages, cache_dtype: the engine's.
-        model, family: their names, where there are any.
+        model, family, load_s: as in the description, where there are any.
     """
     mesh = config.partition.mesh
     return Description(
@@ -85,7 +95,8 @@ def describe(config: ModelConfig, params: DecoderParams, *, shapes: EngineShapes
         mesh=mesh_text(mesh), devices=f"{mesh.devices.size} {config.partition.platform} device{'s' * (mesh.devices.size > 1)}",
         weight_bytes=bytes_per_device(params),
         cache_bytes=cache_bytes_per_device(config, num_pages * config.partition.size(BATCH), shapes.page_size, cache_dtype),
-        max_model_len=shapes.max_model_len, max_num_seqs=shapes.max_num_seqs)
+        max_model_len=shapes.max_model_len, max_num_seqs=shapes.max_num_seqs, kernels=kernels_of(params), quantization=_kept_schemes(params),
+        load_s=load_s)
 
 
 def kernels_of(params: DecoderParams) -> str:
@@ -95,6 +106,12 @@ def kernels_of(params: DecoderParams) -> str:
         return f"native {instruction_set()}"
     platforms = {device.platform for device in jax.tree.leaves(params)[0].devices()}
     return "pallas" if platforms & {"gpu", "tpu"} and are_kernels_on() else "xla"
+
+
+def _kept_schemes(params: DecoderParams) -> str | None:
+    weights = jax.tree.leaves(params, is_leaf=lambda leaf: isinstance(leaf, Weight))
+    names = {weight.layout.kept.name for weight in weights if isinstance(weight, Weight) and weight.layout.kept is not None}
+    return ", ".join(sorted(names)) or None
 
 
 def _num_parameters(config: ModelConfig) -> int:

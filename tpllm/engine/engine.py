@@ -9,13 +9,14 @@ from typing import Any, TypeVar
 
 import jax
 
+from tpllm.engine.admission import Admission
 from tpllm.engine.batch import places_of
 from tpllm.engine.metrics import Metrics
 from tpllm.engine.outputs import Logprob
 from tpllm.engine.pace import Pace
 from tpllm.engine.plan import StepPlan
 from tpllm.engine.programs import FULL, NO_CHOICE, NO_TOKEN, NOT_FINITE, RUNNING, StepOutput
-from tpllm.engine.prompts import Admission, Prompt, encode_prompt
+from tpllm.engine.prompts import Prompt, encode_prompt
 from tpllm.engine.request import Prepared, Request, Sequence, new_request
 from tpllm.engine.runner import Dispatched, Runner
 from tpllm.engine.sampling_params import SamplingParams
@@ -50,7 +51,7 @@ class Engine:
 
     def __init__(self, runner: Runner, scheduler: Scheduler, tokenizer: Tokenizer | None, *, seed: int = 0):
         self.runner, self.scheduler, self.tokenizer, self.seed = runner, scheduler, tokenizer, seed
-        self._admission = Admission(runner.config, max_model_len=runner.shapes.max_model_len,
+        self._admission = Admission(runner.config, max_model_len=runner.shapes.max_model_len, max_logprobs=runner.shapes.max_logprobs,
                                     num_cache_tokens=runner.num_pages * runner.shapes.page_size, tokenizer=tokenizer)
         self.metrics = Metrics(runner.costs)
         self._in_flight: collections.deque[tuple[Dispatched, float]] = collections.deque()

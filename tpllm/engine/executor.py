@@ -80,7 +80,7 @@ class LocalExecutor:
         self._config, self._shapes, self._num_pages, self._num_stop_ids, self._cache_dtype = config, shapes, num_pages, num_stop_ids, cache_dtype
         self._saved: dict[int, Cache] = {}
         self._make_arrays()
-        self.programs = jit_programs(config, self.cache, self.state, max_steps=MAX_STEPS)
+        self.programs = jit_programs(config, self.cache, self.state, max_steps=MAX_STEPS, max_logprobs=shapes.max_logprobs)
 
     def run(self, calls: Iterable[ProgramCall]) -> Output | None:
         """See :meth:`.Executor.run`."""
@@ -178,7 +178,7 @@ class CompileGuard:
         self._before = self._thread = 0
 
     def arm(self) -> None:
-        """From now on every compile is unexpected."""
+        """Treat every compile from here on as unexpected."""
         self.is_armed = True
 
     def __enter__(self) -> "CompileGuard":

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from collections.abc import Sequence as Values
 
 from prometheus_client import CollectorRegistry, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, InfoMetricFamily, Metric
 
 from tpllm.engine.plan import StepPlan
 from tpllm.engine.request import Sequence
@@ -63,7 +63,8 @@ class Snapshot:
     Attributes:
         num_running, num_waiting: completions in slots, and before them.
         num_pages, num_pages_used, num_pages_known: of the KV cache, all data groups together: all, held by rows, and of known content.
-        prefix_hit_rate: share of the tokens of contexts that were shared and not computed.
+        num_context_tokens, num_reused_tokens: of contexts that got a slot: all, and those that were shared and not computed.
+        prefix_hit_rate: the share of the latter.
         num_preemptions: rows that lost their pages.
         num_requests: that were queued.
         num_ended: completions by how they ended.
@@ -75,6 +76,9 @@ class Snapshot:
         bytes_per_s, flops_per_s: what programs read and computed, by their costs, while they were under way.
         memory_roofline_share, compute_roofline_share: of the devices' most; None where that is not known.
         ttft, inter_token: seconds, from arrival to a request's first token; between tokens.
+        kernels: what computes: ``"xla"``, the native kernels and their instruction set, as in ``"native avx2"``, or ``"pallas"``.
+        quantization: the schemes that weights are kept in, as in ``"int4, int8"``; None where all are floats.
+        load_s: seconds from the model's name to an engine over it; None where parameters were given.
     """
 
     num_running: int
@@ -82,6 +86,8 @@ class Snapshot:
     num_pages: int
     num_pages_used: int
     num_pages_known: int
+    num_context_tokens: int
+    num_reused_tokens: int
     prefix_hit_rate: float
     num_preemptions: int
     num_requests: int
@@ -101,6 +107,9 @@ class Snapshot:
     compute_roofline_share: float | None
     ttft: Histogram = dataclasses.field(repr=False)
     inter_token: Histogram = dataclasses.field(repr=False)
+    kernels: str
+    quantization: str | None
+    load_s: float | None
 
     def to_dict(self) -> dict:
         """JSON-able."""
@@ -126,7 +135,7 @@ class _Collector:
                            ("num_pages_known", "pages of known content"), ("prefix_hit_rate", "share of context tokens that were shared"),
                            ("tokens_per_s", "generated tokens a second"), ("host_share", "share of the host in the time of a step"),
                            ("memory_roofline_share", "bytes read a second over the most"),
-                           ("compute_roofline_share", "operations a second over the most")):
+                           ("compute_roofline_share", "operations a second over the most"), ("load_s", "seconds in which the model was loaded")):
             if getattr(values, name) is not None:
                 yield GaugeMetricFamily(f"tpllm_{name}", text, value=getattr(values, name))
         for name, text in (("num_requests", "requests"), ("num_preemptions", "rows that lost their pages"),
@@ -138,6 +147,8 @@ class _Collector:
         for reason, count in values.num_ended.items():
             ended.add_metric([reason], count)
         yield ended
+        facts = {"kernels": values.kernels, "quantization": values.quantization or "none"}
+        yield InfoMetricFamily("tpllm_model", "what the model runs on", value=facts)
         for name, text in (("ttft", "seconds to the first token"), ("inter_token", "seconds between tokens")):
             histogram = getattr(values, name)
             yield HistogramMetricFamily(f"tpllm_{name}_seconds", text, buckets=histogram.cumulative(), sum_value=histogram.total)
@@ -201,8 +212,8 @@ class Metrics:
         reason = sequence.completion.finish_reason
         self.num_ended[reason] = self.num_ended.get(reason, 0) + 1
 
-    def snapshot(self, scheduler: Scheduler) -> Snapshot:
-        """The numbers at this moment, with those of the scheduler's rows and pages."""
+    def snapshot(self, scheduler: Scheduler, *, kernels: str, quantization: str | None, load_s: float | None) -> Snapshot:
+        """The numbers at this moment, with those of the scheduler's rows and pages, and with what is known of the model."""
         costs, busy_s, steps_s = self.costs, self.busy_s or 1.0, self.host_s + self.waited_s
 
         def share(value: float, most: float | None) -> float | None:
@@ -210,10 +221,12 @@ class Metrics:
         return Snapshot(
             num_running=len(scheduler.running), num_waiting=len(scheduler.waiting), num_pages=sum(pool.num_pages for pool in scheduler.pools),
             num_pages_used=sum(pool.num_held for pool in scheduler.pools), num_pages_known=sum(pool.num_known for pool in scheduler.pools),
+            num_context_tokens=scheduler.num_context_tokens, num_reused_tokens=scheduler.num_reused_tokens,
             prefix_hit_rate=scheduler.num_reused_tokens / max(scheduler.num_context_tokens, 1), num_preemptions=scheduler.num_preemptions,
             num_requests=self.num_requests, num_ended=dict(self.num_ended), num_generated_tokens=self.num_generated_tokens,
             num_prefilled_tokens=self.num_prefilled_tokens, num_programs=self.num_programs, num_decode_steps=self.num_decode_steps,
             tokens_per_s=self.num_generated_tokens / busy_s, host_s=self.host_s, waited_s=self.waited_s, busy_s=self.busy_s,
             host_share=self.host_s / steps_s if steps_s else 0.0, bytes_per_s=self.bytes_read / busy_s, flops_per_s=self.flops / busy_s,
             memory_roofline_share=share(self.bytes_read, costs.peak_bytes_per_s), compute_roofline_share=share(self.flops, costs.peak_flops),
-            ttft=self.ttft.copy(), inter_token=self.inter_token.copy())
+            ttft=self.ttft.copy(), inter_token=self.inter_token.copy(),
+            kernels=kernels, quantization=quantization, load_s=load_s)

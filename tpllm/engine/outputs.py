@@ -1,6 +1,11 @@
 """What a request gives back: vLLM's names."""
 import dataclasses
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
+
+from tpllm.errors import ConfigError
+
+if TYPE_CHECKING:
+    import pandas
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 
@@ -66,6 +71,11 @@ class CompletionOutput(_ShortRepr):
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
     error: str | None = None
+    lora_request = None  # vLLM's; there are no adapters here
+
+    def finished(self) -> bool:
+        """Whether it has ended."""
+        return self.finish_reason is not None
 
 
 @dataclasses.dataclass
@@ -83,7 +93,7 @@ class RequestOutput(_ShortRepr):
 
     Attributes:
         request_id: unique within its ``generate`` call: the position of the prompt, as text.
-        prompt: the prompt as text; None where token ids were given.
+        prompt: the prompt as text, of a chat what its template makes of it; None where token ids were given.
         prompt_token_ids: what the model read.
         prompt_logprobs: for each prompt token a dict id -> :class:`.Logprob`; None for the first token, and as a whole where not asked for.
         outputs: ``n`` completions.
@@ -100,6 +110,29 @@ class RequestOutput(_ShortRepr):
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None
     finished: bool = False
     num_cached_tokens: int = 0
+    lora_request = None  # vLLM's; there are no adapters here
+
+
+class RequestOutputs(list[RequestOutput]):
+    """The outputs of one call, in the order of its prompts."""
+
+    def to_pandas(self) -> "pandas.DataFrame":
+        """A table of a row for each completion.
+
+        Returns:
+            Columns ``request_id``, ``prompt``, ``num_prompt_tokens``, and those of :class:`CompletionOutput` but for ``logprobs``.
+
+        Raises:
+            ConfigError: pandas is not installed.
+        """
+        try:
+            import pandas
+        except ImportError:
+            raise ConfigError("to_pandas needs pandas; install it with pip install pandas") from None
+        names = [field.name for field in dataclasses.fields(CompletionOutput) if field.name != "logprobs"]
+        rows = [(output.request_id, output.prompt, len(output.prompt_token_ids), *(getattr(completion, name) for name in names))
+                for output in self for completion in output.outputs]
+        return pandas.DataFrame(rows, columns=["request_id", "prompt", "num_prompt_tokens", *names])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,6 +150,16 @@ class CompletionDelta:
     text: str
     token_ids: list[int]
     finish_reason: FinishReason | None = None
+
+
+def new_part(output: RequestOutput, before: RequestOutput | None) -> RequestOutput:
+    """A growing output without the text, tokens and log probabilities that it had before."""
+    if before is None:
+        return output
+    completions = [dataclasses.replace(now, text=now.text[len(old.text):], token_ids=now.token_ids[len(old.token_ids):],
+                                       logprobs=None if now.logprobs is None else now.logprobs[len(old.logprobs):])
+                   for now, old in zip(output.outputs, before.outputs, strict=True)]
+    return dataclasses.replace(output, outputs=completions)
 
 
 def failed_output(request_id: str, prompt: str | None, message: str) -> RequestOutput:

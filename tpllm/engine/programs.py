@@ -70,7 +70,7 @@ class StepOutput:
 
 
 def step(params: Params, cache: Cache, state: SlotState, chunk: Chunk, steps_B: jax.Array, tables: Tables, *,
-         config: ModelConfig, scores_prompt: bool) -> tuple[Cache, SlotState, StepOutput, TokenScores | None]:
+         config: ModelConfig, max_logprobs: int, scores_prompt: bool) -> tuple[Cache, SlotState, StepOutput, TokenScores | None]:
     """Run one chunk; draw a token for each row whose context it completes, and for each one that decodes in it.
 
     Args:
@@ -78,6 +78,7 @@ def step(params: Params, cache: Cache, state: SlotState, chunk: Chunk, steps_B: 
         chunk: the tokens.
         steps_B: int32 [B], how many steps the program may give each row; a row of 0 is paused and stays as it is.
         tables: the rows' pages.
+        max_logprobs: the most log probabilities that are reported of a token.
         scores_prompt: whether every token of the chunk is scored.
 
     Returns:
@@ -94,17 +95,17 @@ def step(params: Params, cache: Cache, state: SlotState, chunk: Chunk, steps_B: 
     last_GR1 = jnp.maximum(chunk.last, 0).reshape(G, B // G, 1)
     hidden_BD = jnp.take_along_axis(hidden_GCD, last_GR1, axis=1).reshape(B, -1)
     is_drawn_B = (chunk.last >= 0) & (may_go_on_B | (chunk.is_complete & (steps_B > 0)))
-    state, out = _draw(params, hidden_BD, state, is_drawn_B, config)
-    scores = _score_chunk(params, hidden_GCD, chunk, config) if scores_prompt else None
+    state, out = _draw(params, hidden_BD, state, is_drawn_B, config, max_logprobs)
+    scores = _score_chunk(params, hidden_GCD, chunk, config, max_logprobs) if scores_prompt else None
     return cache, state, StepOutput(*(jax.tree.map(lambda leaf: leaf[None], part) for part in out), num_steps=jnp.int32(1)), scores
 
 
-def decode(params: Params, cache: Cache, state: SlotState, steps_B: jax.Array, tables: Tables, *, config: ModelConfig, max_steps: int,
-           num_rows: int) -> tuple[Cache, SlotState, StepOutput]:
+def decode(params: Params, cache: Cache, state: SlotState, steps_B: jax.Array, tables: Tables, *, config: ModelConfig, max_logprobs: int,
+           max_steps: int, num_rows: int) -> tuple[Cache, SlotState, StepOutput]:
     """Some tokens for every live slot among the first ``num_rows``; ends early when no row goes on.
 
     Args:
-        params, cache, state, config: the models and the rows; cache and state are donated.
+        params, cache, state, config, max_logprobs: see :func:`step`; cache and state are donated.
         steps_B, tables: see :func:`step`; at most ``max_steps``, the static size of the output, and there are pages for all of them.
         num_rows: how many slots, from the first on, the program computes.
     """
@@ -119,11 +120,11 @@ def decode(params: Params, cache: Cache, state: SlotState, steps_B: jax.Array, t
         now, is_drawn_B = rows.replace(**changing), is_drawn(step, changing)
         hidden_B1D, cache = _forward(params, now.token[:, None], jnp.where(is_drawn_B, now.position, -1)[:, None], cache, config, page_tables,
                                      rows.prompt_len)
-        now, drawn = _draw(params, hidden_B1D[:, 0], now, is_drawn_B, config)
+        now, drawn = _draw(params, hidden_B1D[:, 0], now, is_drawn_B, config, max_logprobs)
         return step + 1, cache, _changing(now), jax.tree.map(lambda all_steps, this: all_steps.at[step].set(this), out, drawn)
 
     num_steps, cache, changing, out = jax.lax.while_loop(lambda carry: jnp.any(is_drawn(carry[0], carry[2])), run_one,
-                                                         (jnp.int32(0), cache, _changing(rows), _empty_output(max_steps, num_rows)))
+                                                         (jnp.int32(0), cache, _changing(rows), _empty_output(max_steps, num_rows, max_logprobs)))
     changed = jax.tree.map(lambda slots, part: slots.at[:num_rows].set(part), _changing(state), changing)
     return cache, state.replace(**changed), StepOutput(*out, num_steps=num_steps)
 
@@ -174,29 +175,29 @@ class Programs:
     write_row: jax.stages.Wrapped
 
 
-def jit_programs(config: ModelConfig, cache: Cache, state: SlotState, *, max_steps: int) -> Programs:
+def jit_programs(config: ModelConfig, cache: Cache, state: SlotState, *, max_steps: int, max_logprobs: int = MAX_TOP_LOGPROBS) -> Programs:
     """The programs of an engine. Engines of one model, mesh and layout share them, so that the second one of a process compiles nothing.
 
     Args:
         config: the model, fitted to its mesh.
         cache, state: arrays, or shapes with shardings; only their shardings are read.
-        max_steps: see :func:`decode`.
+        max_steps, max_logprobs: see :func:`decode`.
     """
     shardings, tree = jax.tree.flatten(jax.tree.map(lambda leaf: leaf.sharding, (cache, state)))
-    return _jitted(config, tuple(shardings), tree, max_steps, ops.choices(config.partition))
+    return _jitted(config, tuple(shardings), tree, max_steps, max_logprobs, ops.choices(config.partition))
 
 
 @functools.lru_cache(maxsize=8)
-def _jitted(config: ModelConfig, shardings: tuple[jax.sharding.Sharding, ...], tree: jax.tree_util.PyTreeDef, max_steps: int,
+def _jitted(config: ModelConfig, shardings: tuple[jax.sharding.Sharding, ...], tree: jax.tree_util.PyTreeDef, max_steps: int, max_logprobs: int,
             choices: tuple[bool, ...]) -> Programs:
     """``choices`` is what tracing asks the process: it is only here to tell programs apart."""
     cache_at, state_at = jax.tree.unflatten(tree, shardings)
     everywhere = config.partition.sharding(())
     return Programs(
-        step=jax.jit(functools.partial(step, config=config), static_argnames="scores_prompt", donate_argnums=(1, 2),
+        step=jax.jit(functools.partial(step, config=config, max_logprobs=max_logprobs), static_argnames="scores_prompt", donate_argnums=(1, 2),
                      out_shardings=(cache_at, state_at, everywhere, everywhere)),
-        decode=jax.jit(functools.partial(decode, config=config, max_steps=max_steps), static_argnames="num_rows", donate_argnums=(1, 2),
-                       out_shardings=(cache_at, state_at, everywhere)),
+        decode=jax.jit(functools.partial(decode, config=config, max_logprobs=max_logprobs, max_steps=max_steps), static_argnames="num_rows",
+                       donate_argnums=(1, 2), out_shardings=(cache_at, state_at, everywhere)),
         start=jax.jit(start, donate_argnums=(0, 1), out_shardings=(cache_at.per_row, state_at)),
         copy_page=jax.jit(copy_page, donate_argnums=0, out_shardings=cache_at.pages), read_row=jax.jit(read_row),
         write_row=jax.jit(write_row, donate_argnums=0, out_shardings=cache_at))
@@ -215,11 +216,12 @@ def _changing(state: SlotState) -> dict[str, Any]:
     return {name: getattr(state, name) for name in ("token", "position", "remaining", "is_alive", "history")}
 
 
-def _draw(params: Params, hidden_BD: jax.Array, state: SlotState, is_drawn_B: jax.Array, config: ModelConfig) -> tuple[SlotState, Drawn]:
+def _draw(params: Params, hidden_BD: jax.Array, state: SlotState, is_drawn_B: jax.Array, config: ModelConfig,
+          max_logprobs: int) -> tuple[SlotState, Drawn]:
     """The token after each row's last one; rows that none is drawn for stay as they are."""
     position_B, sampling = state.position + 1, state.sampling.only(is_drawn_B)
     sampled = sample(unembed(params[TARGET], hidden_BD, config), sampling, position_B, state.history, vocab_size=config.vocab_size,
-                     partition=config.partition)
+                     partition=config.partition, max_logprobs=max_logprobs)
     remaining_B, status_B = _advance(sampled, state.remaining)
     state = state.replace(token=jnp.where(is_drawn_B, sampled.token, state.token), position=jnp.where(is_drawn_B, position_B, state.position),
                           remaining=jnp.where(is_drawn_B, remaining_B, state.remaining),
@@ -235,16 +237,17 @@ def _advance(sampled: Sampled, remaining_B: jax.Array) -> tuple[jax.Array, jax.A
     return remaining_B, jnp.where(sampled.is_finite, jnp.where(sampled.has_choice, status_B, NO_CHOICE), NOT_FINITE)
 
 
-def _score_chunk(params: Params, hidden_GCD: jax.Array, chunk: Chunk, config: ModelConfig) -> TokenScores:
+def _score_chunk(params: Params, hidden_GCD: jax.Array, chunk: Chunk, config: ModelConfig, max_logprobs: int) -> TokenScores:
     logits = unembed(params[TARGET], hidden_GCD.reshape(chunk.targets.size, -1), config)
-    return score(logits, jnp.maximum(chunk.targets, 0).reshape(-1), chunk.num_logprobs.reshape(-1), partition=config.partition)
+    return score(logits, jnp.maximum(chunk.targets, 0).reshape(-1), chunk.num_logprobs.reshape(-1), partition=config.partition,
+                 max_logprobs=max_logprobs)
 
 
-def _empty_output(max_steps: int, num_rows: int) -> Drawn:
+def _empty_output(max_steps: int, num_rows: int, max_logprobs: int) -> Drawn:
     def full(*shape, value, dtype=jnp.int32):
         return jnp.full((max_steps, num_rows, *shape), value, dtype)
-    scores = TokenScores(logprob=full(value=0, dtype=jnp.float32), rank=full(value=0), top_ids=full(MAX_TOP_LOGPROBS, value=-1),
-                         top_logprobs=full(MAX_TOP_LOGPROBS, value=0, dtype=jnp.float32))
+    scores = TokenScores(logprob=full(value=0, dtype=jnp.float32), rank=full(value=0), top_ids=full(max_logprobs, value=-1),
+                         top_logprobs=full(max_logprobs, value=0, dtype=jnp.float32))
     return full(value=NO_TOKEN), full(value=RUNNING), scores
 
 

@@ -233,7 +233,7 @@ def new_request(request_id: str, prepared: Prepared, *, seed: int, max_len: int,
     for index in range(params.n):
         completion = CompletionOutput(index=index, logprobs=None if params.logprobs is None else [])
         output.outputs.append(completion)
-        detokenizer = tokenizer and Detokenizer(tokenizer, skip_special_tokens=params.skip_special_tokens)
+        detokenizer = Detokenizer(tokenizer, skip_special_tokens=params.skip_special_tokens) if tokenizer and params.detokenize else None
         request.sequences.append(Sequence(request=request, completion=completion, detokenizer=detokenizer, stops=stops,
                                           max_new_tokens=min(room, params.max_tokens or room)))
     return request

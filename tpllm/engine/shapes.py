@@ -5,7 +5,8 @@ import logging
 from rich.filesize import decimal
 
 from sharding_rules.axes import BATCH
-from tpllm.environment.memory import device_free_bytes, host_free_bytes
+from tpllm.engine.sampling_params import MAX_LOGPROBS
+from tpllm.environment.memory import device_free_bytes, device_unused_bytes, host_free_bytes, host_unused_bytes
 from tpllm.errors import ConfigError, MemoryNeedError
 from tpllm.model.config import ModelConfig
 from tpllm.model.kv_cache import cache_bytes_per_device
@@ -33,6 +34,7 @@ class EngineShapes:
         is_batch_invariant: whether results may not depend on how many slots are busy.
         has_invariant_kernels: whether products give a row the same bits at any number of rows. Where they do not, a batch-invariant decode
             always runs at ``max_num_seqs`` rows.
+        max_logprobs: the most log probabilities that are reported of a token.
     """
 
     max_num_seqs: int
@@ -41,6 +43,7 @@ class EngineShapes:
     page_size: int = DEFAULT_PAGE
     is_batch_invariant: bool = True
     has_invariant_kernels: bool = False
+    max_logprobs: int = MAX_LOGPROBS
 
     def __post_init__(self):
         for name in ("max_num_seqs", "max_model_len"):
@@ -86,7 +89,8 @@ class EngineShapes:
 
 
 def choose_shapes(config: ModelConfig, *, max_model_len: int | None, max_num_seqs: int | None, prefill_chunk_size: int | None,
-                  batch_invariant: bool, page_size: int | None = None, has_invariant_kernels: bool = False) -> EngineShapes:
+                  batch_invariant: bool, page_size: int | None = None, has_invariant_kernels: bool = False,
+                  max_logprobs: int = MAX_LOGPROBS) -> EngineShapes:
     """The sizes a user asked for, with the defaults of the mesh's platform. They do not depend on how much memory happens to be free, so
     that a job resumes under the sizes it began with. ``has_invariant_kernels`` says whether native kernels multiply.
 
@@ -110,17 +114,21 @@ def choose_shapes(config: ModelConfig, *, max_model_len: int | None, max_num_seq
         max_num_seqs=-(-default_seqs // num_groups) * num_groups if max_num_seqs is None else max_num_seqs, max_model_len=max_model_len,
         prefill_chunk=default_chunk if prefill_chunk_size is None else prefill_chunk_size,
         page_size=DEFAULT_PAGE if page_size is None else page_size, is_batch_invariant=batch_invariant,
+        max_logprobs=config.vocab_size if max_logprobs == -1 else max_logprobs,
         has_invariant_kernels=has_invariant_kernels)
 
 
-def check_cache_size(kv_cache_tokens: int | None, memory_share: float | None) -> None:
+def check_cache_size(kv_cache_tokens: int | None, memory_share: float | None, gpu_memory_utilization: float | None = None) -> None:
     """Raise ``ConfigError`` for sizes that no cache can have."""
     if kv_cache_tokens is not None and (not isinstance(kv_cache_tokens, int) or isinstance(kv_cache_tokens, bool) or kv_cache_tokens < 1):
         raise ConfigError(f"kv_cache_tokens is {kv_cache_tokens!r}; it must be a whole number of at least 1, or None for as many as fit")
-    if memory_share is not None and not 0 < memory_share <= 1:
-        raise ConfigError(f"memory_share is {memory_share!r}; it must be above 0 and at most 1")
+    for name, share in (("memory_share", memory_share), ("gpu_memory_utilization", gpu_memory_utilization)):
+        if share is not None and not 0 < share <= 1:
+            raise ConfigError(f"{name} is {share!r}; it must be above 0 and at most 1")
     if kv_cache_tokens is not None and memory_share is not None:
         raise ConfigError(f"kv_cache_tokens is {kv_cache_tokens} and memory_share {memory_share}; give one of them")
+    if memory_share is not None and gpu_memory_utilization is not None:
+        raise ConfigError(f"memory_share is {memory_share} and gpu_memory_utilization {gpu_memory_utilization}; give one of them")
 
 
 def page_bytes(config: ModelConfig, shapes: EngineShapes, dtype) -> int:
@@ -135,7 +143,7 @@ def least_cache_bytes(config: ModelConfig, shapes: EngineShapes, dtype, *, kv_ca
 
 
 def choose_num_pages(config: ModelConfig, shapes: EngineShapes, dtype, *, kv_cache_tokens: int | None = None,
-                     memory_share: float | None = None) -> int:
+                     memory_share: float | None = None, gpu_memory_utilization: float | None = None) -> int:
     """The number of pages of each data group, once the weights are loaded.
 
     Args:
@@ -145,12 +153,13 @@ def choose_num_pages(config: ModelConfig, shapes: EngineShapes, dtype, *, kv_cac
         kv_cache_tokens: tokens of all groups together; rounded up to whole pages.
         memory_share: the share of the free memory of the device that has the least; None for 0.9. On a CPU, and where a device does not say how
             much is free, the cache is no larger than ``max_num_seqs`` rows of ``max_model_len`` can use, and None is at most half of the free memory.
+        gpu_memory_utilization: instead of it the share of all of a device's memory that this process may take, the weights included.
 
     Raises:
         ConfigError: there is no room for a single page; the text says how much memory was found, and what to lower.
         MemoryNeedError: ``kv_cache_tokens`` that do not fit.
     """
-    check_cache_size(kv_cache_tokens, memory_share)
+    check_cache_size(kv_cache_tokens, memory_share, gpu_memory_utilization)
     num_groups, one_page, free = config.partition.size(BATCH), page_bytes(config, shapes, dtype), _free_bytes(config)
     if kv_cache_tokens is not None:
         num_pages = -(-kv_cache_tokens // (shapes.page_size * num_groups))
@@ -160,14 +169,18 @@ def choose_num_pages(config: ModelConfig, shapes: EngineShapes, dtype, *, kv_cac
     else:
         is_cpu = config.partition.platform == "cpu"
         share = (MEMORY_SHARE_CPU if is_cpu else MEMORY_SHARE) if memory_share is None else memory_share
+        allowed = None if free is None else int(free * share)
+        if gpu_memory_utilization is not None and free is not None:
+            allowed = min(free, _unused_bytes(config, gpu_memory_utilization))
         wanted = shapes.max_num_seqs // num_groups * shapes.pages_per_row
-        num_pages = wanted if free is None else int(free * share) // one_page
+        num_pages = wanted if allowed is None else allowed // one_page
         if is_cpu:
             num_pages = min(num_pages, wanted)
     if num_pages < 1:
+        name = "memory_share" if gpu_memory_utilization is None else "gpu_memory_utilization"
         raise ConfigError(f"no page of the KV cache fits: one takes {decimal(one_page)} on each device ({shapes.page_size} tokens), "
-                          f"{decimal(free)} are free there, of which memory_share allows {decimal(int(free * share))}; lower the size of the model "
-                          "or page_size, take a smaller dtype or kv_cache_dtype, raise memory_share, or use a mesh of more devices")
+                          f"{decimal(free)} are free there, of which {name} allows {decimal(max(allowed, 0))}; lower the size of the model "
+                          f"or page_size, take a smaller dtype or kv_cache_dtype, raise {name}, or use a mesh of more devices")
     _report(shapes, num_pages, num_groups=num_groups, num_bytes=num_pages * one_page)
     return num_pages
 
@@ -187,3 +200,11 @@ def _free_bytes(config: ModelConfig) -> int | None:
         return host_free_bytes() // len(devices)  # virtual devices share it
     free = [device_free_bytes(device) for device in devices]
     return None if None in free else min(free)
+
+
+def _unused_bytes(config: ModelConfig, share: float) -> int:
+    """What this process has not taken yet of a share of each device's memory."""
+    devices = config.partition.mesh.local_devices
+    if config.partition.platform == "cpu":
+        return host_unused_bytes(share) // len(devices)
+    return min(device_unused_bytes(device, share) for device in devices)

@@ -20,6 +20,17 @@ def device_free_bytes(device: jax.Device) -> int | None:
     return stats["bytes_limit"] - stats.get("bytes_in_use", 0) if "bytes_limit" in stats else None
 
 
+def device_unused_bytes(device: jax.Device, share: float) -> int:
+    """What is not in use yet of a share of an accelerator's memory, whose client tells how much that is."""
+    stats = device.memory_stats()
+    return int(share * stats["bytes_limit"]) - stats.get("bytes_in_use", 0)
+
+
+def host_unused_bytes(share: float) -> int:
+    """What this process does not use yet of a share of this machine's memory."""
+    return int(share * psutil.virtual_memory().total) - psutil.Process().memory_info().rss
+
+
 def host_free_bytes() -> int:
     """Free bytes of this machine, or of the container's limit where that is less."""
     limits = cgroup_free_bytes(Path("/sys/fs/cgroup"), Path("/proc/self/cgroup"))

@@ -22,9 +22,19 @@ def instruction_set() -> str:
     return f"{platform.machine()}-{widest}-{hashlib.sha256(' '.join(flags).encode()).hexdigest()[:8]}"
 
 
+def cpu_model() -> str:
+    """The processor's name, as far as the system tells."""
+    return _cpuinfo("model name") or platform.processor()
+
+
 def _cpu_flags() -> list[str]:
+    return sorted(_cpuinfo("flags", "Features").split()) or [platform.processor()]
+
+
+def _cpuinfo(*keys: str) -> str:
+    """What Linux tells of the first processor under one of some keys; empty where it tells nothing."""
     try:
         lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
-        return [platform.processor()]
-    return sorted(next((line.partition(":")[2].split() for line in lines if line.startswith(("flags", "Features"))), []))
+        return ""
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith(keys)), "")

@@ -10,7 +10,7 @@ from tpllm.errors import ConfigError, short
 
 LARGEST = 2**31 - 1
 DIGITS = 500
-"""Of a number in a message."""
+"""The most digits of a number in a message."""
 
 
 def positive(hf: Mapping[str, Any], name: str, *, largest: int = LARGEST) -> int:

@@ -9,8 +9,8 @@ from tpllm.engine.whole_numbers import as_kind
 from tpllm.errors import JobError
 from tpllm.jobs.config import JOB_KEYS, JobConfig, check_keys
 
-NOT_FOR_YAML = ("rules",)
-"""Arguments of the engine's constructor that are Python objects."""
+NOT_FOR_YAML = ("rules", "hf_token", "download_dir")
+"""Arguments of the engine's constructor that are Python objects, or that a manifest should not tell: the hub's client reads HF_TOKEN and HF_HOME."""
 NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text", Mapping: "a mapping"}
 
 

@@ -1,6 +1,10 @@
 """How a job writes JSON, one object on one line of UTF-8, and what it reads of it."""
 import json
+import math
 from typing import Any
+
+REQUEST_KEYS = ("messages", "template_kwargs", "sampling", "body")
+"""What a request is made of that is no text: in a table's columns it may stand as JSON text."""
 
 
 def to_line(record: Any) -> bytes:
@@ -19,3 +23,21 @@ def is_deeper(value: object, depth: int) -> bool:
         if not level:
             return False
     return True
+
+
+def parsed_or_text(text: str) -> Any:
+    """What a text holds as JSON; the text itself where it is none."""
+    try:
+        return json.loads(text, parse_constant=_refuse, parse_float=_finite)
+    except (ValueError, RecursionError):
+        return text
+
+
+def _refuse(name: str) -> None:
+    raise ValueError(name)
+
+
+def _finite(text: str) -> float:
+    if math.isinf(value := float(text)):
+        raise ValueError(text)
+    return value

@@ -1,11 +1,12 @@
 """The manifest: what a job is and under what it ran, so that a rerun can tell whether it is the same job."""
 import dataclasses
 import json
+import os
 from collections.abc import Mapping
 from typing import Any
 
 from tpllm.errors import JobError
-from tpllm.jobs.config import MAX_ROWS_PER_PART, JobConfig
+from tpllm.jobs.config import MAX_ROWS, MAX_ROWS_PER_PART, JobConfig
 from tpllm.jobs.json_line import is_deeper
 from tpllm.jobs.shard import WHOLE, Parts, parse_shard
 from tpllm.jobs.sources.raw_row import InputSummary
@@ -13,18 +14,21 @@ from tpllm.jobs.sources.raw_row import InputSummary
 FORMAT_VERSION = 3
 ABSENT = "(absent)"
 MAX_DEPTH = 40
-MAX_ROWS = 2**53
-NOT_RECORDED = ("input", "output", "work_dir", "shard", "allow_environment_change")
+NOT_RECORDED = ("input", "output", "work_dir", "shard", "max_failures", "allow_environment_change")
+PATHS = "paths"
+"""The section that says where the input is: a job is the same wherever it lies."""
 # What may differ with ``allow_environment_change``: it changes where and how fast a job runs, and results only in their last bits.
 ENVIRONMENT_KEYS = ("job.mesh", "job.engine.max_num_seqs", "environment")
 
 
 def job_section(job: JobConfig, summary: InputSummary) -> dict[str, Any]:
     """The part of the manifest that is known before a model is loaded."""
-    settings = {field.name: getattr(job, field.name) for field in dataclasses.fields(job) if field.name not in NOT_RECORDED}
+    settings = {field.name: value for field in dataclasses.fields(job)
+                if field.name not in NOT_RECORDED and (value := getattr(job, field.name)) is not None}
     if job.shard is not None:
         settings["shard"] = str(job.own_shard)
-    return as_json({"format": FORMAT_VERSION, "job": settings, "input": dataclasses.asdict(summary)})
+    paths = {"input": job.input, "working_directory": os.getcwd()}
+    return as_json({"format": FORMAT_VERSION, "job": settings, PATHS: paths, "input": dataclasses.asdict(summary)})
 
 
 def model_section(fingerprint: Mapping[str, Any], default_sampling: Mapping[str, Any], version: str) -> dict[str, Any]:
@@ -80,10 +84,10 @@ def parts_of(manifest: Mapping[str, Any]) -> Parts:
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
-    """Every (dotted key, old value, new value) at which the sections of ``new`` differ from ``old``; sections that only ``old`` has are
-    not compared."""
+    """Every (dotted key, old value, new value) at which the sections of ``new`` differ from ``old``; sections that only ``old`` has, and where
+    the input is, are not compared."""
     found: list[tuple[str, Any, Any]] = []
-    for section in new:
+    for section in (name for name in new if name != PATHS):
         _compare(section, old.get(section, ABSENT), new[section], found)
     return found
 

@@ -1,4 +1,4 @@
-"""How far a job is: a bar on a terminal, a plain line every few seconds elsewhere; on standard error."""
+"""How far a job is: a bar on a terminal, from the loading of the model on, a plain line every few seconds elsewhere; on standard error."""
 import contextlib
 import sys
 import time
@@ -14,17 +14,24 @@ class Progress:
         num_rows: of the whole job.
         num_before: rows that earlier runs finished.
         stream: where to write; standard error by default.
+        model: that is loaded until :meth:`begin`.
     """
 
-    def __init__(self, num_rows: int, num_before: int, stream: TextIO | None = None):
+    def __init__(self, num_rows: int, num_before: int, stream: TextIO | None = None, *, model: str = ""):
         self.num_rows, self.num_done, self.num_before = num_rows, num_before, num_before
         self.num_tokens = self.num_errors = 0
         self._stream = sys.stderr if stream is None else stream
-        self._num_shown = -1
+        self._num_shown = num_before
+        self._bar = self._open_bar(f"loading {model}") if self._stream is not None and self._stream.isatty() else None
+
+    def begin(self) -> None:
+        """The model is loaded: the clock starts, and what takes long before the first row is finished is mostly compiling."""
         self._started = self._last_line = time.monotonic()
-        self._bar = self._open_bar() if self._stream is not None and self._stream.isatty() else None
+        self._num_shown = -1
         if self._bar is None:
-            self._say(f"{num_rows} rows" + (f", {num_before} finished before" if num_before else ""))
+            self._say(f"{self.num_rows} rows" + (f", {self.num_before} finished before" if self.num_before else ""))
+        else:
+            self._bar.update(self._task, rate="compiling", refresh=True)
 
     def advance(self, num_tokens: int, *, is_error: bool) -> None:
         """Count one more finished row."""
@@ -64,12 +71,12 @@ class Progress:
         with contextlib.suppress(OSError):  # a job goes on when nobody reads its progress any more
             print(f"tpllm: {text}", file=self._stream, flush=True)
 
-    def _open_bar(self):
+    def _open_bar(self, stage: str):
         from rich import progress
         from rich.console import Console
-        bar = progress.Progress(progress.BarColumn(), progress.MofNCompleteColumn(), "rows", progress.TextColumn("{task.fields[rate]}"),
+        bar = progress.Progress(progress.BarColumn(), progress.MofNCompleteColumn(), "rows", progress.TextColumn("{task.fields[rate]}", markup=False),
                                 progress.TimeElapsedColumn(), "left", progress.TimeRemainingColumn(), console=Console(file=self._stream))
-        self._task = bar.add_task("rows", total=self.num_rows, completed=self.num_before, rate=self._rate())
+        self._task = bar.add_task("rows", total=self.num_rows, completed=self.num_before, rate=stage)
         bar.start()
         return bar
 

@@ -1,5 +1,6 @@
-"""From what the engine gives back to a line of output."""
+"""Makes a line of output of what the engine gives back."""
 import dataclasses
+import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -71,6 +72,14 @@ class Records:
     @staticmethod
     def _batch_record(row: Row, record: dict[str, Any]) -> dict[str, Any]:
         return {**record, **{key: value for key, value in row.fields.items() if key not in record and key not in BATCH_KEYS}}
+
+
+def describe_failure(line: bytes) -> str:
+    """The row of an error line, where it lies, and why it failed."""
+    record = json.loads(line)
+    place = f"line {record['line']}" if "line" in record else f"row {record['file_row']}"
+    reason = record.get("error") or record["response"]["body"]["error"]["message"]
+    return f"row {record['row']} ({record['file']} {place}): {reason}"
 
 
 def _output(output: RequestOutput) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""From a line of input to a request."""
+"""Makes a request of a line of input."""
 import dataclasses
 import hashlib
 import json
@@ -12,12 +12,13 @@ from tpllm.errors import JobError, SamplingError
 from tpllm.jobs.config import SAMPLING_KEYS, check_keys
 from tpllm.jobs.json_line import is_deeper
 from tpllm.jobs.openai_rows import PROMPT_KEYS, is_batch_row, read_batch_row
+from tpllm.jobs.prompt_template import fields_of, render
 from tpllm.jobs.sources.raw_row import RawRow, is_custom_id
 from tpllm.openai_api import ApiError, ApiRequest
 
 SEED_BYTES = 8
 MAX_DEPTH = 100
-"""Of lists and objects in each other: what reads them calls itself for each level."""
+"""How deep lists and objects may be nested: their reader calls itself for each level."""
 
 
 class RowError(ValueError):
@@ -96,19 +97,22 @@ def read_row(raw: RawRow) -> Row:
     return Row(raw, fields, custom_id if is_custom_id(custom_id) else str(raw.index))
 
 
-def row_request(row: Row, *, job_seed: int, sampling: Mapping[str, Any]) -> RowRequest:
+def row_request(row: Row, *, job_seed: int, sampling: Mapping[str, Any], prompt_template: str | None = None) -> RowRequest:
     """What to ask the engine for a row.
 
     Args:
         row: a readable row.
         job_seed: the job's seed; see :func:`row_seed`.
         sampling: the job's sampling over the model's defaults. The row's own goes before it; a ``seed`` in either goes before the row's.
+        prompt_template: makes the prompt of the row's fields; None where the row has it.
 
     Raises:
-        RowError: no prompt, or one of the wrong type; an unknown sampling key or a value out of its range; a custom_id that is neither text nor a
-            number.
+        RowError: no prompt, or one of the wrong type; a field of the template that is not there; an unknown sampling key or a value out of its
+            range; a custom_id that is neither text nor a number.
     """
     if is_batch_row(row.fields):
+        if prompt_template is not None:
+            raise RowError("an OpenAI batch row has its prompt in its body; leave prompt_template out of the job")
         return _batch_row_request(row, job_seed=job_seed, sampling=sampling)
     if row.fields.get("custom_id") is not None and not is_custom_id(row.fields["custom_id"]):
         raise RowError(f"custom_id is {_short(row.fields['custom_id'])}; it must be text or a number")
@@ -125,7 +129,7 @@ def row_request(row: Row, *, job_seed: int, sampling: Mapping[str, Any]) -> RowR
         raise RowError(f"sampling: {error}") from None
     except JobError as error:
         raise RowError(str(error)) from None
-    return RowRequest(row, ((_prompt(row.fields), params),))
+    return RowRequest(row, ((_prompt(row.fields if prompt_template is None else _with_prompt(row.fields, prompt_template)), params),))
 
 
 def _batch_row_request(row: Row, *, job_seed: int, sampling: Mapping[str, Any]) -> RowRequest:
@@ -138,11 +142,23 @@ def _batch_row_request(row: Row, *, job_seed: int, sampling: Mapping[str, Any]) 
         for place, prompt in enumerate(api.prompts)), api)
 
 
+def _with_prompt(fields: Mapping[str, Any], template: str) -> dict[str, Any]:
+    """A row's fields with the prompt that the template makes of them in place of its own."""
+    if beside := [key for key in PROMPT_KEYS if fields.get(key) is not None and key not in fields_of(template)]:
+        raise RowError(f"the row has {' and '.join(beside)}, and the job's prompt_template makes the prompt; name it there as {{{beside[0]}}}, or "
+                       "leave one of them out")
+    try:
+        return {**{key: value for key, value in fields.items() if key not in PROMPT_KEYS}, "prompt": render(template, fields)}
+    except JobError as error:
+        raise RowError(str(error)) from None
+
+
 def _prompt(fields: Mapping[str, Any]) -> Prompt:
     given = [key for key in PROMPT_KEYS if fields.get(key) is not None]
     if len(given) != 1:
         found = f"the row has {' and '.join(given)}" if given else f"the row has {', '.join(map(repr, fields)) or 'no keys'} and no prompt"
-        raise RowError(f"{found}; give exactly one of prompt, prompt_token_ids and messages")
+        raise RowError(f"{found}; give exactly one of prompt, prompt_token_ids and messages, or set "
+                       "prompt_template in the job")
     _check_text(given[0], fields[given[0]])
     parse_special = fields.get("parse_special")
     if not isinstance(parse_special, bool | None):

@@ -17,17 +17,17 @@ from tpllm.jobs.openai_rows import system_fingerprint
 from tpllm.jobs.outputs.durable import Disk
 from tpllm.jobs.outputs.folder import OutputFolder, opened_output, with_parts
 from tpllm.jobs.outputs.formats import needs_columns, open_part_format, refuse_batch_row, resolve_output_format
-from tpllm.jobs.outputs.journal import Journal, opened_journal
+from tpllm.jobs.outputs.journal import FinishedRow, Journal, opened_journal
 from tpllm.jobs.outputs.ledger import Ledger
 from tpllm.jobs.outputs.part_records import PARTS, records_of
 from tpllm.jobs.outputs.remote import output_place
 from tpllm.jobs.progress import Progress
-from tpllm.jobs.records import Records
+from tpllm.jobs.records import Records, describe_failure
 from tpllm.jobs.rows import RowError, RowRequest, read_row, row_request
 from tpllm.jobs.shard import Parts
 from tpllm.jobs.shard_folders import describe_idle_shard, refuse_mixture
 from tpllm.jobs.signals import StopSignals
-from tpllm.jobs.sources.open import open_source
+from tpllm.jobs.sources.open import open_job_source
 from tpllm.jobs.sources.row_source import RowSource
 
 log = logging.getLogger("tpllm")
@@ -40,26 +40,41 @@ class JobResult:
         num_rows: of the input, or of the shard.
         num_done: finished by this and earlier runs.
         num_new: finished by this run.
-        num_errors: of the finished rows, those in the errors files of committed parts.
+        num_errors: of the finished rows, those that failed.
+        num_new_errors: of these, those of this run.
         signal: the signal that stopped the run, or None.
         output: the output folder.
+        last_failure: the row that failed last in this run, and why; None where none did.
+        has_too_many_failures: whether the run was ended by the job's ``max_failures``.
     """
 
     num_rows: int
     num_done: int
     num_new: int
     num_errors: int
+    num_new_errors: int
     signal: int | None
     output: str
+    last_failure: str | None = None
+    has_too_many_failures: bool = False
 
     @property
     def is_complete(self) -> bool:
         """Whether every row is finished and committed."""
         return self.num_done == self.num_rows
 
+    @property
+    def has_only_failures(self) -> bool:
+        """Whether every row of the job failed."""
+        return self.num_errors == self.num_rows > 0
 
-def run_job(job: JobConfig, *, make_llm: Callable[..., Any] | None = None, disk: Disk | None = None,
-            sync_interval_s: float = 0.5) -> JobResult:
+
+class TooManyFailuresError(Exception):
+    """More rows failed than the job's ``max_failures``."""
+
+
+def run_job(job: JobConfig, *, make_llm: Callable[..., Any] | None = None, disk: Disk | None = None, sync_interval_s: float = 0.5,
+            retries_failed: bool = False) -> JobResult:
     """Run a job, or go on with one that was interrupted; a complete job is left as it is and no model is loaded.
 
     Args:
@@ -67,6 +82,7 @@ def run_job(job: JobConfig, *, make_llm: Callable[..., Any] | None = None, disk:
         make_llm: makes the engine; :class:`tpllm.llm.LLM` by default.
         disk: how to write.
         sync_interval_s: the longest a finished row stays unsynced; 0 syncs each one at once.
+        retries_failed: whether rows that failed in earlier runs are run again, and their parts made anew.
 
     Raises:
         JobError: an input that cannot be read, two rows of one custom_id, an output that cannot be written or that another process holds,
@@ -76,16 +92,17 @@ def run_job(job: JobConfig, *, make_llm: Callable[..., Any] | None = None, disk:
     make_llm = make_llm or llm_class()
     job = check_engine_options(job, make_llm)
     refuse_mixture(job)
-    source, disk = open_source(job.input), disk or Disk()
+    source, disk = open_job_source(job), disk or Disk()
     job = dataclasses.replace(job, output_format=resolve_output_format(job.output_format, source))
     path, mirror = output_place(job)
     with opened_output(path, disk, mirror) as folder, opened_journal(path, disk, sync_interval_s=sync_interval_s) as journal:
-        run = _Run(job, source, folder, journal)
+        run = _Run(job, source, folder, journal, retries_failed=retries_failed)
         with StopSignals() as stop:
             stop.before_exit(journal.sync)
             run.resume(stop)
-            if not run.is_complete:
-                run.generate(make_llm, stop)
+            if not run.is_over:
+                with contextlib.suppress(TooManyFailuresError):
+                    run.generate(make_llm, stop)
         return run.result(stop.number)
 
 
@@ -105,11 +122,12 @@ class _RunningRow:
 class _Run:
     """One run of a job over an output folder that it holds."""
 
-    def __init__(self, job: JobConfig, source: RowSource, folder: OutputFolder, journal: Journal):
-        self._job, self._source, self._folder, self._journal = job, source, folder, journal
+    def __init__(self, job: JobConfig, source: RowSource, folder: OutputFolder, journal: Journal, *, retries_failed: bool):
+        self._job, self._source, self._folder, self._journal, self._retries_failed = job, source, folder, journal, retries_failed
         self._ledger: Ledger | None = None
         self._pending: dict[str, tuple[_RunningRow, int]] = {}
         self._changes: list[tuple[str, Any, Any]] = []
+        self._num_new_errors, self._last_failure = 0, None
 
     def resume(self, stop: StopSignals) -> None:
         """Scan the input, compare the job with the folder's, and commit what an earlier run left ready."""
@@ -122,7 +140,8 @@ class _Run:
         with stop.held():
             self._parts = Parts(self._summary.num_rows, self._job.rows_per_part, self._job.own_shard)
             self._folder.check_parts(self._parts)
-            self._ledger = Ledger(self._folder, self._journal, self._parts, check_input=self._source.check_unchanged)
+            self._ledger = Ledger(self._folder, self._journal, self._parts, check_input=self._source.check_unchanged,
+                                  retries_failed=self._retries_failed)
             self._num_before = self._ledger.num_done
             if not self._parts.numbers:
                 self._complete_idle_shard()
@@ -130,23 +149,28 @@ class _Run:
                 self._ledger.settle()
 
     @property
-    def is_complete(self) -> bool:
-        """Whether there is nothing left to do."""
-        return self._old is not None and self._ledger.is_complete
+    def is_over(self) -> bool:
+        """Whether there is nothing left to do, or too many rows failed before."""
+        return self._has_too_many_failures or (self._old is not None and self._ledger.is_complete)
+
+    @property
+    def _has_too_many_failures(self) -> bool:
+        return self._job.max_failures is not None and self._ledger.num_failed > self._job.max_failures
 
     def generate(self, make_llm: Callable[..., Any], stop: StopSignals) -> None:
         """Load the model and run every row that is not finished."""
         job = self._job
-        llm = make_llm(job.model, mesh=job.mesh, dtype=job.dtype, seed=job.seed, **job.engine)
-        with contextlib.closing(llm):
+        self._progress = Progress(self._parts.num_rows, self._ledger.num_done, model=job.model)
+        with (contextlib.closing(self._progress),
+              contextlib.closing(make_llm(job.model, mesh=job.mesh, dtype=job.dtype, seed=job.seed, **job.engine)) as llm):
             with stop.held():
                 section = model_section(llm.fingerprint(), llm.default_sampling, __version__)
                 self._write_manifest(section)
                 self._ledger.settle()
             self._records = Records(job.seed, job.model, system_fingerprint(section), lambda: llm.get_tokenizer())
             outputs = llm.generate_iter(self._requests({**llm.default_sampling, **job.sampling}, stop), on_error="return")
-            self._progress = Progress(self._parts.num_rows, self._ledger.num_done)
-            with contextlib.closing(self._progress), contextlib.closing(outputs):
+            self._progress.begin()
+            with contextlib.closing(outputs):
                 for output in outputs:
                     with stop.held():
                         self._finish(output)
@@ -156,10 +180,11 @@ class _Run:
 
     def result(self, signal: int | None) -> JobResult:
         """What this run came to."""
-        if self._ledger is None:
-            return JobResult(0, 0, 0, 0, signal, self._job.folder)
-        num_done = self._ledger.num_done
-        return JobResult(self._parts.num_rows, num_done, num_done - self._num_before, self._folder.num_error_rows(), signal, self._job.folder)
+        ledger = self._ledger
+        if ledger is None:
+            return JobResult(0, 0, 0, 0, 0, signal, self._job.folder)
+        return JobResult(self._parts.num_rows, ledger.num_done, ledger.num_done - self._num_before, ledger.num_failed + ledger.num_to_retry,
+                         self._num_new_errors, signal, self._job.folder, self._last_failure, self._has_too_many_failures)
 
     def _requests(self, sampling: Mapping[str, Any], stop: StopSignals) -> Iterator[tuple[Prompt, SamplingParams]]:
         """The prompts of all unfinished rows, made as the engine asks for them; rows that cannot be run are recorded on the way."""
@@ -170,11 +195,10 @@ class _Run:
             try:
                 row = read_row(raw)
                 refuse_batch_row(row.fields, self._job.output_format)
-                request = row_request(row, job_seed=self._job.seed, sampling=sampling)
+                request = row_request(row, job_seed=self._job.seed, sampling=sampling, prompt_template=self._job.prompt_template)
             except RowError as error:
                 with stop.held():
-                    self._ledger.record(self._records.error(raw, error, row=row))
-                    self._progress.advance(0, is_error=True)
+                    self._record(self._records.error(raw, error, row=row), 0)
                 continue
             running = _RunningRow(request)
             for place, prompt in enumerate(request.prompts):
@@ -189,10 +213,16 @@ class _Run:
         running.outputs[place] = output
         if not running.is_finished:
             return
-        finished = self._records.output(running.request, running.outputs)
-        self._ledger.record(finished)
         num_tokens = sum(len(completion.token_ids) for output in running.outputs for completion in output.outputs)
-        self._progress.advance(num_tokens, is_error=finished.is_error)
+        self._record(self._records.output(running.request, running.outputs), num_tokens)
+
+    def _record(self, row: FinishedRow, num_tokens: int) -> None:
+        self._ledger.record(row)
+        self._progress.advance(num_tokens, is_error=row.is_error)
+        if row.is_error:
+            self._num_new_errors, self._last_failure = self._num_new_errors + 1, describe_failure(row.line)
+            if self._has_too_many_failures:
+                raise TooManyFailuresError
 
     def _complete_idle_shard(self) -> None:
         """A shard without parts needs no model: what the job is, is all its manifest tells."""
@@ -205,11 +235,13 @@ class _Run:
         manifest = {**self._section, **section}
         if self._old is not None:
             self._changes += self._refuse_changes(section)
-            if not self._changes:
+            if not self._changes and not self._ledger.num_to_retry:
                 return
-            log.warning("the environment differs from the one the job was begun in: %s", ", ".join(key for key, _, _ in self._changes))
+            if self._changes:
+                log.warning("the environment differs from the one the job was begun in: %s", ", ".join(key for key, _, _ in self._changes))
+            retried = {"num_rows_to_retry": self._ledger.num_to_retry} if self._ledger.num_to_retry else {}
             manifest["environment_changes"] = [*self._old.get("environment_changes", ()),
-                                               {"num_rows_done": self._ledger.num_done, "changes": self._changes}]
+                                               {"num_rows_done": self._ledger.num_done, **retried, "changes": self._changes}]
             manifest = with_parts(manifest, records_of(self._old)) if PARTS in self._old else manifest
         self._folder.write_manifest(manifest)
 

@@ -100,7 +100,7 @@ class DecoderParams:
 
     @property
     def dtype(self) -> Any:
-        """Of activations, and of what is neither quantized nor packed."""
+        """The dtype of activations, and of parameters that are neither quantized nor packed."""
         return self.final_norm.dtype
 
 
@@ -159,7 +159,7 @@ def _expert_specs(config: ModelConfig) -> MlpParams:
 
 
 def expert_stacks(config: ModelConfig) -> tuple[Stack, Stack]:
-    """Of the rows of gate and up, and of those of down.
+    """How the experts' rows are stacked: those of gate and up, and those of down.
 
     Raises:
         ShardingError: experts, or their inner size, that the mesh does not divide.

@@ -88,8 +88,8 @@ class TokenScores:
     Attributes:
         logprob: float32 [B].
         rank: int32 [B], 1 for the likeliest.
-        top_ids: int32 [B, 20], the likeliest ids, best first; only as many as some row asked for are filled in.
-        top_logprobs: float32 [B, 20].
+        top_ids: int32 [B, 20], or as many as may be asked for: the likeliest ids, best first; only as many as some row did ask for are filled in.
+        top_logprobs: float32, of the same shape.
     """
 
     logprob: jax.Array
@@ -99,7 +99,7 @@ class TokenScores:
 
 
 def sample(logits_BV: jax.Array, rows: SamplingRows, positions_B: jax.Array, history: History | None = None, *, vocab_size: int,
-           partition: Partition) -> Sampled:
+           partition: Partition, max_logprobs: int = MAX_TOP_LOGPROBS) -> Sampled:
     """Draw one token a row.
 
     Args:
@@ -109,6 +109,7 @@ def sample(logits_BV: jax.Array, rows: SamplingRows, positions_B: jax.Array, his
         history: what the rows have generated; needed where ``rows`` has adjustments.
         vocab_size: tokens that may be drawn.
         partition: the model's mesh and rules.
+        max_logprobs: the most log probabilities that a row may ask for.
     """
     ids_V = jnp.arange(logits_BV.shape[1], dtype=jnp.int32)
     is_finite_B = ~jnp.any(~jnp.isfinite(logits_BV) & (ids_V < vocab_size), axis=-1)
@@ -126,17 +127,18 @@ def sample(logits_BV: jax.Array, rows: SamplingRows, positions_B: jax.Array, his
     noisy_BV = only_if(jnp.any(is_random_B), lambda x: _noisy(x, rows, positions_B, partition), allowed_BV)
     token_B, best_B = _argmax(jnp.where(is_random_B[:, None], noisy_BV, allowed_BV), vocab_size)
     return Sampled(token=token_B, is_stop=jnp.any(rows.stop_ids == token_B[:, None], axis=-1), is_finite=is_finite_B, has_choice=best_B > -jnp.inf,
-                   scores=score(logits_BV, token_B, rows.num_logprobs, partition=partition))
+                   scores=score(logits_BV, token_B, rows.num_logprobs, partition=partition, max_logprobs=max_logprobs))
 
 
-def score(logits_BV: jax.Array, token_B: jax.Array, num_logprobs_B: jax.Array, *, partition: Partition) -> TokenScores:
+def score(logits_BV: jax.Array, token_B: jax.Array, num_logprobs_B: jax.Array, *, partition: Partition,
+          max_logprobs: int = MAX_TOP_LOGPROBS) -> TokenScores:
     """Log probabilities of ``token_B`` and of the likeliest tokens under the logits' softmax."""
     ids_V = jnp.arange(logits_BV.shape[1], dtype=jnp.int32)
     largest_B = jnp.max(logits_BV, axis=-1)
     normalizer_B = largest_B + jnp.log(ops.vocab_sums(jnp.exp(logits_BV - largest_B[:, None]), partition))
     chosen_B = jnp.sum(jnp.where(ids_V == token_B[:, None], logits_BV, 0.0), axis=-1)
     rank_B = 1 + jnp.sum(logits_BV > chosen_B[:, None], axis=-1, dtype=jnp.int32)
-    top_ids, top_logits = _likeliest(logits_BV, jnp.max(num_logprobs_B))
+    top_ids, top_logits = _likeliest(logits_BV, jnp.max(num_logprobs_B), max_logprobs)
     return TokenScores(logprob=chosen_B - normalizer_B, rank=rank_B, top_ids=top_ids, top_logprobs=top_logits - normalizer_B[:, None])
 
 
@@ -230,9 +232,15 @@ def _ban_stop_ids(logits_BV: jax.Array, stop_ids_BN: jax.Array, bans_stop_B: jax
     return jax.lax.fori_loop(0, stop_ids_BN.shape[1], ban, logits_BV)
 
 
-def _likeliest(logits_BV: jax.Array, count: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Ids and logits, [B, 20] each, of the ``count`` largest; equal ones in the order of their ids. The rest is -1 and -inf."""
+def _likeliest(logits_BV: jax.Array, count: jax.Array, most: int) -> tuple[jax.Array, jax.Array]:
+    """Ids and logits, [B, most] each, of the ``count`` largest; equal ones in the order of their ids. The rest is -1 and -inf, or true as well where
+    so many may be asked for that sorting, which gathers the vocabulary, is less work."""
     batch = logits_BV.shape[0]
+
+    def nothing(*_):
+        return jnp.full((batch, most), -1, jnp.int32), jnp.full((batch, most), -jnp.inf)
+    if most > MAX_TOP_LOGPROBS:
+        return jax.lax.cond(count > 0, lambda x: tuple(jax.lax.top_k(x, most)[::-1]), nothing, logits_BV)
     ids_V = jnp.arange(logits_BV.shape[1], dtype=jnp.int32)
 
     def take(n, found):
@@ -242,7 +250,6 @@ def _likeliest(logits_BV: jax.Array, count: jax.Array) -> tuple[jax.Array, jax.A
         id_B1 = jnp.min(jnp.where(is_left_BV & (logits_BV == best_B1), ids_V, logits_BV.shape[1] - 1), axis=-1, keepdims=True)
         return ids.at[:, n].set(id_B1[:, 0]), values.at[:, n].set(best_B1[:, 0]), id_B1, best_B1
 
-    start = (jnp.full((batch, MAX_TOP_LOGPROBS), -1, jnp.int32), jnp.full((batch, MAX_TOP_LOGPROBS), -jnp.inf),
-             jnp.full((batch, 1), -1, jnp.int32), jnp.full((batch, 1), jnp.inf))
-    ids, values, _, _ = jax.lax.fori_loop(0, jnp.minimum(count, MAX_TOP_LOGPROBS), take, start)
+    start = (*nothing(), jnp.full((batch, 1), -1, jnp.int32), jnp.full((batch, 1), jnp.inf))
+    ids, values, _, _ = jax.lax.fori_loop(0, jnp.minimum(count, most), take, start)
     return ids, values

@@ -24,7 +24,7 @@ log = logging.getLogger("tpllm")
 
 PATH = Path(__file__).with_name("_kernels.so")
 FLOAT_DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
-"""Of activations and results."""
+"""The dtypes of activations and results."""
 TARGETS = ("linear", "gated_mlp", "expert_mlps", "lookup", "rms_norm", "row_sums", "attention", "pool_size")
 
 

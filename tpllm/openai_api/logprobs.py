@@ -35,7 +35,7 @@ def chat_logprobs(ids: Sequence[int], scores: Scores, *, top: int) -> dict[str, 
 
 
 def logprobs_by_id(tokens: Scores, *, impossible: float | None = None) -> list[dict[str, Any] | None]:
-    """For each token an object token id -> {logprob, rank, decoded_token}, as in vLLM's responses and in the Python API.
+    """Makes of each token an object token id -> {logprob, rank, decoded_token}, as in vLLM's responses and in the Python API.
 
     Args:
         tokens: their scores; None for the first token of a prompt.

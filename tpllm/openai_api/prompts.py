@@ -47,7 +47,8 @@ def with_parse_special(prompts: tuple[Prompt, ...], parse_special: object) -> tu
 
 
 def chat_prompt(given: Mapping[str, Any]) -> Prompt:
-    """The prompt of a chat: its messages, and ``chat_template_kwargs``, ``add_generation_prompt`` and ``tools``.
+    """The prompt of a chat: its messages, and ``chat_template_kwargs``, ``reasoning_effort`` (one more variable of the template, where those do not
+    name it), ``add_generation_prompt`` and ``tools``.
 
     Arguments of earlier tool calls, which OpenAI writes as JSON text, become objects that keep their text: the tokenizer gives the template the form
     that it takes.
@@ -65,6 +66,8 @@ def chat_prompt(given: Mapping[str, Any]) -> Prompt:
     variables = given.get("chat_template_kwargs", {})
     if not isinstance(variables, Mapping):
         raise ApiError(f"chat_template_kwargs is {shortened(variables)}; it must be an object", param="chat_template_kwargs", code="invalid_type")
+    if "reasoning_effort" in given:
+        variables = {"reasoning_effort": given["reasoning_effort"], **variables}
     if not isinstance(given.get("add_generation_prompt", True), bool):
         raise ApiError(f"add_generation_prompt is {shortened(given['add_generation_prompt'])}; it must be true or false",
                        param="add_generation_prompt", code="invalid_type")

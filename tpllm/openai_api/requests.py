@@ -1,17 +1,16 @@
-"""From the body of an OpenAI request to prompts and sampling parameters.
+"""Makes prompts and sampling parameters of the body of an OpenAI request.
 
 Names and meanings are those of OpenAI's API reference (``POST /v1/completions``, ``POST /v1/chat/completions``); further sampling parameters
 have vLLM's names. A key whose value is null counts as not given.
 """
 import dataclasses
-import difflib
 from collections.abc import Mapping
 from typing import Any
 
 from tpllm.engine.prompts import Prompt
-from tpllm.engine.sampling_params import SamplingParams
+from tpllm.engine.sampling_params import MAX_LOGPROBS, SamplingParams
 from tpllm.engine.whole_numbers import SAMPLING_KINDS, as_kind
-from tpllm.errors import SamplingError
+from tpllm.errors import SamplingError, did_you_mean
 from tpllm.openai_api.api_error import ApiError, shortened
 from tpllm.openai_api.prompts import chat_prompt, completion_prompts, with_parse_special
 
@@ -21,20 +20,20 @@ ENDPOINTS = (COMPLETIONS, CHAT)
 DEFAULTS: dict[str, dict[str, Any]] = {COMPLETIONS: {"max_tokens": 16}, CHAT: {}}
 """OpenAI's own, where they differ from :class:`SamplingParams`."""
 
-SAMPLING = tuple(field.name for field in dataclasses.fields(SamplingParams) if field.name != "logprobs")
-WITHOUT_EFFECT = ("metadata", "parallel_tool_calls", "prompt_cache_key", "prompt_cache_options", "prompt_cache_retention", "safety_identifier",
-                  "service_tier", "store", "user")
-"""What concerns only OpenAI's own service."""
+SAMPLING = tuple(field.name for field in dataclasses.fields(SamplingParams) if field.name not in ("logprobs", "output_kind"))
+WITHOUT_EFFECT = ("cache_salt", "metadata", "parallel_tool_calls", "prediction", "priority", "prompt_cache_key", "prompt_cache_options",
+                  "prompt_cache_retention", "request_id", "safety_identifier", "service_tier", "store", "stream_options", "user")
+"""What cannot matter to an answer: what concerns only the service that gives it, and how fast it comes."""
 OWN = {
     COMPLETIONS: ("model", "prompt", "logprobs", "echo", "best_of", "parse_special"),
     CHAT: ("model", "messages", "logprobs", "top_logprobs", "max_completion_tokens", "tools", "tool_choice", "chat_template_kwargs",
-           "add_generation_prompt", "parse_special"),
+           "reasoning_effort", "add_generation_prompt", "parse_special"),
 }
 LIMITED: dict[str, dict[str, tuple[Any, ...]]] = {
-    COMPLETIONS: {"stream": (False,), "stream_options": (), "suffix": ("",), "add_special_tokens": (True,)},
-    CHAT: {"stream": (False,), "stream_options": (), "response_format": ({"type": "text"},), "audio": (), "modalities": (["text"],),
-           "prediction": (), "functions": ([],), "function_call": ("none",), "web_search_options": (), "moderation": (), "reasoning_effort": (),
-           "verbosity": ("medium",), "echo": (False,), "add_special_tokens": (False,)},
+    COMPLETIONS: {"stream": (False,), "suffix": ("",), "add_special_tokens": (True,)},
+    CHAT: {"stream": (False,), "response_format": ({"type": "text"},), "audio": (), "modalities": (["text"],), "functions": ([],),
+           "function_call": ("none",), "web_search_options": (), "moderation": (), "verbosity": ("medium",), "echo": (False,),
+           "add_special_tokens": (False,)},
 }
 """Keys of which only these values can be served: what would be done anyway."""
 NUMBERS = {**SAMPLING_KINDS, **dict.fromkeys(("logprobs", "top_logprobs", "max_completion_tokens", "best_of"), int)}
@@ -114,8 +113,7 @@ def known_keys(endpoint: str) -> tuple[str, ...]:
 def _guess(endpoint: str, key: str) -> str:
     if others := [other for other in ENDPOINTS if other != endpoint and key in known_keys(other)]:
         return f"it belongs to {others[0]}; "
-    near = difflib.get_close_matches(key, known_keys(endpoint), 1, 0.5)
-    return f"did you mean {near[0]!r}? " if near else ""
+    return did_you_mean(key, known_keys(endpoint))
 
 
 def _checked_keys(endpoint: str, body: Mapping[str, Any]) -> dict[str, Any]:
@@ -130,7 +128,8 @@ def _checked_keys(endpoint: str, body: Mapping[str, Any]) -> dict[str, Any]:
                            code="unsupported_value")
     given = {key: value for key, value in body.items() if value is not None and key not in limited and key not in WITHOUT_EFFECT}
     given = {key: as_kind(value, NUMBERS.get(key)) for key, value in given.items()}
-    for key, kind, text in (("model", str, "text"), ("echo", bool, "true or false"), ("best_of", int, "a whole number")):
+    for key, kind, text in (("model", str, "text"), ("reasoning_effort", str, "text"), ("echo", bool, "true or false"),
+                            ("best_of", int, "a whole number")):
         if key in given and type(given[key]) is not kind:
             raise ApiError(f"{key} is {shortened(given[key])}; it must be {text}", param=key, code="invalid_type")
     return given
@@ -144,7 +143,7 @@ def _without_nulls(value: Any) -> Any:
 
 
 def _num_chat_logprobs(given: Mapping[str, Any]) -> int | None:
-    """Of a chat ``logprobs`` says whether, and ``top_logprobs`` how many."""
+    """How many log probabilities a chat asks for: ``logprobs`` says whether, and ``top_logprobs`` how many."""
     shown, top = given.get("logprobs", False), given.get("top_logprobs")
     if not isinstance(shown, bool):
         raise ApiError(f"logprobs is {shortened(shown)}; in a chat it must be true or false, and top_logprobs says how many", param="logprobs",
@@ -152,7 +151,7 @@ def _num_chat_logprobs(given: Mapping[str, Any]) -> int | None:
     if not shown and top is not None:
         raise ApiError(f"top_logprobs is {shortened(top)} without logprobs; add \"logprobs\": true", param="top_logprobs", code="invalid_value")
     try:
-        return SamplingParams(logprobs=0 if top is None else top).logprobs if shown else None
+        return _checked(SamplingParams(logprobs=0 if top is None else top)).logprobs if shown else None
     except SamplingError as error:
         raise ApiError(f"top_{error}", param="top_logprobs", code="invalid_value") from None
 
@@ -166,16 +165,22 @@ def _max_completion_tokens(given: Mapping[str, Any]) -> Any:
 
 def _params(defaults: Mapping[str, Any], given: Mapping[str, Any]) -> SamplingParams:
     try:
-        return SamplingParams(**{**defaults, **given})
+        return _checked(SamplingParams(**{**defaults, **given}))
     except SamplingError as error:
         raise ApiError(str(error), param=_blamed(given), code="invalid_value") from None
+
+
+def _checked(params: SamplingParams) -> SamplingParams:
+    """OpenAI's limit of log probabilities is the default of an engine's."""
+    params.check_logprobs(MAX_LOGPROBS)
+    return params
 
 
 def _blamed(given: Mapping[str, Any]) -> str | None:
     """The one parameter that is wrong by itself."""
     for key, value in given.items():
         try:
-            SamplingParams(**{key: value})
+            _checked(SamplingParams(**{key: value}))
         except SamplingError:
             return key
     return None

@@ -1,4 +1,4 @@
-"""From what the engine gives back to the body of an OpenAI response: a ``Completion`` or ``ChatCompletion`` object of the API reference."""
+"""Makes the body of an OpenAI response of what the engine gives back: a ``Completion`` or ``ChatCompletion`` object of the API reference."""
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any

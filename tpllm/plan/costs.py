@@ -11,7 +11,7 @@ from tpllm.plan.setup import Setup
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """Of one program, of the device that has most.
+    """The work of one program on the device that has the most.
 
     Attributes:
         weight_bytes, kv_bytes: that are read.

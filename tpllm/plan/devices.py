@@ -21,7 +21,7 @@ WRAPS_FROM = {"TPU v5 lite": 16, "TPU v5": 4, "TPU v6 lite": 16}  # a side of so
 
 @dataclasses.dataclass(frozen=True)
 class DeviceLimits:
-    """Of one device.
+    """What one device can do.
 
     Attributes:
         memory_bytes: that a program can have; None where it is the host's.

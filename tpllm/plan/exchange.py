@@ -77,7 +77,7 @@ def exchange_seconds(op: str, num_bytes: float, group: Sequence[jax.Device], all
 
 
 def total_seconds(exchanges: Sequence[Exchange]) -> float | None:
-    """Of all of them, one after the other; None where devices share memory."""
+    """The seconds of all exchanges, one after the other; None where devices share memory."""
     return None if any(one.seconds is None for one in exchanges) else sum(one.seconds * one.count for one in exchanges)
 
 

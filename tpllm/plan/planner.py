@@ -1,4 +1,4 @@
-"""From a setup to its plan: compile both programs, add up bytes and seconds."""
+"""Makes a plan of a setup: compiles both programs, adds up bytes and seconds."""
 import dataclasses
 import math
 import time
@@ -37,7 +37,7 @@ class Compiled:
 
     @property
     def temporary_bytes(self) -> int:
-        """Of the program that needs more."""
+        """The temporary bytes of the program that needs more."""
         return max(program.temporary_bytes for program in self.programs.values())
 
 
@@ -102,7 +102,7 @@ def rows_that_fit(compiled: Compiled, room: int) -> int:
 
 
 def _step_bytes_of_a_row(setup: Setup) -> float:
-    """By how much each row lets the temporaries of a decode step grow."""
+    """The bytes by which each row lets the temporaries of a decode step grow."""
     setup = dataclasses.replace(setup, config=setup.config.slice(0, SAMPLE_LAYERS))
     once, twice = (_with_rows(setup, times * setup.shapes.max_num_seqs) for times in (1, 2))
     fewer, more = compile_all([_lower(sample, "decode") for sample in (once, twice)])

@@ -9,7 +9,9 @@ import numpy as np
 
 from sharding_rules import DATA_TENSOR, make_mesh, parse_mesh
 from tpllm.bench.shapes import SHAPES, find_shape
-from tpllm.checkpoint import Checkpoint, config_without_weights, find_entries, open_checkpoint, stored_schemes
+from tpllm.checkpoint.entries import find_entries
+from tpllm.checkpoint.folder import Checkpoint, config_without_weights, open_checkpoint
+from tpllm.checkpoint.load import stored_schemes
 from tpllm.engine.shapes import EngineShapes, choose_shapes
 from tpllm.errors import ConfigError
 from tpllm.loading import choose_cache_dtype, choose_dtype

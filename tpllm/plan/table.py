@@ -44,7 +44,7 @@ def memory_parts(report: dict[str, Any]) -> dict[str, int | None]:
 
 
 def grouped(collectives: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """With bytes and seconds of all that are alike; those of few bytes, which sampling needs, together in one entry for each group size."""
+    """The exchanges, with the bytes and seconds of all that are alike added up; small ones, which sampling needs, are one entry a group size."""
     rows: dict[Any, dict[str, Any]] = {}
     for one in collectives:
         is_small = one["num_bytes"] < SMALL_BYTES

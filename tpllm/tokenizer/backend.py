@@ -53,7 +53,7 @@ class Backend:
             return self.rust.encode(text, add_special_tokens=False)
 
     def post_process(self, encoding: tokenizers.Encoding) -> tokenizers.Encoding:
-        """With what the post-processor adds."""
+        """The ids with those that the post-processor adds."""
         with border("the tokenizer fails on a text"):
             return self.rust.post_process(encoding)
 

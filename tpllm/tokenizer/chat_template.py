@@ -1,10 +1,11 @@
 """Chat templates: Jinja as Hugging Face writes it, in a sandbox."""
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import jinja2
 
-from tpllm.errors import MAX_SHOWN, TokenizerError, log
+from tpllm.errors import MAX_SHOWN, PromptError, TokenizerError, log, short
 from tpllm.tokenizer.folder import DEFAULT_TEMPLATE
 from tpllm.tokenizer.messages import joined_parts
 from tpllm.tokenizer.template_compiler import compile_template, parse_template
@@ -117,6 +118,51 @@ def choose_template(templates: Mapping[str, str], *, has_tools: bool) -> ChatTem
         raise TokenizerError(f"the model has the chat templates {sorted(templates)} and none of the name {DEFAULT_TEMPLATE!r}; "
                              "save the one to use as chat_template.jinja in the model's folder")
     raise TokenizerError("the model has no chat template; put one into its folder as chat_template.jinja, or give prompts instead of messages")
+
+
+def given_template(source: str, named: tuple[str, ...]) -> ChatTemplate:
+    """The template that a call brings; ``named`` are the texts of the tokens that have a name, on which its forms of arguments depend.
+
+    Raises:
+        PromptError: no text.
+    """
+    if not isinstance(source, str):
+        raise PromptError(f"chat_template is {short(source)}; give Jinja text")
+    return _given(source, named)
+
+
+@functools.lru_cache(maxsize=32)
+def _given(source: str, named: tuple[str, ...]) -> ChatTemplate:
+    return ChatTemplate(source, "chat template of this call")
+
+
+def read_template(template: str | Path) -> str:
+    """The template of a text that is one, or of a file.
+
+    Raises:
+        TokenizerError: a file that cannot be read, or a text that is neither.
+    """
+    if isinstance(template, str) and any(sign in template for sign in "{}\n"):
+        return template
+    try:
+        return Path(template).read_text("utf-8")
+    except (OSError, UnicodeDecodeError, TypeError) as error:
+        raise TokenizerError(f"chat_template is {short(template)}, which is neither Jinja text nor a file that can be read ({error})") from None
+
+
+def up_to_last_message(text: TracedText, messages: Sequence[Mapping]) -> TracedText:
+    """What a template made of messages, as far as the last one's own text goes.
+
+    Raises:
+        PromptError: the last message has no text, or the template does not show it as it is.
+    """
+    content = messages[-1].get("content") or ""
+    content = content if isinstance(content, str) else content[-1]["text"]
+    start = str.rfind(text, content.strip()) if content.strip() else -1
+    if start < 0:
+        raise PromptError("continue_final_message is true, but the chat template does not show the text of the last message as it is; use a prompt")
+    shown = content.lstrip() if str.startswith(text, content.lstrip(), start) else content.strip()
+    return text[:start + len(shown)]
 
 
 def _line(message: object) -> str:

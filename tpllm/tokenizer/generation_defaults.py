@@ -28,7 +28,7 @@ class GenerationDefaults:
 
     @classmethod
     def from_folder(cls, path: pathlib.Path) -> Self:
-        """Of a Hugging Face folder, whose tokenizer is not read.
+        """The defaults of a Hugging Face folder, whose tokenizer is not read.
 
         Raises:
             TokenizerError: a file is damaged.

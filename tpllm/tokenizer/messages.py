@@ -6,7 +6,7 @@ from tpllm.errors import PromptError, short
 from tpllm.tokenizer.traced_text import TracedText
 
 MAX_DEPTH = 100
-"""Of what a chat's values may be nested: Python's own stack is not much deeper."""
+"""How deep a chat's values may be nested: Python's own stack is not much deeper."""
 _WORD = re.compile(r"[\w -]+", re.ASCII)
 TEXT_PARTS = ("text", "input_text", "output_text")
 ROLES = frozenset(("assistant", "developer", "function", "ipython", "model", "observation", "system", "tool", "user"))

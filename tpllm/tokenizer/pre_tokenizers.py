@@ -55,4 +55,4 @@ _RULES = {
     WordRule((GPT4O,)): ("gpt-4o", "llama4"),
 }
 WORD_RULES: dict[str, WordRule] = {name: rule for rule, names in _RULES.items() for name in names}
-"""By ``tokenizer.ggml.pre``."""
+"""The rule of each ``tokenizer.ggml.pre``."""

@@ -13,9 +13,9 @@ from tpllm.tokenizer.template_sandbox import Sandbox, sandbox
 
 MAX_SOURCE_CHARS = 1_000_000
 MAX_NODES = 20_000
-"""Of the parsed template; a long one of a real model has two thousand. Python compiles what they become in one call."""
+"""The most nodes of the parsed template; a long one of a real model has two thousand. Python compiles what they become in one call."""
 MAX_ARGUMENTS = 255
-"""Of one call: Python's compiler compares the names of each two."""
+"""The most arguments of one call: Python's compiler compares the names of each two."""
 MAX_LARGE_NUMBERS, PLAIN_INT = 1000, 2**31
 """Constants beyond that, or with a fraction: Python keeps one of each, and they may be chosen to have one hash."""
 MAX_BRANCHED_NAMES = 1_000_000

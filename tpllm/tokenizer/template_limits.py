@@ -14,9 +14,9 @@ from collections.abc import Mapping
 from tpllm.tokenizer.traced_text import is_nobodys, spans_of
 
 MAX_SECONDS = 1.0
-"""Of the thread's own computing time: what else the machine does must not decide whether a row can be run. Also of compiling."""
+"""The most seconds of the thread's own computing time, to render or to compile. What else the machine does must not decide whether a row runs."""
 MAX_BYTES = 4_000_000
-"""Of the rendered text, and about of any value on the way, in characters."""
+"""The most characters of the rendered text, and about the most of any value on the way."""
 MAX_MADE = 64 * MAX_BYTES
 """Bytes of all values on the way together; those of which a loop makes a text bit by bit count each time."""
 MAX_ITEMS = 100_000
@@ -144,5 +144,5 @@ class Budget(Clock):
 
 
 def budget() -> Budget:
-    """Of the rendering that this thread is in."""
+    """The budget of the rendering that this thread is in."""
     return _running.budget

@@ -16,7 +16,7 @@ OLDER_EXTRAS, EXTRAS = "additional_special_tokens", "extra_special_tokens"
 NUMBERED = "added_tokens_decoder"
 FLAGS = ("lstrip", "rstrip", "single_word", "normalized", "special")
 MAX_ID = 2**31 - 1
-"""Of a token: ids are 32-bit numbers on devices."""
+"""The largest id of a token: ids are 32-bit numbers on devices."""
 Token = str | tokenizers.AddedToken
 
 
@@ -37,7 +37,7 @@ class TokenFiles:
     is_listed: bool = False
 
     def texts(self) -> dict[str, str]:
-        """Of the tokens that have a name, for chat templates and for ids."""
+        """The texts of the tokens that have a name, for chat templates and for ids."""
         return {name: text_of(token) for name, token in self.named.items()}
 
 

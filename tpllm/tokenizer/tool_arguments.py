@@ -31,7 +31,7 @@ class ToolArguments(dict):
 
 @dataclasses.dataclass(frozen=True)
 class ArgumentForms:
-    """In which forms a template takes arguments; neither where it does not show them, or not in a chat as it was tried with."""
+    """The forms in which a template takes arguments; neither if it does not show them, or not in the chat that it was tried with."""
 
     takes_text: bool
     takes_object: bool

@@ -66,7 +66,7 @@ class AcceleratorLayout(Layout):
 
     @functools.cached_property
     def weight_format(self) -> WeightFormat:
-        """Of a shard."""
+        """The format of a shard."""
         kept = self.kept
         return WeightFormat(bits=kept.bits, kind=kept.kind, group=kept.group, zero=kept.zero, mins=kept.mins, super_group=kept.super_group,
                             activations="int8" if kept.quantizes_input else "float", layout=layout_for(self.device))

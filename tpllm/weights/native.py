@@ -55,7 +55,7 @@ def groups_of(code_format: Format) -> tuple[int, ...]:
 
 
 def format_of(scheme: Scheme) -> Format:
-    """Of the codes of a scheme."""
+    """The kernels' format of the codes of a scheme."""
     return FLOAT_FORMATS.get(scheme.kind) or INTEGER_FORMATS[widened(scheme).bits]
 
 
@@ -101,7 +101,7 @@ class NativeLayout(Layout):
 
     @property
     def format(self) -> Format:
-        """Of the codes."""
+        """The format of the codes."""
         return DENSE[self.source_dtype] if self.kept is None else format_of(self.kept)
 
     @property

@@ -3,7 +3,7 @@ import dataclasses
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
 
-from tpllm.errors import ConfigError
+from tpllm.errors import ConfigError, did_you_mean
 from tpllm.weights.quantize import SCHEMES, weight_only
 from tpllm.weights.scheme import Scheme
 
@@ -76,5 +76,7 @@ def _find(name: str | None) -> Scheme | None:
     if name is None or name == NONE:
         return None
     if not isinstance(name, str) or name not in SCHEMES:
-        raise ConfigError(f"quantization is {name!r}; it must be one of {', '.join(SCHEMES)}, {NONE}, or None to keep what the checkpoint holds")
+        guess = did_you_mean(name.lower(), (*SCHEMES, NONE)) if isinstance(name, str) else ""
+        raise ConfigError(f"quantization is {name!r}; {guess}it must be one of {', '.join(SCHEMES)}, {NONE}, or None to keep what the checkpoint "
+                          "holds")
     return SCHEMES[name]

@@ -14,7 +14,8 @@ from tpllm.weights.search import NIBBLE_STEPS, asymmetric_scales, inverse, symme
 
 NIBBLE_ZERO = 8
 NUM_OUTLIERS = 16
-"""Of ``llm.int8``. Models of up to 13 B parameters have no more dims with outliers than these (Dettmers et al. 2022, arXiv:2208.07339, section 4)."""
+"""How many inputs ``llm.int8`` multiplies as they are: models of up to 13 B parameters have no more dims with outliers (Dettmers et al. 2022,
+arXiv:2208.07339, section 4)."""
 SUPER_GROUP, SUPER_STEPS = 256, 63
 
 MXFP4 = Scheme("mxfp4", 4, 32, kind="e2m1", scale_dtype=np.dtype(np.uint8))
@@ -24,7 +25,7 @@ SCHEMES = {scheme.name: scheme for scheme in (
     Scheme("llm.int8", 8, quantizes_input=True, num_outliers=NUM_OUTLIERS), Scheme("fp8", 8, kind="e4m3"), Scheme("fp8-e5m2", 8, kind="e5m2"),
     *(Scheme(name, 4, group, zero=NIBBLE_ZERO, scale_dtype=HALF) for name, group in (("int4", 32), ("int4-g64", 64), ("int4-g128", 128))),
     Scheme("q4_k", 4, 32, mins="super", super_group=SUPER_GROUP, scale_dtype=np.dtype(np.uint8)))}
-"""By the names that users give them."""
+"""The schemes by the names that users give them."""
 
 
 def quantize(rows_NK: np.ndarray, scheme: Scheme) -> QuantizedRows:

@@ -18,7 +18,7 @@ FLOAT32, HALF = np.dtype(np.float32), np.dtype(np.float16)
 Mins = Literal["none", "float", "zeros", "super"]
 Kind = Literal["int", "e4m3", "e5m2", "e2m1"]
 E2M1_VALUES = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
-"""Of codes of two exponent bits and one of mantissa (OCP Microscaling Formats 1.0, section 5.3.3)."""
+"""The values of codes of two exponent bits and one of mantissa (OCP Microscaling Formats 1.0, section 5.3.3)."""
 E8M0_BIAS, E8M0_NAN = 127, 255
 """Scales that are a byte e beside such codes are ``2**(e - 127)`` (section 5.4)."""
 
@@ -54,14 +54,14 @@ class Scheme:
 
     @property
     def code_dtype(self) -> np.dtype:
-        """Of codes that take a byte each; int8 for 8 bits, uint8 for fewer, or the fp8 type."""
+        """The dtype of codes that take a byte each: int8 for 8 bits, uint8 for fewer, or the fp8 type."""
         if self.kind in ("e4m3", "e5m2"):
             return np.dtype(ml_dtypes.float8_e4m3fn if self.kind == "e4m3" else ml_dtypes.float8_e5m2)
         return np.dtype(np.int8 if self.bits == 8 else np.uint8)
 
     @property
     def min_dtype(self) -> np.dtype | None:
-        """Of mins; None where there are none."""
+        """The dtype of mins; None where there are none."""
         return {"none": None, "float": self.scale_dtype}.get(self.mins, np.dtype(np.uint8))
 
     @property
@@ -82,7 +82,7 @@ class Scheme:
         return found | ({"super_scales": supers} if supers else {}) | ({"super_mins": supers} if self.mins == "super" else {})
 
     def bits_per_weight(self, num_inputs: int) -> float:
-        """Of one output of so many inputs, all its scales included."""
+        """The bits of one weight of an output with so many inputs, its share of the scales included."""
         small = sum(columns * dtype.itemsize for name, (columns, dtype) in self.arrays(num_inputs).items() if name != "codes")
         return self.bits + 8 * small / num_inputs
 

@@ -16,7 +16,7 @@ from tpllm.weights.scheme import Scheme
 from tpllm.weights.xla import XlaLayout
 
 NATIVE = Device("cpu")
-"""For the native kernels, of any CPU."""
+"""Stands for the native kernels of any CPU."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Storage:
 
     @classmethod
     def on(cls, partition: Partition, dtype: np.dtype, policy: Policy = AS_STORED, *, stored: Mapping[str, Scheme] | None = None) -> Self:
-        """For the kernels of a mesh, where it has some."""
+        """The storage for the kernels of a mesh, where it has some."""
         return cls(dtype, policy, ops.device_with_kernels(partition), stored or {})
 
     @property

@@ -54,7 +54,7 @@ def use_ours(opened: dict[str, str | None], *, prompt_len: int, num_steps: int) 
 
     llm = open_ours(**opened, context_len=prompt_len + num_steps + 1, num_seqs=1)
     greedy = tpllm.SamplingParams(temperature=0, max_tokens=num_steps + 1, ignore_eos=True)
-    llm.generate([{"prompt_token_ids": [1] * prompt_len}], greedy, show_progress=False)
+    llm.generate([{"prompt_token_ids": [1] * prompt_len}], greedy, use_tqdm=False)
     return {"import_bytes": import_bytes, "peak_bytes": _status_bytes("VmHWM")}
 
 

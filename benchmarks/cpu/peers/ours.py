@@ -11,7 +11,9 @@ from tpllm import LLM, SamplingParams
 from tpllm.bench.shapes import llm_of_shape
 from tpllm.bench.timing import Workload
 from tpllm.bench.traffic import decode_traffic
-from tpllm.checkpoint import find_entries, load_params, open_checkpoint, stored_schemes
+from tpllm.checkpoint.entries import find_entries
+from tpllm.checkpoint.folder import open_checkpoint
+from tpllm.checkpoint.load import load_params, stored_schemes
 from tpllm.environment.compile_cache import enable_compile_cache
 from tpllm.errors import ConfigError, TpllmError
 from tpllm.model.partition import fit_to_mesh
@@ -66,7 +68,7 @@ def _time_long_decode(llm: LLM, cell: Cell, rng: np.random.Generator) -> dict[st
     prompt = {"prompt_token_ids": rng.integers(0, llm.config.vocab_size, cell.prompt_len).tolist()}
     params = SamplingParams(temperature=0, max_tokens=cell.num_steps + 1, ignore_eos=True)
     time.sleep(PAUSE_S)
-    [output] = llm.generate([prompt], params, show_progress=False)
+    [output] = llm.generate([prompt], params, use_tqdm=False)
     if len(output.outputs[0].token_ids) != cell.num_steps + 1:
         raise TpllmError(f"a row gave {len(output.outputs[0].token_ids)} of {cell.num_steps + 1} tokens: {output.outputs[0].error}")
     times = output.metrics
@@ -81,7 +83,7 @@ def _time_prefill(llm: LLM, prompt_len: int, rng: np.random.Generator) -> dict[s
     params = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True)
     time.sleep(PAUSE_S)
     start = time.perf_counter()
-    [output] = llm.generate([prompt], params, show_progress=False)
+    [output] = llm.generate([prompt], params, use_tqdm=False)
     seconds = time.perf_counter() - start
     if len(output.outputs[0].token_ids) != 1:
         raise TpllmError(f"the prefill gave no token: {output.outputs[0].error or output.outputs[0].finish_reason}")

@@ -12,8 +12,9 @@ from sharding_rules import DATA_TENSOR, make_mesh
 from tests.support.checkpoint_files import write_folder
 from tests.support.mxfp4_folders import CONFIG, model, quantized_experts, unpacked, write_both
 from tpllm import forward
-from tpllm.checkpoint import find_entries, load_params, open_checkpoint, stored_schemes
-from tpllm.checkpoint.load import _row_reader
+from tpllm.checkpoint.entries import find_entries
+from tpllm.checkpoint.folder import open_checkpoint
+from tpllm.checkpoint.load import _row_reader, load_params, stored_schemes
 from tpllm.checkpoint.read import TensorReader
 from tpllm.checkpoint.save import quantize_checkpoint
 from tpllm.checkpoint.store import write_store

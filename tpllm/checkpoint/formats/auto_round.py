@@ -23,7 +23,7 @@ GPTQ_VERSIONS = {"auto": V1, "auto_round:gptq": V1, "auto_round:auto_gptq": V1, 
 AWQ = ("auto_round:auto_awq", "auto_round:awq")
 FLOAT8, FLOAT4 = "auto_round:fp8_static", "auto_round:llm_compressor"
 INTEGERS, FLOATS, MICROSCALING, NVIDIA = "int", "fp", ("mx_fp", "mx_fp4", "mx_fp8", "mx_fp_rceil"), ("nv_fp", "nv_fp4", "nv_fp4_with_static_gs")
-"""Of ``data_type``."""
+"""The values of ``data_type`` that are read."""
 MODULE_KEYS = ("bits", "group_size", "data_type")
 
 

@@ -121,7 +121,7 @@ def _packed_matrix(module: Module, shape: Shape, args: Args) -> StoredMatrix:
 
 
 def _num_words(count: int, bits: int) -> tuple[int, int]:
-    """Of so many codes that may cross words, and of ones that do not."""
+    """The number of words that so many codes take: if codes may cross words, and if they do not."""
     return -(-count * bits // 32), -(-count // (32 // bits))
 
 

@@ -73,11 +73,11 @@ def float8_matrix(module: Module, shape: tuple[int, int], *, part: str, block: t
 
 
 TENSOR_SHAPES: tuple[Shape, ...] = ((), (1,), (1, 1))
-"""Of one scale for a whole tensor."""
+"""The shapes that one scale for a whole tensor may have."""
 
 
 def output_shapes(num_outputs: int) -> tuple[Shape, ...]:
-    """Of one scale for a tensor, or one for each output."""
+    """The shapes that the scales may have: one for a tensor, or one for each output."""
     return (*TENSOR_SHAPES, (num_outputs, 1), (num_outputs,))
 
 

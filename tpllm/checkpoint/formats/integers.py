@@ -50,7 +50,7 @@ class IntegerScales:
 
     @classmethod
     def of(cls, scheme: Scheme, scales: np.ndarray, zeros: np.ndarray | None) -> "IntegerScales":
-        """From scales, and unsigned zeros in the range of the codes; those are not looked at where the scheme has none."""
+        """Make it from scales and from unsigned zeros in the range of the codes; zeros are ignored where the scheme has none."""
         scales = np.ascontiguousarray(scales.astype(scheme.scale_dtype, copy=False))
         if scheme.mins == "none":
             return cls(scheme, scales)

@@ -56,7 +56,7 @@ class Module:
         return 8 * sum(entry.num_bytes for part, entry in self.parts.items() if part != "bias") / max(1, math.prod(shape))
 
     def names(self) -> tuple[str, ...]:
-        """Of all tensors but the bias."""
+        """The names of all tensors but the bias."""
         return tuple(entry.name for part, entry in self.parts.items() if part != "bias")
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from tpllm.errors import CheckpointError
 
 MAX_REPEATS = 5
-"""In one expression: with no repeated group, the time of a match grows with at most this power of a name's length."""
+"""The most repeats in one expression: with no repeated group, the time of a match grows with at most this power of a name's length."""
 _REPEAT = re.compile(r"(?<!\\)[*+{]")
 _REPEATED_GROUP = re.compile(r"\)[*+{]")
 _EMBEDDINGS = ("embed_tokens", "word_embeddings", "tok_embeddings", "wte", "wpe")

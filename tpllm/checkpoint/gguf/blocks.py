@@ -110,7 +110,7 @@ KEPT: dict[str, tuple[Scheme, Callable[[np.ndarray], QuantizedRows]]] = {
     "Q5_K": (Scheme("q5_k", 5, 32, mins="super", super_group=SUPER, scale_dtype=np.dtype(np.uint8)), _q5_k),
     "Q6_K": (Scheme("q6_k", 6, 16, zero=32, super_group=SUPER, scale_dtype=np.dtype(np.int8)), _q6_k),
 }
-"""By the ggml type: the scheme, and the function from uint8 [n, blocks, bytes of a block] to rows of it."""
+"""For each ggml type the scheme, and the function from uint8 [n, blocks, bytes of a block] to rows of it."""
 
 
 def _scale(blocks: np.ndarray, start: int) -> np.ndarray:
@@ -194,4 +194,4 @@ DENSE: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "Q2_K": _q2_k, "Q3_K": _q3_k, "Q8_K": _q8_k, "IQ4_NL": _iq4_nl, "IQ4_XS": _iq4_xs, "TQ1_0": _tq1_0, "TQ2_0": _tq2_0,
     **{name: functools.partial(_by_gguf, name) for name in OF_GGUF},
 }
-"""By the ggml type: from uint8 [n, blocks, bytes of a block] to float32 [n, blocks, ...] in the order of the row."""
+"""For each ggml type the function from uint8 [n, blocks, bytes of a block] to float32 [n, blocks, ...] in the order of the row."""

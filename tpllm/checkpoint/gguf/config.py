@@ -48,7 +48,7 @@ def _heads(gguf: GgufFile, hidden_size: int) -> tuple[int, int]:
 
 
 def _inner_size(gguf: GgufFile) -> int | None:
-    """Of a plain MLP; None where there is none, as beside experts."""
+    """The inner size of a plain MLP; None where there is none, as beside experts."""
     return None if is_zero(gguf.metadata.get(f"{gguf.arch}.feed_forward_length")) else same_in_every_layer(gguf, "feed_forward_length")
 
 
@@ -61,7 +61,7 @@ def _num_layers(gguf: GgufFile) -> int:
 
 
 def _dtype(gguf: GgufFile) -> str:
-    """Of the matrices that are plain; bfloat16 where all are quantized."""
+    """The dtype of the matrices that are not quantized; bfloat16 where all are."""
     kinds = collections.Counter(tensor.type.name for tensor in gguf.tensors.values() if len(tensor.shape) > 1)
     return DTYPES.get(kinds.most_common(1)[0][0], "bfloat16")
 

@@ -9,7 +9,7 @@ from tpllm.errors import CheckpointError
 
 WINDOW_BYTES = 2**20
 MAX_HEADER_BYTES = 200_000_000
-"""Of metadata and the table of tensors; the largest vocabularies take about 20 MB."""
+"""The most bytes of metadata and the table of tensors; the largest vocabularies take about 20 MB."""
 MAX_KEY_BYTES = 65535
 MAX_NESTED = 4
 STRING, ARRAY, BOOL = 8, 9, 7

@@ -30,4 +30,4 @@ GGML_TYPES: dict[int, GgmlType] = {
     29: GgmlType("IQ1_M", 256, 56), 34: GgmlType("TQ1_0", 256, 54), 35: GgmlType("TQ2_0", 256, 66), 39: GgmlType("MXFP4", 32, 17),
     40: GgmlType("NVFP4", 64, 36),
 }
-"""By their number in a file; Q8_1, which only products use, is never in one."""
+"""The types by their number in a file; Q8_1, which only products use, is never in one."""

@@ -20,7 +20,7 @@ OF_PARAMETERS = {
     **{f"layers.{{i}}.mlp.experts.{part}{suffix}": f"blk.{{i}}.ffn_{part}_exps.{kind}" for part in ("gate", "up", "down")
        for suffix, kind in (("", "weight"), ("_bias", "bias"))},
 }
-"""Of our own parameters, where the checkpoint's tensor has another form."""
+"""The parameters of ours whose tensor in the checkpoint has another form."""
 EXPERT = {"gate_proj": "ffn_gate_exps", "up_proj": "ffn_up_exps", "down_proj": "ffn_down_exps", "w1": "ffn_gate_exps", "w3": "ffn_up_exps",
           "w2": "ffn_down_exps"}
 """One tensor [E, N, K] holds the experts of a layer."""

@@ -80,7 +80,7 @@ class GgufFormat:
         return None if (found == 1).all() else found, names
 
     def _head_dim(self, tensor: GgufTensor) -> int:
-        """Of the heads whose halves alternate in the rows of a tensor; 0 where none do."""
+        """The size of the heads whose halves alternate in the rows of a tensor; 0 where none do."""
         parts = tensor.name.split(".")
         if self._arch not in ALTERNATING or len(parts) != 4 or parts[0] != "blk" or parts[2] not in HEAD_COUNTS or not parts[1].isdecimal():
             return 0
@@ -164,7 +164,7 @@ def _matrix_rows(reader: TensorReader, tensor: GgufTensor) -> RowReader:
 
 
 def _is_finite(values: np.ndarray) -> bool:
-    """Of float16; numpy's own test makes each a float32 first."""
+    """Whether float16 values are finite; numpy's own test makes each a float32 first."""
     return bool(((values.view(np.uint16) & 0x7C00) != 0x7C00).all())
 
 

@@ -90,7 +90,7 @@ class RowCounting:
         try:
             row = read_row(raw)
             refuse_batch_row(row.fields, self._job.output_format)
-            request = row_request(row, job_seed=self._job.seed, sampling=self._sampling)
+            request = row_request(row, job_seed=self._job.seed, sampling=self._sampling, prompt_template=self._job.prompt_template)
         except RowError as error:
             self.counts.num_unreadable += 1
             self.counts.note(raw, error)

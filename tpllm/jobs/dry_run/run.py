@@ -24,7 +24,7 @@ from tpllm.jobs.outputs.remote import output_place
 from tpllm.jobs.runner import llm_class
 from tpllm.jobs.shard import Parts
 from tpllm.jobs.shard_folders import refuse_mixture
-from tpllm.jobs.sources.open import open_source
+from tpllm.jobs.sources.open import open_job_source
 
 MAX_TOKENIZED = 10_000
 
@@ -57,7 +57,7 @@ class DryRun:
 
     @property
     def startup_seconds(self) -> float:
-        """To load the model and compile for it."""
+        """The seconds to load the model and compile for it."""
         return self.load_seconds + (self.speed.num_startup_seconds if self.speed else 0.0)
 
     @property
@@ -93,7 +93,7 @@ def dry_run(job: JobConfig, *, make_llm: Callable[..., Any] | None = None, max_t
     make_llm = make_llm or llm_class()
     job = check_engine_options(job, make_llm)
     refuse_mixture(job)
-    source = open_source(job.input)
+    source = open_job_source(job)
     job = dataclasses.replace(job, output_format=resolve_output_format(job.output_format, source))
     folder, mirror = output_place(job)
     summary = source.scan(infer_columns=needs_columns(job.output_format, source))

@@ -95,6 +95,41 @@ class OutputFolder:
                 self._mirror.upload(self.path / path.name)
         self.committed.add(files.part)
 
+    def num_failed(self, part: int) -> int:
+        """How many rows of a committed part are in its errors file."""
+        record = self._records[part].get(errors_name(part))
+        return record.num_rows if record else 0
+
+    def failed_rows(self, part: int) -> set[int]:
+        """The rows of a committed part that are in its errors file.
+
+        Raises:
+            JobError: the part is not what was committed.
+        """
+        if not self.num_failed(part):
+            return set()
+        return {json.loads(line)["row"] for line in self._verified(part).errors.read_bytes().splitlines()}
+
+    def finished_rows(self, part: int, indices: Iterable[int]) -> Iterator[FinishedRow]:
+        """The rows of a committed part's own file, as they were journalled.
+
+        Args:
+            part: its number.
+            indices: of the rows, in order.
+
+        Raises:
+            JobError: the part is not what was committed.
+        """
+        lines = self.part_format.lines(self._verified(part).rows)
+        return (FinishedRow(index, False, line) for index, line in zip(indices, lines, strict=True))
+
+    def withdraw(self, part: int) -> None:
+        """Take a committed part away whose rows a journal holds; its errors stay in their file until it is committed again."""
+        with writing_to(self.path):
+            self._disk.remove(part_files(self.path)[part].rows)
+            self._disk.sync_folder(self.path)
+        self.committed.discard(part)
+
     def check_parts(self, parts: Parts, *, hashes: bool = False) -> None:
         """Make sure that the committed parts are what was committed; of a part that nothing is recorded of, as where the folder was copied without
         its log, that it holds its rows, and record it.
@@ -131,6 +166,11 @@ class OutputFolder:
         """Lines in the errors files of the committed parts."""
         return sum(num_rows_of(files.errors) for files in part_files(self.path).values() if files.errors)
 
+    def _verified(self, part: int) -> PartFiles:
+        files, record = part_files(self.path)[part], self._records[part]
+        refuse_damage(files, record, sum(file.num_rows for file in record.values()), hashes=True)
+        return files
+
     def _put(self, name: str, chunks: Iterable[bytes], *, num_rows: int = 0, before_rename: Callable[[FileRecord], None] = lambda written: None
              ) -> FileRecord:
         tally = Tally()
@@ -146,9 +186,12 @@ class OutputFolder:
         self._records[part] = record
 
     def _remove_errors(self, part: int) -> None:
-        """Of a part whose rows failed when it was committed before, and do not now."""
+        """Of a part whose rows failed when it was committed before, and do not now; for good, before the part appears."""
+        is_there = (self.path / errors_name(part)).exists()
         with writing_to(self.path):
             self._disk.remove(self.path / errors_name(part))
+            if is_there:
+                self._disk.sync_folder(self.path)
 
 
 def read_manifest(folder: pathlib.Path) -> dict[str, Any] | None:

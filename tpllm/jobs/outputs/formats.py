@@ -1,5 +1,5 @@
 """In which format a job's parts are written."""
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tpllm.jobs.openai_rows import BATCH_KEYS, PROMPT_KEYS, is_batch_row
@@ -12,13 +12,13 @@ from tpllm.jobs.sources.row_source import RowSource
 
 
 def resolve_output_format(wanted: str, source: RowSource) -> str:
-    """``"jsonl"`` or ``"parquet"``: what is wanted; for ``"auto"`` what the input is, but always JSONL for OpenAI batch rows.
+    """``"jsonl"`` or ``"parquet"``: what is wanted; for ``"auto"`` Parquet of a Parquet input, but always JSONL of OpenAI batch rows.
 
     Raises:
         JobError: pyarrow is needed and not installed.
     """
     if wanted == "auto":
-        return source.kind if source.kind == files.JSONL or not _has_batch_rows(source.schema.names) else files.JSONL
+        return files.PARQUET if source.kind == files.PARQUET and not _has_batch_rows(source.columns) else files.JSONL
     if wanted == files.PARQUET:
         need_pyarrow("output_format: parquet")
     return wanted
@@ -36,7 +36,7 @@ def refuse_batch_row(fields: Mapping[str, Any], output_format: str) -> None:
 
 def needs_columns(output_format: str, source: RowSource) -> bool:
     """Whether the scan has to find the types of the input's columns."""
-    return output_format == files.PARQUET and source.kind == files.JSONL
+    return output_format == files.PARQUET and source.kind != files.PARQUET
 
 
 def open_part_format(output_format: str, source: RowSource, summary: InputSummary) -> PartFormat:
@@ -50,8 +50,8 @@ def open_part_format(output_format: str, source: RowSource, summary: InputSummar
     if output_format == files.JSONL:
         return JSONL
     from tpllm.jobs.outputs.parquet_parts import parts_of_jsonl_input, parts_of_parquet_input
-    return parts_of_jsonl_input(summary.columns) if source.kind == files.JSONL else parts_of_parquet_input(source.schema, source.slice)
+    return parts_of_parquet_input(source.schema, source.slice) if source.kind == files.PARQUET else parts_of_jsonl_input(summary.columns)
 
 
-def _has_batch_rows(columns: list[str]) -> bool:
+def _has_batch_rows(columns: Sequence[str]) -> bool:
     return {*BATCH_KEYS} <= {*columns} and not {*PROMPT_KEYS} & {*columns}

@@ -12,10 +12,10 @@ import pathlib
 import re
 import threading
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from tpllm.errors import JobError
-from tpllm.jobs.outputs.durable import Disk, writing_to
+from tpllm.jobs.outputs.durable import Disk, write_whole, writing_to
 from tpllm.jobs.shard import Parts
 
 RECORD = re.compile(rb"(?P<checksum>[0-9a-f]{8}) (?P<index>\d{1,18}) (?P<kind>row|error) (?P<payload>[^\n]*)\n")
@@ -81,12 +81,18 @@ def journal_rows(path: pathlib.Path, rows: range | None = None) -> Iterator[Fini
 
 @dataclasses.dataclass
 class _PartFile:
-    """One part's journal: the open file, its length, where each row lies in it, and whether some of it is not synced."""
+    """One part's journal: the open file, its length, where each row lies in it, which of them failed, and whether some of it is not synced."""
 
     fd: int
     num_bytes: int
     spans: dict[int, tuple[int, int]]
+    failed: set[int]
     is_dirty: bool
+
+    def note(self, row: FinishedRow, span: tuple[int, int]) -> None:
+        """Take in a row that lies there; a later one of the same number takes its place."""
+        self.spans[row.index] = span
+        (self.failed.add if row.is_error else self.failed.discard)(row.index)
 
 
 class Journal:
@@ -116,21 +122,20 @@ class Journal:
             self._thread.start()
 
     def _recover(self, path: pathlib.Path) -> _PartFile:
-        spans: dict[int, tuple[int, int]] = {}
-        num_bytes = end = 0
+        file = _PartFile(self._disk.create(path), 0, {}, set(), is_dirty=True)
+        end = 0
         with path.open("rb") as lines:
             for line in lines:
                 row = decode(line)
                 if row is not None:
-                    spans[row.index] = (end, len(line))
-                    num_bytes = end + len(line)
+                    file.note(row, (end, len(line)))
+                    file.num_bytes = end + len(line)
                 else:
                     self.num_damaged += 1
                 end += len(line)
-        fd = self._disk.create(path)
-        if num_bytes < end:
-            self._disk.truncate(fd, num_bytes)
-        return _PartFile(fd, num_bytes, spans, is_dirty=True)
+        if file.num_bytes < end:
+            self._disk.truncate(file.fd, file.num_bytes)
+        return file
 
     def drop_foreign(self, parts: Parts) -> None:
         """Forget what is not the job's, as where a file was renamed or copied from elsewhere: rows that are not of the part in whose journal they
@@ -145,6 +150,7 @@ class Journal:
                     log.warning("%s has %d rows of other parts, which do not count", self._path(part), len(foreign))
                 for index in foreign:
                     del file.spans[index]
+                    file.failed.discard(index)
 
     @property
     def parts(self) -> list[int]:
@@ -155,6 +161,17 @@ class Journal:
         """The rows that a part's journal holds."""
         file = self._files.get(part)
         return set(file.spans) if file else set()
+
+    def failed_rows(self, part: int) -> set[int]:
+        """Those of them that could not be run."""
+        file = self._files.get(part)
+        return set(file.failed) if file else set()
+
+    def fill(self, part: int, rows: Iterable[FinishedRow]) -> None:
+        """Begin a part's journal with rows that are finished already; all of them are on the device when this returns."""
+        with self._lock, writing_to(self._folder):
+            write_whole(self._disk, self._path(part), map(encode, rows))
+            self._files[part] = self._recover(self._path(part))
 
     def append(self, part: int, row: FinishedRow) -> None:
         """Write one finished row.
@@ -168,10 +185,10 @@ class Journal:
                 raise self._failure
             file = self._files.get(part)
             if file is None:
-                file = self._files[part] = _PartFile(self._disk.create(self._path(part)), 0, {}, is_dirty=True)
+                file = self._files[part] = _PartFile(self._disk.create(self._path(part)), 0, {}, set(), is_dirty=True)
                 self._has_new_names = True
             self._disk.append(file.fd, line)
-            file.spans[row.index] = (file.num_bytes, len(line))
+            file.note(row, (file.num_bytes, len(line)))
             file.num_bytes += len(line)
             file.is_dirty = True
             if not self._interval_s:

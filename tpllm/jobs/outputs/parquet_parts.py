@@ -3,6 +3,7 @@
 The same rows give the same bytes: row groups are cut by the rows alone, and all options of the writer are fixed here.
 """
 import json
+import pathlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -29,13 +30,15 @@ class ParquetParts:
     Args:
         columns: the input's, in their order. The type of a ``custom_id`` of numbers among them is kept, so that ids keep their values.
         read_input: the values of those that pass through, for finished rows and their parsed lines.
+        kinds: of those that ``read_input`` takes from the lines, name -> type as in ``JSONL_TYPES``.
     """
 
-    def __init__(self, columns: pa.Schema, read_input: Callable[[list[int], list[Mapping[str, Any]]], Mapping[str, pa.Array | pa.ChunkedArray]]):
+    def __init__(self, columns: pa.Schema, read_input: Callable[[list[int], list[Mapping[str, Any]]], Mapping[str, pa.Array | pa.ChunkedArray]],
+                 kinds: Mapping[str, str]):
         own = {**OWN_COLUMNS, "custom_id": _id_type(columns.field("custom_id").type) if "custom_id" in columns.names else pa.string()}
         fields = {**{field.name: field for field in columns}, **{name: pa.field(name, kind) for name, kind in own.items()}}
         self.schema = pa.schema(list(fields.values()))
-        self._read_input = read_input
+        self._read_input, self._kinds = read_input, kinds
 
     def name(self, part: int) -> str:
         """The file's name."""
@@ -51,6 +54,19 @@ class ParquetParts:
                 writer.write_table(table, row_group_size=len(group))
                 yield sink.take()
         yield sink.take()
+
+    def lines(self, path: pathlib.Path) -> Iterator[bytes]:
+        """The lines that its rows had, as far as columns were made of them."""
+        with pq.ParquetFile(path) as file:
+            for batch in file.iter_batches():
+                yield from map(self._line, batch.select([*self._kinds, *OWN_COLUMNS]).to_pylist())
+
+    def _line(self, record: Mapping[str, Any]) -> bytes:
+        passed = {name: json.loads(record[name]) if kind == "json" and record[name] is not None else record[name]
+                  for name, kind in self._kinds.items()}
+        outputs = [{**completion, "logprobs": _logprobs_by_id(completion["logprobs"])} for completion in record["outputs"]]
+        return to_line({**passed, "custom_id": record["custom_id"], "outputs": outputs,
+                        "prompt_logprobs": _logprobs_by_id(record["prompt_logprobs"]), "usage": record["usage"]})
 
     def _table(self, rows: list[FinishedRow]) -> pa.Table:
         records = [json.loads(row.line) for row in rows]
@@ -70,7 +86,7 @@ def parts_of_parquet_input(schema: pa.Schema, read_slice: Callable[[int, int], p
         if table.num_rows > len(indices):
             table = table.take(pa.array([index - indices[0] for index in indices], pa.int64()))
         return dict(zip(table.schema.names, table.columns, strict=True))
-    return ParquetParts(schema, read_input)
+    return ParquetParts(schema, read_input, {})
 
 
 def parts_of_jsonl_input(columns: Mapping[str, str]) -> ParquetParts:
@@ -79,9 +95,11 @@ def parts_of_jsonl_input(columns: Mapping[str, str]) -> ParquetParts:
     Args:
         columns: name -> type.
     """
+    kinds = {name: kind for name, kind in columns.items() if name not in OWN_COLUMNS}
+
     def read_input(_: list[int], records: list[Mapping[str, Any]]) -> Mapping[str, pa.Array]:
-        return {name: _column([record.get(name) for record in records], kind) for name, kind in columns.items() if name not in OWN_COLUMNS}
-    return ParquetParts(pa.schema([(name, JSONL_TYPES[kind]) for name, kind in columns.items()]), read_input)
+        return {name: _column([record.get(name) for record in records], kind) for name, kind in kinds.items()}
+    return ParquetParts(pa.schema([(name, JSONL_TYPES[kind]) for name, kind in columns.items()]), read_input, kinds)
 
 
 def _column(values: list[Any], kind: str) -> pa.Array:
@@ -121,6 +139,12 @@ def _completion(completion: Mapping[str, Any]) -> dict[str, Any]:
 
 def _logprobs(tokens: list[Mapping[str, Any] | None] | None) -> list[list[dict[str, Any]] | None] | None:
     return tokens and [token and [{"token_id": int(token_id), **entry} for token_id, entry in token.items()] for token in tokens]
+
+
+def _logprobs_by_id(tokens: list[list[Mapping[str, Any]] | None] | None) -> list[Mapping[str, Any] | None] | None:
+    """What :func:`_logprobs` made a column's value of."""
+    return tokens and [token and {str(entry["token_id"]): {key: entry[key] for key in ("logprob", "rank", "decoded_token")} for entry in token}
+                       for token in tokens]
 
 
 def _groups(rows: Iterable[FinishedRow]) -> Iterator[list[FinishedRow]]:

@@ -17,7 +17,7 @@ from tpllm.jobs.sources.open import need_pyarrow
 
 PART_NAME = re.compile(r"part-(\d{5,})\.(?:jsonl|parquet)")
 ERRORS_NAME = re.compile(r"part-(\d{5,})\.errors\.jsonl")
-TEMPORARY_NAME = re.compile(r"(manifest\.json|part-\d{5,}(\.errors\.jsonl|\.jsonl|\.parquet))\.tmp")
+TEMPORARY_NAME = re.compile(r"(manifest\.json|journal-\d{5,}\.jsonl|part-\d{5,}(\.errors\.jsonl|\.jsonl|\.parquet))\.tmp")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +49,9 @@ class PartFormat(Protocol):
     def chunks(self, rows: Iterable[FinishedRow]) -> Iterator[bytes]:
         """The file's content, piece by piece, in memory that does not grow with the number of rows; the same rows give the same bytes."""
 
+    def lines(self, path: pathlib.Path) -> Iterator[bytes]:
+        """The lines that finished rows had of which :meth:`chunks` made a file: those from which it makes the same rows again."""
+
 
 class _Jsonl:
     """One JSON object a line."""
@@ -58,6 +61,10 @@ class _Jsonl:
 
     def chunks(self, rows: Iterable[FinishedRow]) -> Iterator[bytes]:
         return (row.line + b"\n" for row in rows)
+
+    def lines(self, path: pathlib.Path) -> Iterator[bytes]:
+        with path.open("rb") as file:
+            yield from (line.removesuffix(b"\n") for line in file)
 
 
 JSONL = _Jsonl()

@@ -33,7 +33,7 @@ class FileRecord:
 
 
 PartRecord = Mapping[str, FileRecord]
-"""Of each of a part's files, by its name."""
+"""What is known of each of a part's files, by its name."""
 
 
 class Tally:
@@ -66,7 +66,7 @@ class CommitLog:
         self._path, self._disk = folder / COMMITS, disk
 
     def append(self, part: int, record: PartRecord) -> None:
-        """Tell of a part; the line is on the device when this returns, and its name once the folder is synced."""
+        """Tell of a part; the line is on the device when this returns."""
         body = json.dumps({"part": part, "files": _as_json(record)}).encode()
         fd = self._disk.create(self._path)
         try:
@@ -77,6 +77,8 @@ class CommitLog:
             self._disk.sync(fd)
         finally:
             os.close(fd)
+        if not size:
+            self._disk.sync_folder(self._path.parent)
 
     def remove(self) -> None:
         """Once the manifest tells of all parts."""

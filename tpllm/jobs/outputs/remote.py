@@ -17,7 +17,7 @@ from tpllm.jobs.config import JobConfig
 from tpllm.jobs.manifest import describe, differences, is_environment, parse_manifest
 from tpllm.jobs.outputs.durable import CHUNK_BYTES, Disk, write_whole, writing_to
 from tpllm.jobs.outputs.folder import MANIFEST, read_manifest
-from tpllm.jobs.outputs.part_files import ERRORS_NAME, PART_NAME
+from tpllm.jobs.outputs.part_files import ERRORS_NAME, PART_NAME, errors_name
 from tpllm.jobs.outputs.part_records import PARTS, read_records
 from tpllm.jobs.sources.find import open_filesystem
 
@@ -69,9 +69,13 @@ class RemoteFolder:
         elif local_manifest is not None and local_manifest != manifest:
             self.upload(folder / MANIFEST)
         local = {path.name: path.stat().st_size for path in folder.iterdir()}
-        recorded = {name: file.num_bytes for files in read_records(folder, read_manifest(folder)).values() for name, file in files.items()}
+        records = read_records(folder, read_manifest(folder))
+        recorded = {name: file.num_bytes for files in records.values() for name, file in files.items()}
+        left_over = {errors_name(part) for part in records} - recorded.keys()  # of rows that failed, and were retried since
         for name in sorted(filter(_is_committed_file, {*local, *remote}), key=_errors_first):
-            if local.get(name) != remote.get(name):
+            if name in left_over:
+                self._remove(name, folder, disk)
+            elif local.get(name) != remote.get(name):
                 self._bring_together(name, folder, disk, sizes=(local.get(name), remote.get(name), recorded.get(name)))
 
     def _bring_together(self, name: str, folder: pathlib.Path, disk: Disk, *, sizes: tuple[int | None, int | None, int | None]) -> None:
@@ -115,6 +119,12 @@ class RemoteFolder:
     def _download(self, name: str, folder: pathlib.Path, disk: Disk) -> None:
         with _reaching(self._url, folder), self._filesystem.open(f"{self._path}/{name}", "rb") as file, writing_to(folder):
             write_whole(disk, folder / name, iter(lambda: file.read(CHUNK_BYTES), b""))
+
+    def _remove(self, name: str, folder: pathlib.Path, disk: Disk) -> None:
+        with _reaching(self._url, folder), contextlib.suppress(FileNotFoundError):
+            self._filesystem.rm_file(f"{self._path}/{name}")
+        with writing_to(folder):
+            disk.remove(folder / name)
 
     def _sizes(self) -> dict[str, int]:
         """The files there and their sizes; none where there is no folder."""

@@ -1,4 +1,4 @@
-"""From Arrow to JSON: what each column type becomes in a request, an output line or an errors file.
+"""Converts Arrow to JSON: what each column type becomes in a request, an output line or an errors file.
 
 Timestamps, dates, times and durations become ISO 8601 text (a timestamp with a time zone in UTC, with ``Z``), decimals their digits, binary base64,
 NaN and infinities null, UUIDs their text; structs objects; maps with text or whole numbers as keys objects, other maps lists of pairs.
@@ -6,7 +6,6 @@ NaN and infinities null, UUIDs their text; structs objects; maps with text or wh
 import base64
 import decimal
 import functools
-import json
 import math
 import uuid
 from collections.abc import Callable
@@ -17,10 +16,8 @@ import pyarrow as pa
 from pyarrow import types
 
 from tpllm.errors import JobError
+from tpllm.jobs.json_line import REQUEST_KEYS, parsed_or_text
 
-# What a request is made of. Their nulls inside structs are keys not given (a struct has all its fields in every row), and text in them
-# is JSON where it stands for an object or a list.
-REQUEST_COLUMNS = ("messages", "template_kwargs", "sampling", "body")
 LISTS = ((types.is_list, pa.list_), (types.is_large_list, pa.large_list), (types.is_list_view, pa.list_view),
          (types.is_large_list_view, pa.large_list_view))
 DIGITS = {"s": 0, "ms": 3, "us": 6, "ns": 9}
@@ -50,9 +47,10 @@ def json_values(name: str, column: pa.Array) -> list[Any]:
     convert = _converter(column.type)
     if convert is not None:
         values = [None if value is None else convert(value) for value in values]
-    if name not in REQUEST_COLUMNS:
+    if name not in REQUEST_KEYS:
         return values
-    return [_parsed(value) if isinstance(value, str) else _without_nulls(value) for value in values]
+    # Nulls inside structs are keys not given, for a struct has all its fields in every row.
+    return [parsed_or_text(value) if isinstance(value, str) else _without_nulls(value) for value in values]
 
 
 @functools.cache
@@ -131,24 +129,6 @@ def _map(kind: pa.MapType) -> Callable[[list[tuple[Any, Any]]], Any]:
                  for key, item in entries]
         return {str(key): item for key, item in items} if is_object else [list(item) for item in items]
     return pairs
-
-
-def _parsed(text: str) -> Any:
-    """What a text column holds as JSON; the text itself where it is none."""
-    try:
-        return json.loads(text, parse_constant=_refuse, parse_float=_finite)
-    except (ValueError, RecursionError):
-        return text
-
-
-def _refuse(name: str) -> None:
-    raise ValueError(name)
-
-
-def _finite(text: str) -> float:
-    if math.isinf(value := float(text)):
-        raise ValueError(text)
-    return value
 
 
 def _without_nulls(value: Any) -> Any:

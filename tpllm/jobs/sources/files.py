@@ -15,9 +15,9 @@ from tpllm.errors import JobError, TpllmError
 from tpllm.jobs.sources.decompress import COMPRESSED_SUFFIXES, find_decompressor
 from tpllm.jobs.sources.verified import BLOCK_BYTES, Digest, VerifiedFile
 
-JSONL, PARQUET = "jsonl", "parquet"
+JSONL, CSV, PARQUET = "jsonl", "csv", "parquet"
 PARQUET_SUFFIXES = (".parquet", ".pq")
-OTHER_SUFFIXES = (".csv", ".tsv", ".zip", ".tar", ".tgz", ".lz4", ".7z", ".arrow", ".feather", ".orc", ".avro", ".xlsx")
+OTHER_SUFFIXES = (".tsv", ".zip", ".tar", ".tgz", ".lz4", ".7z", ".arrow", ".feather", ".orc", ".avro", ".xlsx")
 # What may tell two versions of a remote file apart; each kind of storage has some of them.
 STAMP_KEYS = ("size", "mtime", "created", "updated", "generation", "crc32c", "md5Hash", "ETag", "etag", "LastModified", "last_modified",
               "Last-Modified", "Content-MD5", "VersionId", "blob_id")
@@ -33,7 +33,7 @@ class InputFile:
         filesystem: where it is remote; None for a local file.
 
     Attributes:
-        kind: ``"jsonl"`` or ``"parquet"``, by the name.
+        kind: ``"jsonl"``, ``"csv"`` or ``"parquet"``, by the name.
 
     Raises:
         JobError: a kind that is not supported, or a file that cannot be read.
@@ -43,9 +43,10 @@ class InputFile:
         self.name, self._path, self._filesystem = name, path, filesystem
         suffixes = _suffixes(name)
         is_compressed = suffixes[-1] in COMPRESSED_SUFFIXES
-        self.kind = PARQUET if suffixes[-1] in PARQUET_SUFFIXES else JSONL
+        self.kind = PARQUET if suffixes[-1] in PARQUET_SUFFIXES else CSV if suffixes[-1 - is_compressed] == ".csv" else JSONL
         if any(suffix in OTHER_SUFFIXES + PARQUET_SUFFIXES * is_compressed for suffix in suffixes[-1 - is_compressed:]):
-            raise JobError(f"cannot read the input {name}: it must be JSONL (also .gz, .bz2, .xz or .zst) or Parquet (which compresses inside)")
+            raise JobError(f"cannot read the input {name}: it must be JSONL or CSV (also .gz, .bz2, .xz or .zst), or Parquet (which compresses "
+                           "inside)")
         self._decompress = find_decompressor(suffixes[-1], name) if is_compressed else None
         self._digest: Digest | None = None
         with reading(name, hint=f" (paths are relative to the working directory, here {pathlib.Path.cwd()})" if filesystem is None else ""):
@@ -179,7 +180,7 @@ def reading(name: str, *, hint: str = "") -> Iterator[None]:
     except (TpllmError, MemoryError, AssertionError):
         raise
     except IsADirectoryError:
-        raise JobError(f"cannot read the input {name}: it is a folder; write {name.rstrip('/')}/*.jsonl or {name.rstrip('/')}/*.parquet") from None
+        raise JobError(f"cannot read the input {name}: it is a folder; write {name.rstrip('/')}/*.jsonl, *.csv or *.parquet") from None
     except FileNotFoundError:
         raise JobError(f"cannot read the input {name}: No such file{hint}") from None
     except Exception as error:

@@ -1,4 +1,4 @@
-"""From the ``input`` of a job file to its files: paths, globs and URLs, in their order."""
+"""Finds the files of a job's ``input``: paths, globs and URLs, in their order."""
 import glob
 import os
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ def find_files(given: str | Sequence[str]) -> list[InputFile]:
     """The files of an input, in the order given; the matches of a glob in the order of their names.
 
     Raises:
-        JobError: a path or glob without a file, a file given twice, files of both kinds, or one that cannot be read.
+        JobError: a path or glob without a file, a file given twice, files of several kinds, or one that cannot be read.
     """
     patterns = [given] if isinstance(given, str) else list(given)
     files = [file for pattern in patterns for file in (_find_remote if "://" in pattern else _find_local)(pattern)]

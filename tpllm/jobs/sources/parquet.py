@@ -52,10 +52,10 @@ class ParquetRows:
                 note(RawRow(first + number, data, self.file.name, file_row=number))
         return FileSummary(digest.hexdigest(), digest.num_bytes, self.num_rows)
 
-    def rows(self, first: int, is_wanted: Callable[[int], bool]) -> Generator[RawRow, None, int]:
-        """The wanted rows in order, lazily; returns the number of the next file's first row."""
+    def rows(self, first: int, is_wanted: Callable[[int], bool], stop: float) -> Generator[RawRow, None, int]:
+        """The wanted rows below ``stop`` in order, lazily; returns the number of the next file's first row."""
         def is_wanted_here(number: int) -> bool:
-            return is_wanted(first + number)
+            return first + number < stop and is_wanted(first + number)
         for start, batch in self.batches(is_group_wanted=lambda rows: any(map(is_wanted_here, rows))):
             wanted = list(filter(is_wanted_here, range(start, start + batch.num_rows)))
             if len(wanted) < batch.num_rows:
@@ -97,15 +97,15 @@ class ParquetSource(RowSource):
         schema: the columns.
     """
 
-    def __init__(self, files: Sequence[InputFile]):
-        super().__init__(PARQUET, [ParquetRows(file) for file in files])
+    def __init__(self, files: Sequence[InputFile], *, limit: int | None = None):
+        super().__init__(PARQUET, [ParquetRows(file) for file in files], limit=limit)
         for other in self.files[1:]:
             if differences := _differences(self.files[0].schema, other.schema):
                 raise JobError(f"the input files have different columns: {'; '.join(differences)} in {other.file.name}, against "
                                f"{files[0].name}; make their columns the same, or make each kind its own job")
         self.schema = pa.schema([field.with_nullable(any(file.schema.field(field.name).nullable for file in self.files))
                                  for field in self.files[0].schema])
-        self._slices = _Slices(self.files, self.schema)
+        self.columns, self._slices = self.schema.names, _Slices(self.files, self.schema)
 
     def slice(self, start: int, stop: int) -> pa.Table:
         """The input's rows from ``start`` to ``stop`` as they stand in the files.

@@ -3,6 +3,7 @@ import array
 import bisect
 import hashlib
 import itertools
+import math
 from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Protocol
 
@@ -22,24 +23,31 @@ class FileRows(Protocol):
     def scan(self, first: int, note: Callable[[RawRow], None]) -> FileSummary:
         """Read everything once, and call ``note`` with every row (of a Parquet row its custom_id is enough)."""
 
-    def rows(self, first: int, is_wanted: Callable[[int], bool]) -> Generator[RawRow, None, int]:
-        """The wanted rows in order, lazily; returns the number of the next file's first row."""
+    def rows(self, first: int, is_wanted: Callable[[int], bool], stop: float) -> Generator[RawRow, None, int]:
+        """The wanted rows below ``stop`` in order, lazily; returns the number of the next file's first row."""
 
 
 class RowSource:
     """The rows of all files in order, numbered through from 0.
 
-    Attributes:
-        kind: ``"jsonl"`` or ``"parquet"``.
+    Args:
+        kind: of all files.
         files: what each file holds.
+        limit: the most rows to give, from the first; None for all.
+
+    Attributes:
+        columns: the names of a table's columns; None where each row has keys of its own.
     """
 
-    def __init__(self, kind: str, files: Sequence[FileRows]):
+    columns: Sequence[str] | None = None
+
+    def __init__(self, kind: str, files: Sequence[FileRows], *, limit: int | None = None):
         self.kind, self.files = kind, files
+        self._limit = math.inf if limit is None else limit
         self._firsts: list[int] = []
 
     def scan(self, *, infer_columns: bool = False) -> InputSummary:
-        """Hash the files, count their rows and check their custom ids, in memory of 8 bytes a row.
+        """Hash the files, also behind the limit, count their rows and check their custom ids, in memory of 8 bytes a row.
 
         Args:
             infer_columns: also find the types of a JSONL input's columns.
@@ -50,12 +58,14 @@ class RowSource:
         digests, columns = array.array("Q"), ColumnTypes() if infer_columns else None
 
         def note(row: RawRow) -> None:
+            if row.index >= self._limit:
+                return
             digests.append(_digest(custom_id_text(custom_id_of(row.data, row.index))))
             if columns is not None:
                 columns.add(row)
         summaries: list[FileSummary] = []
         for file in self.files:
-            summaries.append(file.scan(len(digests), note))
+            summaries.append(file.scan(sum(summary.num_rows for summary in summaries), note))
         self._firsts = list(itertools.accumulate((summary.num_rows for summary in summaries), initial=0))
         self._refuse_twins(digests)
         return InputSummary(len(digests), tuple(summaries), columns.result() if columns else None)
@@ -68,7 +78,7 @@ class RowSource:
         """
         first = 0
         for file in self.files:
-            first = yield from file.rows(first, is_wanted)
+            first = yield from file.rows(first, is_wanted, self._limit)
             file.file.check_unchanged()
 
     def check_unchanged(self, rows: range) -> None:

@@ -102,29 +102,29 @@ struct BytesToPairs : F {};
 template <int kBits>
 struct Pairs {
   static constexpr int kUnit = kBits == 2 ? 256 : 384;
-  struct Raw { vu low, high; int field, bit; };
+  struct Raw { vu low, high; };  // the step's own fields lowest in each half
   static TPLLM_INLINE Raw load(const uint8_t* unit, int step, int v) {
-    Raw raw{::tpllm::TPLLM_ISA::load<vu>(unit + (step / 2) * 128 + v * W * 4), vu{}, step % 2 * 4, step * 4};
-    if constexpr (kBits == 3) raw.high = ::tpllm::TPLLM_ISA::load<vu>(unit + 256 + v * W * 4);
+    Raw raw{::tpllm::TPLLM_ISA::load<vu>(unit + (step / 2) * 128 + v * W * 4) >> (step % 2 * 8), vu{}};
+    if constexpr (kBits == 3) raw.high = ::tpllm::TPLLM_ISA::load<vu>(unit + 256 + v * W * 4) >> (step * 4);
     return raw;
   }
   static TPLLM_INLINE vf f32(const Raw& raw, int i, const Tables& tables) {
     const int j = i / 2, half = i % 2 * 16;
-    vu code = (raw.low >> (2 * (raw.field + j) + half)) & 3;
-    if constexpr (kBits == 3) code |= ((raw.high >> (raw.bit + j + half)) & 1) << 2;
+    vu code = (raw.low >> (2 * j + half)) & 3;
+    if constexpr (kBits == 3) code |= ((raw.high >> (j + half)) & 1) << 2;
     return __builtin_convertvector((vi)code, vf) - splat(tables.zero);
   }
   static TPLLM_INLINE vi words(const Raw& raw, int j) {
-    vu codes = (raw.low >> (2 * (raw.field + j))) & 0x00030003;
-    if constexpr (kBits == 3) codes |= ((raw.high >> (raw.bit + j)) & 0x00010001) << 2;
+    vu codes = (raw.low >> (2 * j)) & 0x00030003;
+    if constexpr (kBits == 3) codes |= ((raw.high >> j) & 0x00010001) << 2;
     return (vi)codes;
   }
 #if defined(__AVX512BF16__)
   // As of nibbles: the table repeats, so that bits above the code's do not matter.
   static TPLLM_INLINE __m512i pair(const Raw& raw, int j, const Tables& tables) {
-    const __m512i low = shift_words((__m512i)raw.low, 2 * (raw.field + j));
+    const __m512i low = shift_words((__m512i)raw.low, 2 * j);
     if constexpr (kBits == 2) return _mm512_permutexvar_epi16(low, tables.low);
-    const __m512i index = _mm512_ternarylogic_epi32(_mm512_set1_epi16(0x0003), low, shift_words((__m512i)raw.high, raw.bit + j - 2), 0xCA);
+    const __m512i index = _mm512_ternarylogic_epi32(_mm512_set1_epi16(0x0003), low, shift_words((__m512i)raw.high, j - 2), 0xCA);
     return _mm512_permutexvar_epi16(index, tables.low);
   }
 #endif
@@ -154,24 +154,24 @@ static TPLLM_INLINE vf widen_e2m1(vu code) {
 template <int kBits>
 struct Nibbles {
   static constexpr int kUnit = kBits == 4 ? 512 : kBits == 5 ? 640 : 768;
-  struct Raw { vu low, high; int field; };
+  struct Raw { vu low, high; };  // the step's own bits of `high` lowest in each half
   static TPLLM_INLINE Raw load(const uint8_t* unit, int step, int v) {
-    Raw raw{::tpllm::TPLLM_ISA::load<vu>(unit + step * 128 + v * W * 4), vu{}, 0};
-    if constexpr (kBits == 5) raw.high = ::tpllm::TPLLM_ISA::load<vu>(unit + 512 + v * W * 4), raw.field = step * 4;
-    if constexpr (kBits == 6) raw.high = ::tpllm::TPLLM_ISA::load<vu>(unit + 512 + (step / 2) * 128 + v * W * 4), raw.field = step % 2 * 4;
+    Raw raw{::tpllm::TPLLM_ISA::load<vu>(unit + step * 128 + v * W * 4), vu{}};
+    if constexpr (kBits == 5) raw.high = ::tpllm::TPLLM_ISA::load<vu>(unit + 512 + v * W * 4) >> (step * 4);
+    if constexpr (kBits == 6) raw.high = ::tpllm::TPLLM_ISA::load<vu>(unit + 512 + (step / 2) * 128 + v * W * 4) >> (step % 2 * 8);
     return raw;
   }
   static TPLLM_INLINE vf f32(const Raw& raw, int i, const Tables& tables) {
     const int j = i / 2, half = i % 2 * 16;
     vu code = (raw.low >> (4 * j + half)) & 0xF;
-    if constexpr (kBits == 5) code |= ((raw.high >> (raw.field + j + half)) & 1) << 4;
-    if constexpr (kBits == 6) code |= ((raw.high >> (2 * (raw.field + j) + half)) & 3) << 4;
+    if constexpr (kBits == 5) code |= ((raw.high >> (j + half)) & 1) << 4;
+    if constexpr (kBits == 6) code |= ((raw.high >> (2 * j + half)) & 3) << 4;
     return __builtin_convertvector((vi)code, vf) - splat(tables.zero);
   }
   static TPLLM_INLINE vi words(const Raw& raw, int j) {
     vu codes = (raw.low >> (4 * j)) & 0x000F000F;
-    if constexpr (kBits == 5) codes |= ((raw.high >> (raw.field + j)) & 0x00010001) << 4;
-    if constexpr (kBits == 6) codes |= ((raw.high >> (2 * (raw.field + j))) & 0x00030003) << 4;
+    if constexpr (kBits == 5) codes |= ((raw.high >> j) & 0x00010001) << 4;
+    if constexpr (kBits == 6) codes |= ((raw.high >> (2 * j)) & 0x00030003) << 4;
     return (vi)codes;
   }
 #if defined(__AVX512BF16__)
@@ -180,7 +180,7 @@ struct Nibbles {
     // Words are looked up by their low 5 bits: the table of 4-bit codes stands there twice, so that the fifth bit does not matter.
     if constexpr (kBits == 4) return _mm512_permutexvar_epi16(low, tables.low);
     const __m512i mask = _mm512_set1_epi16(0x000F);
-    const int place = kBits == 5 ? raw.field + j - 4 : 2 * (raw.field + j) - 4;
+    const int place = kBits == 5 ? j - 4 : 2 * j - 4;
     const __m512i index = _mm512_ternarylogic_epi32(mask, low, shift_words((__m512i)raw.high, place), 0xCA);
     if constexpr (kBits == 5) return _mm512_permutexvar_epi16(index, tables.low);
     return _mm512_permutex2var_epi16(tables.low, index, tables.more);

@@ -117,6 +117,7 @@ struct FloatMath {
     }
   }
   static constexpr int kDwords = 32;
+  static constexpr bool kIsShort = false;
 };
 
 #if defined(__AVX2__) && !defined(__AVX512F__)
@@ -158,6 +159,7 @@ struct WordMath {
     }
   }
   static constexpr int kDwords = 16;
+  static constexpr bool kIsShort = true;
 };
 #endif
 
@@ -180,8 +182,14 @@ struct PairMath {
     }
   }
   static constexpr int kDwords = 16;
+  static constexpr bool kIsShort = false;
 };
 #endif
+
+// Whether the steps of a unit are written out, which takes long to compile: where they are so short that counting them would be felt, and for the whole
+// numbers of AVX2, by up to 3 %.
+template <class MATH, int M>
+constexpr bool kUnrollsSteps = MATH::kIsShort || M * V <= 4;
 
 // Adds the products of some units to acc.
 template <class F, int FOLD, bool PREFETCHES, int M, template <class, int> class MATH>
@@ -194,18 +202,22 @@ static void run_tile(const TileArgs& a) {
   Totals<M> totals(a.acc);
   const int64_t units_a_group = FOLD == kWholeUnits ? scaler.units_a_group : 1;
   int64_t in_group = 0, group = FOLD == kHalfUnits ? 2 * a.first_unit : a.first_unit / units_a_group;
-  constexpr int kSteps = FOLD == kHalfUnits ? 2 : 4;  // of a part
+  constexpr int kParts = FOLD == kHalfUnits ? 2 : 1;  // of a unit
   MATH<F, M> math;
   for (int64_t u = 0; u < a.num_units; ++u) {
     const uint8_t* unit = a.codes + u * F::kUnit;
     const uint32_t* x = a.x + u * MATH<F, M>::kDwords * M;
-    TPLLM_UNROLL for (int step = 0; step < 4; ++step) {
+    const auto run_step = [&](int step) TPLLM_INLINE_LAMBDA {
       if constexpr (PREFETCHES) prefetch_step<F>(unit, step);
-      if (step % kSteps == 0) math.begin(a, u, step / 2, kSteps / 2);
       math.step(unit, step, x, tables, partial);
-      if (step % kSteps == kSteps - 1) math.end(a, u, partial);
-      if constexpr (FOLD == kHalfUnits)
-        if (step % 2) fold_group<M>(scaler, group++, a.sums, partial, totals);
+    };
+    TPLLM_UNROLL for (int part = 0; part < kParts; ++part) {
+      math.begin(a, u, part, 2 / kParts);
+      const int first = part * 2, last = first + 4 / kParts;
+      if constexpr (kUnrollsSteps<MATH<F, M>, M>) TPLLM_UNROLL for (int step = first; step < last; ++step) run_step(step);
+      else TPLLM_ROLL for (int step = first; step < last; ++step) run_step(step);
+      math.end(a, u, partial);
+      if constexpr (FOLD == kHalfUnits) fold_group<M>(scaler, group++, a.sums, partial, totals);
     }
     if constexpr (FOLD == kWholeUnits)
       if (++in_group == units_a_group) {
@@ -256,7 +268,7 @@ template <class F>
 static void fill_float_panel(const uint8_t* codes, int64_t num_units, const Tables& given, uint8_t* panel) {
   const Tables tables = given;
   for (int64_t u = 0; u < num_units; ++u)
-    TPLLM_UNROLL for (int step = 0; step < 4; ++step)
+    TPLLM_ROLL for (int step = 0; step < 4; ++step)
       TPLLM_UNROLL for (int v = 0; v < V; ++v) {
         const auto raw = F::load(codes + u * F::kUnit, step, v);
         TPLLM_UNROLL for (int i = 0; i < 8; ++i) store(panel + u * 4096 + (step * 8 + i) * 128 + v * W * 4, F::f32(raw, i, tables));
@@ -267,7 +279,7 @@ template <class F>
 static void fill_pair_panel(const uint8_t* codes, int64_t num_units, const Tables& given, uint8_t* panel) {
   const Tables tables = given;
   for (int64_t u = 0; u < num_units; ++u)
-    TPLLM_UNROLL for (int step = 0; step < 4; ++step)
+    TPLLM_ROLL for (int step = 0; step < 4; ++step)
       TPLLM_UNROLL for (int v = 0; v < V; ++v) {
         const auto raw = F::load(codes + u * F::kUnit, step, v);
         TPLLM_UNROLL for (int j = 0; j < 4; ++j) _mm512_storeu_si512(panel + u * 2048 + (step * 4 + j) * 128 + v * 64, F::pair(raw, j, tables));

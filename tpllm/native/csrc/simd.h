@@ -20,6 +20,7 @@ typedef int8_t vsb __attribute__((vector_size(W)));
 
 #define TPLLM_INLINE inline __attribute__((always_inline))
 #define TPLLM_UNROLL _Pragma("GCC unroll 16")
+#define TPLLM_ROLL _Pragma("GCC unroll 1")
 #define TPLLM_INLINE_LAMBDA __attribute__((always_inline))
 
 template <class T>

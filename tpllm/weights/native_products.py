@@ -66,7 +66,7 @@ def gated_mlp(x_D: jax.Array, weights: "tuple[NativeWeight, NativeWeight, Native
 
 def expert_mlps(x_SD: jax.Array, counts_E: jax.Array, weights: "tuple[NativeWeight, NativeWeight, NativeWeight]",
                 biases: Sequence[jax.Array | None] = (None, None, None), *, activation: Activation, inner_size: int) -> jax.Array:
-    """:func:`gated_mlp` with another expert's weights for each run of rows, in one call; experts without rows are not read.
+    """``gated_mlp`` with another expert's weights for each run of rows, in one call; experts without rows are not read.
 
     Args:
         x_SD: [S, D], the rows of one expert after those of the other.

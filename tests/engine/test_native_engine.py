@@ -80,7 +80,7 @@ def test_quantized_weights_take_their_bytes_and_the_kernels_are_named():
 
 
 def test_an_unknown_quantization_is_refused_by_name():
-    with pytest.raises(ConfigError, match="quantization is 'int3'; it must be one of int8, w8a8"):
+    with pytest.raises(ConfigError, match=r"quantization is 'int3'; did you mean 'int8'\? it must be one of int8, w8a8"):
         LLM("demo", quantization="int3")
 
 

@@ -13,7 +13,7 @@ import tpllm
 from sharding_rules import MeshError
 from tpllm import LLM, SamplingParams
 from tpllm.checkpoint.source import DEMO_FOLDER
-from tpllm.engine import prompts
+from tpllm.engine import admission
 from tpllm.errors import ConfigError, PromptError, SamplingError, TpllmError
 
 GREEDY = SamplingParams(temperature=0, max_tokens=16)
@@ -251,9 +251,9 @@ def test_what_is_no_parameters_is_refused_and_not_taken_for_none(llm, wrong):
 
 def test_a_prompt_is_encoded_and_checked_once(llm, monkeypatch):
     calls, tokenizer = [], llm.get_tokenizer()
-    encode, find = tokenizer.encode, prompts.find_bad_words
+    encode, find = tokenizer.encode, admission.find_bad_words
     monkeypatch.setattr(tokenizer, "encode", lambda text, **options: calls.append(text) or encode(text, **options))
-    monkeypatch.setattr(prompts, "find_bad_words", lambda *args, **options: calls.append("check") or find(*args, **options))
+    monkeypatch.setattr(admission, "find_bad_words", lambda *args, **options: calls.append("check") or find(*args, **options))
     params = SamplingParams(temperature=0, max_tokens=1)
     llm.generate(["The sea", "A ship"], params)
     assert calls == ["The sea", "check", "A ship", "check"]

@@ -103,8 +103,8 @@ def test_a_sampling_value_out_of_range_is_refused_with_the_file(load, values):
 
 
 def test_every_sampling_parameter_is_a_key(load):
-    names = [field.name for field in dataclasses.fields(SamplingParams)]
-    defaults = dataclasses.asdict(SamplingParams())
+    names = [field.name for field in dataclasses.fields(SamplingParams) if field.name != "output_kind"]  # a row is written when it is finished
+    defaults = {name: getattr(SamplingParams(), name) for name in names}
     defaults["stop_token_ids"] = list(defaults["stop_token_ids"])
     assert sorted(load(JOB + f"sampling: {json.dumps(defaults)}\n").sampling) == sorted(names)
 

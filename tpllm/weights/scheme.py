@@ -54,7 +54,7 @@ class Scheme:
 
     @property
     def code_dtype(self) -> np.dtype:
-        """The dtype of codes that take a byte each: int8 for 8 bits, uint8 for fewer, or the fp8 type."""
+        """The dtype of codes that take a byte each. It is int8 for 8 bits, uint8 for fewer, or the fp8 type."""
         if self.kind in ("e4m3", "e5m2"):
             return np.dtype(ml_dtypes.float8_e4m3fn if self.kind == "e4m3" else ml_dtypes.float8_e5m2)
         return np.dtype(np.int8 if self.bits == 8 else np.uint8)

@@ -1,14 +1,19 @@
 """``--help``: every option says what it does."""
 import argparse
+import ast
 import dataclasses
+import pathlib
 
 import pytest
 
+from tpllm.cli import help_text
 from tpllm.cli.bench import BenchParser
 from tpllm.cli.help_text import HelpFormatter, attribute_texts
 from tpllm.cli.main import COMMANDS, main, make_parser
 from tpllm.cli.model_options import NOT_FOR_TEXT
 from tpllm.engine.sampling_params import SamplingParams
+
+FOLDER = pathlib.Path(help_text.__file__).parent
 
 
 def subparsers(parser: argparse.ArgumentParser):
@@ -25,6 +30,14 @@ def test_every_argument_of_every_command_has_a_help_text(name):
     for parser in subparsers(make_parser((name,))):
         unexplained = [action for action in parser._actions if not action.help and not isinstance(action, argparse._SubParsersAction)]
         assert unexplained == []
+
+
+def test_examples_stay_indented_where_python_takes_away_what_all_lines_of_a_docstring_are_indented_by():
+    """From 3.13 on it does so; what is not indented is wrapped."""
+    for path in FOLDER.glob("*.py"):
+        lines = (ast.get_docstring(ast.parse(path.read_text()), clean=False) or "").splitlines()[1:]
+        indented = [line for line in lines if line.startswith(" ")]
+        assert not indented or any(line and not line.startswith(" ") for line in lines), path
 
 
 def test_every_sampling_field_has_an_option_explained_by_its_docstring(capsys):

@@ -3,6 +3,8 @@
   tpllm chat HuggingFaceTB/SmolLM2-135M-Instruct
   tpllm chat model.Q4_K_M.gguf --system "Be brief."
 
+In the conversation a line that begins with one of these is a command:
+
     /clear          forget the conversation; the system prompt stays
     /system TEXT    forget the conversation and give a new system prompt; without
                     text, none
@@ -14,6 +16,7 @@
 '''
 import argparse
 import contextlib
+import inspect
 import json
 import os
 import sys
@@ -30,7 +33,7 @@ from tpllm.errors import PromptError, TokenizerError, did_you_mean
 
 BLOCK = '"""'
 COMMANDS = ("/clear", "/system", "/regen", "/save", "/help", "/exit")
-HELP = __doc__[__doc__.index("    /clear"):]
+HELP = inspect.cleandoc(__doc__).rpartition("\n\n")[2]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -94,7 +97,7 @@ class Chat:
         elif command == "/save":
             self._save(rest.strip())
         elif command == "/help":
-            print(HELP, end="", file=sys.stderr)
+            print(HELP, file=sys.stderr)
         elif command.startswith("/") and "\n" not in message:
             print(f"tpllm: unknown command {command}; {did_you_mean(command, COMMANDS)}/help shows the commands", file=sys.stderr)
         elif message.strip():

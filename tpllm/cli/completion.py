@@ -3,6 +3,8 @@
   eval "$(tpllm completion bash)"                               for this shell
   tpllm completion bash > ~/.local/share/bash-completion/completions/tpllm
   tpllm completion zsh > "${fpath[1]}/_tpllm"
+
+Shells that are started afterwards read the files.
 """
 import argparse
 from collections.abc import Callable, Iterator

@@ -4,6 +4,8 @@
   tpllm job retry out/first
   tpllm run JOB.yaml --shard 0/2        on one machine, and --shard 1/2 on another
   tpllm job merge out/first
+
+Each of these has a help of its own, such as 'tpllm job retry --help'.
 """
 import argparse
 import json

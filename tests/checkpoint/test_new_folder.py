@@ -18,6 +18,19 @@ def test_the_folder_appears_whole_and_what_a_killed_writer_left_is_replaced(tmp_
         pass
 
 
+def test_all_of_it_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    synced, real = [], os.fsync
+    monkeypatch.setattr(os, "fsync", lambda fd: (synced.append(os.fstat(fd).st_ino), real(fd)))
+    wanted = []
+    monkeypatch.setattr(os, "rename", lambda part, out: (wanted.append(set(synced)), os.replace(part, out)))
+    with new_folder(tmp_path / "out", num_bytes=1) as folder:
+        (folder / "inner").mkdir()
+        (folder / "inner/file").write_text("whole")
+    inodes = {path.stat().st_ino for path in (tmp_path / "out", tmp_path / "out/inner", tmp_path / "out/inner/file")}
+    assert inodes <= wanted[0]
+    assert synced[-1] == tmp_path.stat().st_ino
+
+
 def test_an_error_leaves_nothing(tmp_path):
     with pytest.raises(RuntimeError), new_folder(tmp_path / "out", num_bytes=1):
         raise RuntimeError

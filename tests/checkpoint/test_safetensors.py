@@ -56,6 +56,7 @@ BAD_HEADERS = {
     "one offset": (one(offsets=(0,)), "data_offsets"),
     "offsets in the wrong order": (one(offsets=(8, 0)), "begin <= end"),
     "a size that is not the shape's": (one(shape=(3,)), r"F32 of shape \[3\] takes 12 bytes, its data_offsets \[0, 8\] hold 8"),
+    "a size beyond the shape's": (one(shape=(1,)), r"F32 of shape \[1\] takes 4 bytes, its data_offsets \[0, 8\] hold 8"),
     "a gap before the first tensor": (one(offsets=(8, 16)), "leaves a gap before it"),
     "metadata that is a list": ({"__metadata__": [], **one()}, "__metadata__"),
     "metadata that is not text": ({"__metadata__": {"a": 1}, **one()}, "__metadata__"),
@@ -90,7 +91,7 @@ def test_bytes_after_the_last_tensor_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize(("length", "message"), [(MAX_HEADER_BYTES + 1, "the format's limit is 100000000"), (2**64 - 1, "the format's limit"),
-                                                 (5000, "truncated: its header needs 5000 bytes")])
+                                                 (5000, "truncated: its header needs 5000 bytes"), (73, "truncated: its header needs 73 bytes")])
 def test_a_header_length_is_checked_before_anything_is_read(tmp_path, length, message):
     with pytest.raises(CheckpointError, match=message):
         read_header(write_raw(tmp_path / "x.safetensors", one(), bytes(8), length=length))

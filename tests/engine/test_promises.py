@@ -112,6 +112,19 @@ def test_steps_that_give_several_tokens_are_fewer_and_are_counted_as_the_device_
         assert plain.metrics().num_decode_steps == 100
 
 
+def test_a_row_is_promised_no_more_than_what_the_programs_under_way_may_give():
+    with fake_llm(tokens_per_step=6) as llm:
+        engine = llm._engine
+        sequence, = engine.add_request("0", Prepared(None, [5, 6], SamplingParams(temperature=0, max_tokens=100))).sequences
+        for _ in range(4):
+            engine.step()
+            owners = [owner for dispatched, _ in engine._in_flight for owner in dispatched.plan.owners]
+            assert sequence.least_promised == sum(owner.num_steps for owner in owners)
+            assert sequence.most_promised == sum(owner.most for owner in owners)
+        assert sequence.completion.token_ids
+        assert not sequence.is_finished
+
+
 def test_a_row_that_lost_its_pages_and_is_given_up_leaves_nothing_on_the_host():
     with fake_llm(is_native=False, num_pages=8) as llm:
         engine = llm._engine

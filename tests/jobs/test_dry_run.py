@@ -11,9 +11,11 @@ from tests.jobs.fake_llm import FakeLLM
 from tests.jobs.small_job import all_errors, rows_text
 from tpllm.cli.main import main
 from tpllm.engine.outputs import CompletionOutput, RequestMetrics, RequestOutput
+from tpllm.engine.sampling_params import SamplingParams
 from tpllm.errors import JobError, TokenizerError
 from tpllm.jobs.config import JobConfig
 from tpllm.jobs.dry_run.run import check_writable, dry_run
+from tpllm.jobs.dry_run.speed import SampleRow, measure_speed
 from tpllm.jobs.dry_run.text import describe
 from tpllm.jobs.outputs.lock import held_for_writing
 from tpllm.jobs.runner import run_job
@@ -310,3 +312,29 @@ def test_on_the_real_engine_the_tokens_are_those_of_the_run(tmp_path):
     assert run.counts.completion_tokens >= sum(row["usage"]["completion_tokens"] for row in done)
     assert run.counts.num_refused == len(rows) - len(done) == 2
     assert 0 < run.likely_seconds <= run.most_seconds
+
+
+class Timed:
+    """An engine whose clock goes on by the tokens that it computes and draws, and that draws all that are asked for."""
+
+    shapes = SimpleNamespace(max_model_len=1000)
+
+    def __init__(self):
+        self.now, self.asked = 0.0, []
+
+    def generate_iter(self, requests, *, on_error):
+        for index, (prompt, params) in enumerate(requests):
+            self.asked.append(params)
+            self.now += PROMPT_S * len(prompt["prompt_token_ids"]) + TOKEN_S * params.n * (params.max_tokens - 1)
+            completions = [CompletionOutput(index=number, token_ids=[1] * params.max_tokens, finish_reason="length") for number in range(params.n)]
+            yield RequestOutput(request_id=str(index), prompt=None, prompt_token_ids=prompt["prompt_token_ids"], outputs=completions, finished=True,
+                                metrics=RequestMetrics(arrival_time=0.0))
+
+
+def test_a_sample_is_measured_within_its_time_and_ends_under_the_rows_own_parameters():
+    engine, row = Timed(), SampleRow([7] * 300, SamplingParams(n=3, min_tokens=5))
+    speed = measure_speed(engine, [row, row], budget_s=60.0, clock=lambda: engine.now)
+    assert speed.prompt_rate == pytest.approx(3 * 600 / 6)
+    assert speed.completion_rate == pytest.approx(1 / TOKEN_S)
+    assert 50 < speed.num_seconds <= 60
+    assert engine.asked[-1].min_tokens == 5 < engine.asked[-1].max_tokens

@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 
+import psutil
 import pytest
 
 from tests.jobs import fake_llm
@@ -223,3 +224,10 @@ def test_prompts_are_read_as_they_are_needed(make_job):
                 assert num_read <= number + 2 * self.max_num_seqs
                 yield output
     assert run_job(make_job(rows_text(100), rows_per_part=10), make_llm=Slow).is_complete
+
+
+def test_a_job_that_has_ended_holds_no_file_open(make_job):
+    job = make_job(TEXT)
+    with pytest.raises(RuntimeError, match="the engine is gone"):
+        run_job(job, make_llm=Dies)
+    assert [file.path for file in psutil.Process().open_files() if file.path.startswith(os.path.realpath(job.output))] == []

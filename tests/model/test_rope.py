@@ -106,6 +106,15 @@ def test_a_rotation_keeps_lengths_and_scores_depend_on_distance_only():
     assert scores(3, 10) != pytest.approx(scores(3, 11), abs=1e-2)
 
 
+def test_a_position_turns_each_pair_of_dims_forward_by_its_angle():
+    x = np.random.default_rng(2).normal(size=(1, 3, 2, H))
+    cos, sin = rope_tables(np.array([[0, 1, 5]], np.int32), np.array([6], np.int32), head_dim=H, rope=RopeConfig())
+    angles = np.array([0, 1, 5])[:, None, None] * PLAIN
+    turned = (x[0, ..., :H // 2] + 1j * x[0, ..., H // 2:]) * np.exp(1j * angles)
+    np.testing.assert_allclose(np.asarray(rope_reference(jnp.asarray(x, jnp.float32), cos, sin))[0],
+                               np.concatenate([turned.real, turned.imag], -1), atol=1e-5)
+
+
 def test_rotation_in_bfloat16_is_that_of_float32_rounded_once():
     x = jnp.asarray(np.random.default_rng(1).normal(size=(1, 3, 2, H)), jnp.bfloat16)
     cos, sin = rope_tables(np.array([[0, 7, 90]], np.int32), np.array([91], np.int32), head_dim=H, rope=RopeConfig())

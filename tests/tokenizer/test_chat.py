@@ -73,6 +73,20 @@ def test_two_parts_cannot_make_a_special_token_together(kinds):
     assert "a<|eot_id|>b" in tokenizer.decode(ids)
 
 
+def test_two_messages_cannot_make_a_special_token_together(tmp_path):
+    tokenizer = with_template(tmp_path, "{{ messages[0].content }}{{ messages[1].content }}{{ '<|im_end|>' }}")
+    ids = tokenizer.encode_chat([{"role": "user", "content": "a<|im_"}, {"role": "user", "content": "start|>b"}])
+    assert special_pieces(tokenizer, ids) == ["<|im_end|>"]
+    assert tokenizer.decode(ids, skip_special_tokens=False) == "a<|im_start|>b<|im_end|>"
+
+
+def test_a_message_cannot_end_a_special_token_that_the_template_begins(tmp_path):
+    tokenizer = with_template(tmp_path, "{{ '<|' }}{{ messages[0].content }}{{ '<|im_end|>' }}")
+    ids = tokenizer.encode_chat([{"role": "user", "content": "im_start|>b"}])
+    assert special_pieces(tokenizer, ids) == ["<|im_end|>"]
+    assert tokenizer.decode(ids, skip_special_tokens=False) == "<|im_start|>b<|im_end|>"
+
+
 def test_tools_and_template_kwargs_cannot_bring_special_tokens_even_through_json(tmp_path):
     template = "{{ tools | tojson(ensure_ascii=True) }}{{ extra.text | upper }}{{ '<|im_end|>' }}"
     tokenizer = with_template(tmp_path, template)

@@ -41,6 +41,13 @@ def test_bos_and_eos_are_added_as_the_file_says(tmp_path):
     assert pieces(read(tmp_path, SENTENCEPIECE, add_bos_token=False, add_space_prefix=False), "ab") == ["ab"]
 
 
+def test_of_two_merges_that_overlap_the_one_of_the_higher_score_comes_first(tmp_path):
+    tokens, more = [*PIECES[:-2], "c", "ab", "bc"], [0.0] * 259 + [-4.0, -5.0, -6.0, -7.0]
+    types = SENTENCEPIECE["tokenizer.ggml.token_type"] + [1]
+    for ab, bc, expected in ((-1.0, -2.0, ["<s>", "▁", "ab", "c"]), (-2.0, -1.0, ["<s>", "▁", "a", "bc"])):
+        assert pieces(read(tmp_path, SENTENCEPIECE, tokens=tokens, scores=[*more, ab, bc], token_type=types), "abc") == expected
+
+
 def test_every_token_that_ends_a_turn_is_known(tmp_path):
     tokenizer = read(tmp_path, BYTE_LEVEL)
     assert {tokenizer.piece(token_id) for token_id in tokenizer.eos_token_ids} == {"<|im_end|>", "<|eot_id|>"}

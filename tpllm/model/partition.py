@@ -36,7 +36,7 @@ def fit_to_mesh(config: ModelConfig, mesh: Mesh, rules: Rules) -> ModelConfig:
 def kv_repeat(num_heads: int, num_kv_heads: int, num_shards: int) -> int:
     """How often to store each KV head so that ``num_shards`` (a divisor of ``num_heads``) shards own the heads their queries read."""
     group = num_heads // num_kv_heads
-    return next(repeat for repeat in range(1, group + 1) if group % repeat == 0 and num_kv_heads * repeat % num_shards == 0)
+    return next(repeat for repeat in range(1, group + 1) if num_kv_heads * repeat % num_shards == 0)
 
 
 def largest_tensor_axis(config: ModelConfig, num_devices: int) -> int:

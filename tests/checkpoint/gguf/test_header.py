@@ -54,6 +54,7 @@ DAMAGE: dict[str, tuple[bytes, str]] = {
     "count of an array": (keys(raw_key("a", 9, array(4, 2**62))), r"key 'a' counts \d+ items of 4 or more bytes"),
     "count that overflows": (keys(raw_key("a", 9, array(10, 2**61 + 1))), r"key 'a' counts \d+ items of 8"),
     "count of texts": (keys(raw_key("a", 9, array(8, 2**40))), r"key 'a' counts \d+ items of 8 or more bytes"),
+    "count of texts that have no room": (keys(raw_key("a", 9, array(8, 16, bytes(64)))), r"key 'a' counts 16 items of 8 or more bytes"),
     "text in an array too long": (keys(raw_key("a", 9, array(8, 1, u64(2**40)))), r"an item of key 'a' needs \d+ bytes"),
     "text in an array not UTF-8": (keys(raw_key("a", 9, array(8, 1, raw_text(b"\xff")))), r"item 0 of key 'a' is not UTF-8"),
     "type of items": (keys(raw_key("a", 9, array(77, 1, b"\0" * 8))), r"items of key 'a' have the unknown type 77"),

@@ -135,6 +135,7 @@ def test_templates_have_the_functions_filters_and_tags_they_count_on(tmp_path):
     ("{{ messages[0].absent.deeper }}", "absent"),
     ("{{ 'a' + none }}", "TypeError"),
     ("{{ ''.__class__.__mro__ }}", "__class__|unsafe"),
+    ("{{ raise_exception.__globals__['os'] }}", "__globals__|unsafe"),
     ("{{ messages.append(1) }}", "unsafe|append"),
 ])
 def test_a_template_that_fails_says_what_it_said(tmp_path, template, message):

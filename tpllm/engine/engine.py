@@ -244,7 +244,7 @@ class Engine:
         """Give one row's tokens to its sequence. Returns how the sequence ends with the last of them, or None if it goes on."""
         params = sequence.request.params
         for step, token in enumerate(output.token[:, column].tolist()):
-            if token == NO_TOKEN or sequence.is_finished:
+            if token == NO_TOKEN:
                 break
             status = int(output.status[step, column])
             if status in ERRORS:

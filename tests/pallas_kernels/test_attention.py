@@ -145,8 +145,11 @@ def test_keys_and_values_with_scales_are_read_from_the_same_pages_as_these(page_
     q, *kv = arrays(6, batch=3, tokens=1, heads=4, kv_heads=2, head_dim=8, rows=3, length=300)
     positions = np.array([[5], [299], [128]], np.int32)
     codes, scales = zip(*(quantize(x, jnp.dtype(cache_dtype)) for x in kv), strict=True)
-    wanted = attention_in_float64(q, *(np.asarray(x, np.float64) * np.asarray(steps)[..., None] for x, steps in zip(codes, scales, strict=True)),
-                                  positions)
+    read = [np.asarray(x, np.float64) * np.asarray(steps)[..., None] for x, steps in zip(codes, scales, strict=True)]
+    for x, near in zip(kv, read, strict=True):  # half a step of int8, or of three bits of mantissa
+        most = np.abs(x).max(-1, keepdims=True)
+        assert (np.abs(near - np.asarray(x)) <= (most / 127 * 0.501 if cache_dtype == "int8" else np.maximum(np.abs(x) / 16, most / 448))).all()
+    wanted = attention_in_float64(q, *read, positions)
     results = []
     for seed in (7, 8):
         *pools, pages_RL = in_pages((*codes, *(steps[..., None] for steps in scales)), page_size, seed)

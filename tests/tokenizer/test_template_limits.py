@@ -1,5 +1,6 @@
 """Chat templates that would run or grow without end are stopped, whatever they do it with; others are not disturbed."""
 import threading
+import tracemalloc
 
 import pytest
 from jinja2 import nodes
@@ -99,6 +100,19 @@ def test_a_template_that_makes_too_much_is_stopped(source, monkeypatch):
     monkeypatch.setattr("tpllm.tokenizer.template_limits.MAX_SECONDS", 20)  # on a busy machine the clock may be first
     with pytest.raises(TokenizerError, match=r"makes (a value|a prompt|values) of over (4|256) MB|takes the (width|format) of a field from"):
         render(source)
+
+
+@pytest.mark.parametrize("source", ["{{ 'a'.center(10**9) }}", "{{ '1'.zfill(10**9) }}", "{{ ('a' * 10000).replace('a', 'b' * 10000) }}",
+                                    "{{ '{:1000000000}'.format(1) }}", "{{ '%1000000000d' % 1 }}"])
+def test_what_is_too_much_is_refused_before_it_is_made(source):
+    template = ChatTemplate(source, "chat template")
+    tracemalloc.start()
+    try:
+        with pytest.raises(TokenizerError, match="makes a value of over 4 MB"):
+            template.render(USER, {})
+        assert tracemalloc.get_traced_memory()[1] < 20_000_000
+    finally:
+        tracemalloc.stop()
 
 
 @pytest.mark.parametrize("source", COSTLY)

@@ -141,7 +141,7 @@ def test_nan_in_unused_pages_and_behind_a_rows_end_does_not_matter(call, head_di
 
 
 @pytest.mark.parametrize("cache_dtype", CACHE_DTYPES)
-@pytest.mark.parametrize("page", [-1, -7, 10**3, 2**31 - 1, -2**31])
+@pytest.mark.parametrize("page", [-1, -7, AttentionCase(**DECODE, page_size=16).num_pages, 10**3, 2**31 - 1, -2**31])
 def test_a_page_that_is_not_there_gets_nothing_and_its_tokens_read_as_zeros(page, cache_dtype, instruction_set):
     case, arrays = paged("decode", 16, cache_dtype=cache_dtype)
     pages_RL = np.array(arrays["table"].pages_RL)

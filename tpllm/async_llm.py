@@ -2,7 +2,6 @@
 import asyncio
 import contextlib
 import dataclasses
-import logging
 import math
 import queue
 import threading
@@ -15,11 +14,9 @@ from tpllm.engine.outputs import RequestOutput, failed_output, new_part
 from tpllm.engine.prompts import Prompt
 from tpllm.engine.request import Request
 from tpllm.engine.sampling_params import RequestOutputKind, SamplingParams
-from tpllm.errors import ConfigError, TpllmError
+from tpllm.errors import ConfigError, TpllmError, log
 from tpllm.llm import LLM
 from tpllm.tokenizer import Tokenizer
-
-log = logging.getLogger("tpllm")
 
 
 class AsyncLLM:

@@ -3,7 +3,6 @@ import collections
 import dataclasses
 import functools
 import json
-import logging
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -25,7 +24,7 @@ from tpllm.checkpoint.safetensors import TensorEntry
 from tpllm.checkpoint.save import copied_files, unquantized_config
 from tpllm.checkpoint.store import write_store
 from tpllm.environment.compile_cache import enable_compile_cache
-from tpllm.errors import ConfigError, short
+from tpllm.errors import ConfigError, log, short
 from tpllm.model.config import ModelConfig
 from tpllm.model.params import DecoderParams
 from tpllm.model.partition import fit_to_mesh, largest_tensor_axis
@@ -35,8 +34,6 @@ from tpllm.tokenizer import Tokenizer
 from tpllm.tokenizer.generation_defaults import GenerationDefaults
 from tpllm.weights.policy import AS_STORED, Policy, Quantization, parse_policy
 from tpllm.weights.storage import Storage
-
-log = logging.getLogger("tpllm")
 
 DTYPES = ("float32", "bfloat16", "float16")
 ALIASES = {"float": "float32", "half": "float16", "double": "float64"}

@@ -1,6 +1,5 @@
 """The command: options, the run, the table, and the exit code."""
 import argparse
-import importlib.metadata
 import pathlib
 import signal
 import sys
@@ -12,6 +11,7 @@ from benchmarks.gpu.session import Session
 from benchmarks.gpu.table import print_report
 from benchmarks.gpu.worker import TaskError
 from tpllm.bench.command import above_zero, check_writable
+from tpllm.environment.software import package_versions
 from tpllm.errors import ConfigError
 
 NAMES = [section.name for section in SECTIONS]
@@ -31,7 +31,7 @@ def main(argv: list[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that workers are ended too
     session = Session(is_tiny=args.tiny, seconds=60 * args.minutes, path=args.out)
     chosen = [section for section in SECTIONS if section.name in args.only]
-    session.report["setup"] |= {"sections": [section.name for section in chosen], "packages": _packages()}
+    session.report["setup"] |= {"sections": [section.name for section in chosen], "packages": package_versions(PACKAGES)}
     try:
         begin(session, [section.name for section in chosen])
         session.run(chosen)
@@ -61,13 +61,3 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", choices=NAMES, default=NAMES, metavar="SECTION", help=f"of {', '.join(NAMES)} (default: all)")
     parser.add_argument("--minutes", type=above_zero, default=8.5, metavar="N", help="the budget (default 8.5); what it leaves no time for is listed")
     return parser.parse_args(argv)
-
-
-def _packages() -> dict[str, str]:
-    found = {}
-    for name in PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found

@@ -7,6 +7,8 @@ import os
 import pathlib
 import shutil
 import sys
+from collections.abc import Callable
+from typing import Any
 
 import tpllm.jobs.outputs.parquet_parts  # or each child would import it again
 import tpllm.jobs.sources.parquet  # noqa: F401
@@ -20,16 +22,21 @@ from tpllm.jobs.runner import run_job
 DIED = 77
 
 
-def in_a_process(job: JobConfig, disk: Disk) -> int:
-    """Run the job in a child; its exit code."""
+def in_a_child(work: Callable[[], Any]) -> int:
+    """Do something in a child; its exit code: 0 where the result is true, 2 where it is not, 1 after an error."""
     pid = os.fork()
     if pid == 0:
         code = 1
         try:
-            code = 0 if run_job(job, make_llm=FakeLLM, disk=disk, sync_interval_s=0).is_complete else 2
+            code = 0 if work() else 2
         finally:
             os._exit(code)
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def in_a_process(job: JobConfig, disk: Disk, **options: Any) -> int:
+    """Run the job in a child; its exit code."""
+    return in_a_child(lambda: run_job(job, make_llm=FakeLLM, disk=disk, sync_interval_s=0, **options).is_complete)
 
 
 def main(input_path: str, folder: str) -> None:

@@ -8,7 +8,7 @@ import pathlib
 import shutil
 import sys
 
-from tests.jobs.exit_at_every_call import DIED, in_a_process
+from tests.jobs.exit_at_every_call import DIED, in_a_child, in_a_process
 from tests.jobs.fake_llm import FakeLLM
 from tests.jobs.faulty_disk import MOMENTS, FaultyDisk, QuickDisk
 from tests.jobs.small_job import contents
@@ -20,15 +20,7 @@ from tpllm.jobs.runner import run_job
 
 def merge_in_a_process(output: pathlib.Path, shards: list[str], disk: Disk) -> int:
     """Merge in a child; its exit code."""
-    pid = os.fork()
-    if pid == 0:
-        code = 1
-        try:
-            merge_shards(str(output), shards, disk=disk)
-            code = 0
-        finally:
-            os._exit(code)
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    return in_a_child(lambda: merge_shards(str(output), shards, disk=disk) or True)
 
 
 def main(input_path: str, folder: str) -> None:

@@ -10,25 +10,12 @@ import sys
 
 import tpllm.jobs.outputs.parquet_parts  # or each child would import it again
 import tpllm.jobs.sources.parquet  # noqa: F401
-from tests.jobs.exit_at_every_call import DIED
+from tests.jobs.exit_at_every_call import DIED, in_a_process
 from tests.jobs.fake_llm import FailingLLM, FakeLLM
 from tests.jobs.faulty_disk import MOMENTS, FaultyDisk, QuickDisk
 from tests.jobs.small_job import contents
 from tpllm.jobs.config import JobConfig
-from tpllm.jobs.outputs.durable import Disk
 from tpllm.jobs.runner import run_job
-
-
-def retry_in_a_process(job: JobConfig, disk: Disk, *, retries_failed: bool = True) -> int:
-    """Retry in a child; its exit code."""
-    pid = os.fork()
-    if pid == 0:
-        code = 1
-        try:
-            code = 0 if run_job(job, make_llm=FakeLLM, disk=disk, sync_interval_s=0, retries_failed=retries_failed).is_complete else 2
-        finally:
-            os._exit(code)
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
 def parts(folder: str) -> dict[str, bytes]:
@@ -48,11 +35,11 @@ def main(input_path: str, folder: str, output_format: str) -> None:
         for number in itertools.count():
             shutil.rmtree(folder)
             shutil.copytree(folder + "-failed", folder)
-            code = retry_in_a_process(job, FaultyDisk(number, moment, lambda: os._exit(DIED)))
+            code = in_a_process(job, FaultyDisk(number, moment, lambda: os._exit(DIED)), retries_failed=True)
             assert code in (0, DIED), (number, moment, code)
             if by_run:  # which loses nothing, and leaves it to a retry to run again what failed
-                assert retry_in_a_process(job, QuickDisk(), retries_failed=False) == 0, (number, moment)
-            assert retry_in_a_process(job, QuickDisk()) == 0, (number, moment)
+                assert in_a_process(job, QuickDisk()) == 0, (number, moment)
+            assert in_a_process(job, QuickDisk(), retries_failed=True) == 0, (number, moment)
             assert parts(folder) == wanted, (number, moment)
             if code == 0:
                 break

@@ -4,7 +4,6 @@ It tells as much as it can where jax, a device or the native library does not wo
 """
 import argparse
 import collections
-import importlib.metadata
 import os
 import platform
 import shutil
@@ -48,13 +47,8 @@ def _tpllm() -> Iterator[str]:
 
 
 def _packages() -> Iterator[str]:
-    found = {}
-    for name in PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    yield ", ".join(f"{name} {version}" for name, version in found.items()) or "none"
+    from tpllm.environment.software import package_versions
+    yield ", ".join(f"{name} {version}" for name, version in package_versions(PACKAGES).items()) or "none"
     yield from filter(None, [versions.jax_refusal(versions.find_jax())])
 
 

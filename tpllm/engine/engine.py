@@ -2,7 +2,6 @@
 import collections
 import contextlib
 import hashlib
-import logging
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
@@ -22,11 +21,10 @@ from tpllm.engine.runner import Dispatched, Runner
 from tpllm.engine.sampling_params import SamplingParams
 from tpllm.engine.scheduler import Scheduler
 from tpllm.engine.turns import Turns
-from tpllm.errors import ConfigError
+from tpllm.errors import ConfigError, log
 from tpllm.model.sampling import TokenScores
 from tpllm.tokenizer import Tokenizer
 
-log = logging.getLogger("tpllm")
 Found = TypeVar("Found")
 
 MAX_IN_FLIGHT = 2  # programs dispatched and not yet read: one runs while the next is queued

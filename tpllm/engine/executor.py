@@ -1,6 +1,5 @@
 """Runs the engine's programs. An executor gets names, static arguments and numpy arrays, so that it may be this process, or several in step."""
 import dataclasses
-import logging
 import os
 import threading
 from collections.abc import Iterable, Mapping
@@ -13,13 +12,12 @@ from tpllm.engine.programs import StepOutput, jit_programs
 from tpllm.engine.shapes import EngineShapes
 from tpllm.engine.slots import TARGET, Cache, SlotState
 from tpllm.environment.memory import return_freed_memory
+from tpllm.errors import log
 from tpllm.model.config import ModelConfig
 from tpllm.model.kv_cache import init_cache
 from tpllm.model.params import DecoderParams
 from tpllm.model.per_row import empty_rows, shardings_of
 from tpllm.model.sampling import STOP_IDS, TokenScores
-
-log = logging.getLogger("tpllm")
 
 MAX_STEPS = 32  # decode steps of one program, at most
 _COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"

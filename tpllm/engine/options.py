@@ -1,6 +1,5 @@
 """What a user may set of an engine, and the engine that comes of it."""
 import dataclasses
-import logging
 from typing import Literal
 
 from tpllm.engine.engine import Engine
@@ -8,15 +7,13 @@ from tpllm.engine.runner import Runner
 from tpllm.engine.sampling_params import MAX_LOGPROBS
 from tpllm.engine.scheduler import Scheduler
 from tpllm.engine.shapes import EngineShapes, check_cache_size, choose_num_pages, choose_shapes
-from tpllm.errors import ConfigError, short
+from tpllm.errors import ConfigError, log, short
 from tpllm.model.config import ModelConfig
 from tpllm.model.params import DecoderParams
 from tpllm.tokenizer import Tokenizer
 
 PREEMPTIONS = ("auto", "recompute", "swap")
 ROPES_OF_PROMPT_LEN = ("dynamic", "longrope")
-
-log = logging.getLogger("tpllm")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

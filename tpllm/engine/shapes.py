@@ -1,17 +1,14 @@
 """The static sizes of an engine's device programs, and of its KV cache."""
 import dataclasses
-import logging
 
 from rich.filesize import decimal
 
 from sharding_rules.axes import BATCH
 from tpllm.engine.sampling_params import MAX_LOGPROBS
 from tpllm.environment.memory import device_free_bytes, device_unused_bytes, host_free_bytes, host_unused_bytes
-from tpllm.errors import ConfigError, MemoryNeedError
+from tpllm.errors import ConfigError, MemoryNeedError, log
 from tpllm.model.config import ModelConfig
 from tpllm.model.kv_cache import cache_bytes_per_device
-
-log = logging.getLogger("tpllm")
 
 MIN_BUCKET = 16
 DEFAULT_PAGE = 32

@@ -1,8 +1,10 @@
 """What a result depends on besides the model: software, platform and instruction set."""
 import functools
 import hashlib
+import importlib.metadata
 import pathlib
 import platform
+from collections.abc import Iterable
 
 
 def describe_environment(device_platform: str, device_kind: str) -> dict[str, str]:
@@ -20,6 +22,17 @@ def instruction_set() -> str:
     flags = _cpu_flags()
     widest = next((name for name in ("avx512f", "avx2", "avx", "asimd") if name in flags), "base")
     return f"{platform.machine()}-{widest}-{hashlib.sha256(' '.join(flags).encode()).hexdigest()[:8]}"
+
+
+def package_versions(names: Iterable[str]) -> dict[str, str]:
+    """The versions of those of some packages that are installed, by name."""
+    found = {}
+    for name in names:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
 
 
 def cpu_model() -> str:

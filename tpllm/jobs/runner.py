@@ -1,7 +1,6 @@
 """Running a batch job from its file of rows to its committed parts."""
 import contextlib
 import dataclasses
-import logging
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -9,7 +8,7 @@ from tpllm import __version__
 from tpllm.engine.outputs import RequestOutput
 from tpllm.engine.prompts import Prompt
 from tpllm.engine.sampling_params import SamplingParams
-from tpllm.errors import JobError
+from tpllm.errors import JobError, log
 from tpllm.jobs.config import JobConfig
 from tpllm.jobs.engine_options import check_engine_options
 from tpllm.jobs.manifest import job_section, model_section, refuse_changes
@@ -30,7 +29,6 @@ from tpllm.jobs.signals import StopSignals
 from tpllm.jobs.sources.open import open_job_source
 from tpllm.jobs.sources.row_source import RowSource
 
-log = logging.getLogger("tpllm")
 
 @dataclasses.dataclass(frozen=True)
 class JobResult:

@@ -3,13 +3,12 @@
 The tables of names are data: :mod:`tpllm.names.vllm` and :mod:`tpllm.names.others`.
 """
 import dataclasses
-import difflib
 import functools
 import inspect
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
-from tpllm.errors import TpllmError, log, short
+from tpllm.errors import TpllmError, did_you_mean, log, short
 from tpllm.names.others import OTHERS
 
 
@@ -156,5 +155,4 @@ def _hint(name: str, known: Collection[str]) -> str:
     for project, names in OTHERS.items():
         if name in names:
             return f"{project} calls so what is here {names[name]}"
-    near = difflib.get_close_matches(name, known, 1, 0.6)
-    return f"did you mean {near[0]!r}?" if near else ""
+    return did_you_mean(name, known).strip()

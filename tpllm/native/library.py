@@ -7,7 +7,6 @@ import contextlib
 import ctypes
 import functools
 import hashlib
-import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,9 +17,7 @@ import jaxlib
 import numpy as np
 
 from tpllm.environment.threads import num_threads
-from tpllm.errors import ConfigError
-
-log = logging.getLogger("tpllm")
+from tpllm.errors import ConfigError, log
 
 PATH = Path(__file__).with_name("_kernels.so")
 FLOAT_DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)

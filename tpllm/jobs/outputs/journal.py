@@ -6,7 +6,6 @@ what was synced. So recovery keeps every line whose checksum holds and cuts off 
 """
 import contextlib
 import dataclasses
-import logging
 import os
 import pathlib
 import re
@@ -14,14 +13,12 @@ import threading
 import zlib
 from collections.abc import Iterable, Iterator
 
-from tpllm.errors import JobError
+from tpllm.errors import JobError, log
 from tpllm.jobs.outputs.durable import Disk, write_whole, writing_to
 from tpllm.jobs.shard import Parts
 
 RECORD = re.compile(rb"(?P<checksum>[0-9a-f]{8}) (?P<index>\d{1,18}) (?P<kind>row|error) (?P<payload>[^\n]*)\n")
 JOURNAL_NAME = re.compile(r"journal-(\d{5}|[1-9]\d{5,})\.jsonl")
-
-log = logging.getLogger("tpllm")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,17 +2,14 @@
 import bz2
 import gzip
 import io
-import logging
 import lzma
 from collections.abc import Callable
 from typing import Any, BinaryIO
 
-from tpllm.errors import JobError
+from tpllm.errors import JobError, log
 
 COMPRESSED_SUFFIXES = (".gz", ".bz2", ".xz", ".zst")
 BUFFER_BYTES = 1 << 16
-
-log = logging.getLogger("tpllm")
 
 
 def find_decompressor(suffix: str, name: str) -> Callable[[BinaryIO], BinaryIO]:
